@@ -1,0 +1,187 @@
+"""OSEDiff, and the noise-aware one-step base of GDPO-SR (`noise_t=250, net_t=100`), on any SD-2.1-shaped folder.
+
+Sources: OSEDiff (arXiv 2406.08177), GDPO-SR (arXiv 2603.16769). The upsampled LQ image is encoded; its latents are
+noised as of `noise_t` (OSEDiff: not at all), the UNet is told `net_t`, and one step gives the latents of `sr`.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from rewardsr import schedule
+from rewardsr.adapter import Batch, Condition
+from rewardsr.adapters._stable_diffusion import StableDiffusion, check_fit, load_network, load_parts
+from rewardsr.draws import Source, draw
+from rewardsr.errors import UserError
+from rewardsr.files import read_pickle
+from rewardsr.hub import fetch
+from rewardsr.lora import delta
+
+# The released checkpoints never set lora_alpha, so peft's default of 8 holds at every rank.
+RELEASED_ALPHA = 8.0
+_LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<matrix>[AB])\.default_\w+\.weight")
+
+
+class OSEDiff(StableDiffusion):
+    """One-step super-resolution on Stable Diffusion parts."""
+
+    name = "osediff"
+
+    @classmethod
+    def load(
+        cls,
+        base: str,
+        *,
+        weights: str | None = None,
+        noise_t: int | None = None,
+        net_t: int | None = None,
+        scale: int = 4,
+        prompt: str = "",
+        revision: str | None = None,
+    ) -> Self:
+        """Load the pipeline, in float32 on the CPU.
+
+        Args:
+            base: diffusers folder or Hub id of the Stable Diffusion base.
+            weights: what was trained on that base: a released `.pkl` (merged into the base here), or a folder or Hub id
+                with merged `unet/` and, where it was trained, `vae/`.
+            noise_t: the latents are noised as of this time; None adds no noise (OSEDiff). GDPO-SR: 250.
+            net_t: time that the UNet is told; by default 999 without noise (OSEDiff), 100 with noise (GDPO-SR).
+            scale: `sr` is this many times `lq`; 1 for inputs already at output size.
+            prompt: text for images that bring none.
+            revision: branch, tag or commit of a Hub base.
+
+        Raises:
+            UserError: anything that cannot be had, read or fitted.
+        """
+        parts = load_parts(base, revision)
+        identity = base
+        if weights is not None:
+            identity = f"{base} + {weights}"
+            if Path(weights).expanduser().is_file():
+                _merge_release(parts.unet, parts.vae, Path(weights).expanduser())
+            else:
+                folder, _ = fetch(weights, "weights", ("unet", "vae"))
+                if not (folder / "unet").is_dir():
+                    raise UserError(f"weights '{weights}': expected a released .pkl, or a folder with unet/")
+                parts.unet = load_network(folder / "unet")
+                if (folder / "vae").is_dir():
+                    parts.vae = load_network(folder / "vae")
+                check_fit(weights, parts)
+        return cls(parts, identity, scale, prompt, noise_t, net_t)
+
+    def __init__(
+        self,
+        parts: Any,
+        base: str,
+        scale: int = 4,
+        prompt: str = "",
+        noise_t: int | None = None,
+        net_t: int | None = None,
+    ) -> None:
+        super().__init__(parts, base, scale, prompt)
+        if net_t is None:
+            net_t = 999 if noise_t is None else 100
+        for option, time in (("noise_t", noise_t), ("net_t", net_t)):
+            if time is not None and not 0 <= time < len(self.alphas_cumprod):
+                raise UserError(f"{option} is {time}, expected 0 to {len(self.alphas_cumprod) - 1}")
+        self.steps, self.noise_t = (net_t,), noise_t
+
+    def _encode(self, batch: Batch, generator: Source | None) -> Condition:
+        image = self.upsample(batch.lq)
+        height, width = image.shape[-2:]
+        return Condition(
+            text=self._text(batch.prompts, len(batch)),
+            latents=self._to_latents(self.pad(image), generator),
+            size=(height, width),
+        )
+
+    def _start(self, condition: Condition, generator: Source | None) -> Tensor:
+        if self.noise_t is None or generator is None:
+            return condition.latents
+        noise = draw(condition.latents.shape, generator, device=condition.latents.device)
+        return schedule.add_noise(condition.latents, noise, self.noise_t, self.alphas_cumprod)
+
+    def import_lora(self, path: str) -> tuple[dict[str, Tensor], int, float] | None:
+        """GDPO-SR's released LoRA `.pkl`: its three UNet adapters sit on disjoint modules, so they are one here.
+
+        Raises:
+            UserError: it belongs to another base, or adapts the autoencoder too (an OSEDiff file: it is for `weights`).
+        """
+        release = read_pickle(Path(path))
+        if not isinstance(release, dict) or "state_dict_unet" not in release:
+            return None
+        if not isinstance(release.get("rank_unet"), int):
+            raise UserError(f"'{path}' is damaged: it states no rank_unet")
+        if "state_dict_vae" in release:
+            raise UserError(
+                f"'{path}' also changes the autoencoder: it is part of a base, give it as the adapter's weights"
+            )
+        pairs, full = _split(release["state_dict_unet"], path)
+        own = self.unet.state_dict()
+        for name, tensor in full.items():
+            current = own.get(name, own.get(name.replace("conv_in.", "conv_in.base_layer.")))
+            if (
+                current is None
+                or current.shape != tensor.shape
+                or not torch.allclose(current.float().cpu(), tensor, atol=1e-2)
+            ):
+                raise UserError(f"'{path}' was trained on another base: its frozen {name} differs from this one's")
+        tensors = {}
+        for module, (a, b) in pairs.items():
+            tensors[f"unet.{module}.lora_A.weight"], tensors[f"unet.{module}.lora_B.weight"] = a, b
+        return tensors, int(release["rank_unet"]), RELEASED_ALPHA
+
+
+def _merge_release(unet: Any, vae: Any, path: Path) -> None:
+    """Merge a released `.pkl` into float32 networks: UNet LoRA, conv_in in full, and the autoencoder's LoRA."""
+    release = read_pickle(path)
+    if not isinstance(release, dict) or "state_dict_unet" not in release:
+        raise UserError(f"'{path}' is not an OSEDiff or GDPO-SR checkpoint: it has no 'state_dict_unet'")
+    for network, part in ((unet, "unet"), (vae, "vae")):
+        if f"state_dict_{part}" not in release:
+            continue
+        pairs, full = _split(release[f"state_dict_{part}"], str(path))
+        own = network.state_dict()
+        for name, tensor in full.items():
+            _require(path, name, own, tensor.shape)
+            own[name].copy_(tensor)
+        for module, (a, b) in pairs.items():
+            change = delta(a, b, RELEASED_ALPHA / a.shape[0])
+            _require(path, f"{module}.weight", own, change.shape)
+            own[f"{module}.weight"].add_(change)
+
+
+def _require(path: Path, name: str, own: dict[str, Tensor], shape: torch.Size) -> None:
+    if name not in own or own[name].shape != shape:
+        found = f"shape {tuple(own[name].shape)}" if name in own else "no such tensor"
+        raise UserError(f"'{path}' belongs to another base: {name} is {tuple(shape)} there, here {found}")
+
+
+def _split(released: dict[str, Tensor], path: str) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """LoRA pairs (A, B) by module, and full tensors, of a released state dict, all float32; no key is dropped."""
+    halves: dict[str, dict[str, Tensor]] = {}
+    full: dict[str, Tensor] = {}
+    if not isinstance(released, dict):
+        raise UserError(f"'{path}' is damaged: expected tensors by name")
+    for key, tensor in released.items():
+        if not isinstance(tensor, Tensor):
+            raise UserError(f"'{path}' is damaged: {key} is no tensor")
+        if not tensor.isfinite().all():
+            raise UserError(f"'{path}': {key} holds values that are not finite")
+        match = _LORA_KEY.fullmatch(key)
+        if match:
+            halves.setdefault(match["module"], {})[match["matrix"]] = tensor.float()
+        elif ".base_layer." in key:
+            full[key.replace(".base_layer.", ".")] = tensor.float()
+        else:
+            raise UserError(f"'{path}': unexpected key {key}")
+    for module, half in halves.items():
+        if set(half) != {"A", "B"}:
+            raise UserError(f"'{path}': {module} has only one of lora_A and lora_B")
+        if half["A"].shape[0] != half["B"].flatten(1).shape[1]:
+            raise UserError(f"'{path}': lora_A and lora_B of {module} have different ranks")
+    return {module: (half["A"], half["B"]) for module, half in halves.items()}, full

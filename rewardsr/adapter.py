@@ -1,0 +1,325 @@
+"""The contract: what an image super-resolution pipeline offers to be fine-tuned.
+
+Tensors at every public boundary:
+- Images are (B, 3, H, W) float32 RGB in [0, 1]: `lq` at its native size, `hq` the target, `sr` the output, which is
+  exactly `scale` times `lq`. [-1, 1] exists only inside adapters, which also upsample, pad and crop.
+- Latents are (B, C, h, w) float32, already multiplied by the autoencoder's scaling factor.
+- Times `t` are (B,) int64 in [0, T), or one int for all rows.
+- Members of a group are adjacent rows (b0g0, b0g1, ..., b1g0, ...), made by `repeat` and nowhere else.
+
+An adapter writes five hooks (`_encode`, `_start`, `_predict_eps`, `_to_latents`, `_to_image`); their public namesakes
+check what they are given and then call them.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from rewardsr import schedule
+from rewardsr.draws import Source
+
+RANGE_SLACK = 1e-3  # resampling and half precision overshoot [0, 1] a little; more than this is another convention
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images and what belongs to them, row by row.
+
+    Attributes:
+        lq: (B, 3, h, w) in [0, 1].
+        hq: (B, 3, H, W) in [0, 1], or None where there is no target.
+        prompts: one text an image; None leaves the text to the adapter.
+        paths: where each image came from, for messages; may be empty.
+        extras: what a pipeline family needs besides (image embeddings, say), first dimension B.
+    """
+
+    lq: Tensor
+    hq: Tensor | None = None
+    prompts: tuple[str, ...] | None = None
+    paths: tuple[str, ...] = ()
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return int(self.lq.shape[0])
+
+    def repeat(self, group: int) -> "Batch":
+        """Every row `group` times, adjacent."""
+        return replace(
+            self,
+            lq=self.lq.repeat_interleave(group, 0),
+            hq=None if self.hq is None else self.hq.repeat_interleave(group, 0),
+            prompts=None if self.prompts is None else tuple(p for p in self.prompts for _ in range(group)),
+            paths=tuple(p for p in self.paths for _ in range(group)),
+            extras={name: value.repeat_interleave(group, 0) for name, value in self.extras.items()},
+        )
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch with its tensors on another device."""
+        return replace(
+            self,
+            lq=self.lq.to(device),
+            hq=None if self.hq is None else self.hq.to(device),
+            extras={name: value.to(device) for name, value in self.extras.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What denoising is conditioned on; every tensor has first dimension B.
+
+    Attributes:
+        text: (B, L, D) prompt embeddings.
+        latents: (B, C, h, w) latents of the upsampled and padded LQ image.
+        size: height and width of `sr` in pixels, before padding.
+        negative: (B, L, D) embeddings of the negative prompt, where guidance is used.
+        control: (B, 3, H, W) control image of ControlNet families, in [0, 1].
+        extras: anything else a family needs.
+    """
+
+    text: Tensor
+    latents: Tensor
+    size: tuple[int, int]
+    negative: Tensor | None = None
+    control: Tensor | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return int(self.latents.shape[0])
+
+    def repeat(self, group: int) -> "Condition":
+        """Every row `group` times, adjacent: the one place where groups are made."""
+        return self._map(lambda tensor: tensor.repeat_interleave(group, 0))
+
+    def rows(self, start: int, stop: int) -> "Condition":
+        """Rows start .. stop-1: a chunk of a batch that does not fit at once."""
+        return self._map(lambda tensor: tensor[start:stop])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Condition":
+        changed: dict[str, Any] = {}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, Tensor):
+                changed[entry.name] = change(value)
+            elif isinstance(value, Mapping):
+                changed[entry.name] = {name: change(tensor) for name, tensor in value.items()}
+        return replace(self, **changed)
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """Which weights an adapter stands on: resolved id or path, revision, and `rewardsr.fingerprint` of the networks."""
+
+    id: str
+    revision: str
+    fingerprint: str
+
+
+class ISRAdapter(ABC):
+    """A super-resolution pipeline, seen through five hooks.
+
+    Attributes:
+        name: registered name of the family.
+        scale: `sr` is this many times `lq`; 1 for inputs already at output size.
+        size_multiple: the upsampled image is padded (replicate) to a multiple of this many pixels.
+        alphas_cumprod: (T,) float32 noise schedule.
+        steps: times at which the network is called, first to last; one entry means one-step.
+        noise_t: a one-step model noises its start latents as of this time; None: it adds no noise.
+        networks: all networks that carry weights of the base, by component name ("unet", "vae").
+        trainable: those of them that a LoRA sits on.
+        lora_targets: for each of them the module names (suffixes) that the papers adapt.
+        base_model: which weights these are.
+        licence: licence of the base weights as far as the adapter knows.
+        guidance: the pipeline's own classifier-free guidance scale; 1 means none.
+        device, dtype: where the networks are, and in which precision they compute; the boundary is float32.
+    """
+
+    name: ClassVar[str] = ""
+    scale: int
+    size_multiple: int
+    alphas_cumprod: Tensor
+    steps: tuple[int, ...]
+    noise_t: int | None = None
+    networks: dict[str, nn.Module]
+    trainable: dict[str, nn.Module]
+    lora_targets: dict[str, Sequence[str]]
+    base_model: BaseModel
+    licence: str = "unknown"
+    guidance: float = 1.0
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def net_t(self) -> int:
+        """Time the network is told in its (last) step; a one-step model may be told less than `noise_t`."""
+        return self.steps[-1]
+
+    @property
+    def one_step(self) -> bool:
+        """Whether sampling is a single network call."""
+        return len(self.steps) == 1
+
+    # ---- the five hooks, public side ----
+
+    def encode(
+        self, batch: Batch | Tensor, prompts: Sequence[str] | None = None, generator: Source | None = None
+    ) -> Condition:
+        """What denoising is conditioned on.
+
+        Args:
+            batch: a Batch, or `lq` (B, 3, h, w) in [0, 1] to be wrapped in one with `prompts`.
+            prompts: one text an image; only with a bare `lq`.
+            generator: draws the autoencoder's posterior sample; None takes its mode.
+
+        Raises:
+            ValueError: wrong rank, channels, range or dtype, or another number of prompts than images.
+        """
+        if isinstance(batch, Tensor):
+            batch = Batch(lq=batch, prompts=None if prompts is None else tuple(prompts))
+        elif prompts is not None:
+            raise ValueError("encode: prompts go into the Batch, or beside a bare lq tensor, not both")
+        _check_image("encode: lq", batch.lq)
+        if batch.prompts is not None and len(batch.prompts) != len(batch):
+            raise ValueError(f"encode: {len(batch.prompts)} prompts for {len(batch)} images")
+        return self._encode(batch.to(self.device), generator)
+
+    def start(self, condition: Condition, generator: Source | None = None) -> Tensor:
+        """Latents (B, C, h, w) that denoising starts from: noise, noised LQ latents, or LQ latents.
+
+        Raises:
+            ValueError: the pipeline starts from noise and there is no generator.
+        """
+        if generator is None and not self.deterministic:
+            raise ValueError("start: this pipeline starts from noise; pass a generator (rewardsr.Draws)")
+        return self._start(condition, generator)
+
+    def predict_eps(self, z_t: Tensor, t: Tensor | int, condition: Condition) -> Tensor:
+        """One unguided network prediction, as noise (B, C, h, w); velocity and flow networks convert inside.
+
+        Args:
+            z_t: (B, C, h, w) float32 noisy latents.
+            t: (B,) int64 in [0, T), or an int.
+            condition: of the same rows.
+        """
+        if z_t.ndim != 4 or z_t.shape[0] != len(condition) or z_t.dtype != torch.float32:
+            raise ValueError(
+                f"predict_eps: expected float32 latents ({len(condition)}, C, h, w), got {z_t.dtype} {tuple(z_t.shape)}"
+            )
+        times = torch.as_tensor(t, dtype=torch.int64, device=z_t.device).expand(z_t.shape[0])
+        return self._predict_eps(z_t, times, condition)
+
+    def to_latents(self, image: Tensor, generator: Source | None = None) -> Tensor:
+        """Encode an image at output size, (B, 3, H, W) in [0, 1], to latents (B, C, h, w); no generator: the mode."""
+        _check_image("to_latents: image", image)
+        return self._to_latents(self.pad(image.to(self.device)), generator)
+
+    def to_image(self, z0: Tensor) -> Tensor:
+        """Decode latents (B, C, h, w) to an image (B, 3, H', W') of the padded size, unclamped: callers clamp."""
+        if z0.ndim != 4 or z0.dtype != torch.float32:
+            raise ValueError(f"to_image: expected float32 latents (B, C, h, w), got {z0.dtype} {tuple(z0.shape)}")
+        return self._to_image(z0)
+
+    # ---- the five hooks, what an adapter writes; gradients must follow ----
+
+    @abstractmethod
+    def _encode(self, batch: Batch, generator: Source | None) -> Condition: ...
+
+    @abstractmethod
+    def _start(self, condition: Condition, generator: Source | None) -> Tensor: ...
+
+    @abstractmethod
+    def _predict_eps(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor: ...
+
+    @abstractmethod
+    def _to_latents(self, image: Tensor, generator: Source | None) -> Tensor: ...
+
+    @abstractmethod
+    def _to_image(self, z0: Tensor) -> Tensor: ...
+
+    # ---- what every adapter must also say ----
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether sampling draws no noise, so that a group of samples would be copies of one."""
+        return self.one_step and self.noise_t is None
+
+    @abstractmethod
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Self:
+        """Move the networks; a LoRA stays float32."""
+
+    def enable_gradient_checkpointing(self) -> list[str]:
+        """Trade time for memory where the networks can; returns the components that cannot."""
+        return sorted(self.trainable)
+
+    def import_lora(self, path: str) -> tuple[dict[str, Tensor], int, float] | None:
+        """A LoRA in the family's released format: (tensors by our key names, rank, alpha); None if it is not one."""
+        return None
+
+    # ---- provided ----
+
+    def sample_latents(
+        self,
+        condition: Condition,
+        generator: Source | None = None,
+        steps: Sequence[int] | None = None,
+        guidance: float | None = None,
+    ) -> Tensor:
+        """Denoise from `start` to z0 (B, C, h, w); deterministic DDIM between `steps`, x0 of the last one.
+
+        Args:
+            condition: from `encode`.
+            generator: source of the start noise.
+            steps: times to call the network at; the pipeline's own by default.
+            guidance: classifier-free guidance scale; the pipeline's own by default.
+        """
+        times = tuple(steps) if steps is not None else self.steps
+        z = self.start(condition, generator)
+        for time, following in zip(times, (*times[1:], -1), strict=True):
+            z = schedule.ddim_step(z, self._guided(z, time, condition, guidance), time, following, self.alphas_cumprod)
+        return z
+
+    def decode(self, z0: Tensor, condition: Condition) -> Tensor:
+        """`sr` (B, 3, H, W) in [0, 1] at exactly the size that belongs to the LQ image."""
+        height, width = condition.size
+        return self.to_image(z0)[..., :height, :width].clamp(0, 1)
+
+    def sample(
+        self,
+        condition: Condition,
+        generator: Source | None = None,
+        steps: Sequence[int] | None = None,
+        guidance: float | None = None,
+    ) -> Tensor:
+        """`sr` (B, 3, H, W) in [0, 1]: `sample_latents`, decoded."""
+        return self.decode(self.sample_latents(condition, generator, steps, guidance), condition)
+
+    def upsample(self, lq: Tensor) -> Tensor:
+        """LQ images (B, 3, h, w) at output size, bicubic as PIL has it, in [0, 1]."""
+        if self.scale == 1:
+            return lq
+        size = (lq.shape[-2] * self.scale, lq.shape[-1] * self.scale)
+        return nn.functional.interpolate(lq, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+
+    def pad(self, image: Tensor) -> Tensor:
+        """The image padded at the bottom and right (replicate) to `size_multiple`."""
+        right, bottom = -image.shape[-1] % self.size_multiple, -image.shape[-2] % self.size_multiple
+        return nn.functional.pad(image, (0, right, 0, bottom), mode="replicate") if right or bottom else image
+
+    def _guided(self, z: Tensor, time: int, condition: Condition, guidance: float | None) -> Tensor:
+        weight = self.guidance if guidance is None else guidance
+        eps = self.predict_eps(z, time, condition)
+        if weight == 1 or condition.negative is None:
+            return eps
+        unconditional = self.predict_eps(z, time, replace(condition, text=condition.negative))
+        return unconditional + weight * (eps - unconditional)
+
+
+def _check_image(what: str, image: Tensor) -> None:
+    if image.ndim != 4 or image.shape[1] != 3 or image.dtype != torch.float32 or not image.numel():
+        raise ValueError(f"{what}: expected float32 (B, 3, H, W), got {image.dtype} {tuple(image.shape)}")
+    low, high = (float(value) for value in image.detach().aminmax())
+    if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):  # also false for NaN
+        raise ValueError(f"{what}: expected values in [0, 1], got [{low:.3g}, {high:.3g}]")

@@ -1,0 +1,273 @@
+"""The command line. It turns options into calls and results into text; everything else lives elsewhere.
+
+Heavy imports happen inside the commands, so that `--help` is quick.
+"""
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from rewardsr import __version__
+from rewardsr.errors import TrainingError, UserError
+
+app = typer.Typer(
+    name="rewardsr",
+    help="Fine-tune diffusion-based image super-resolution pipelines with image-quality rewards.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+# The disk and its rights, wherever they are noticed: nothing is wrong with the program.
+PLACE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+
+Base = Annotated[str | None, typer.Option(help="diffusers folder, Hub id, or 'embedded'")]
+AdapterName = Annotated[str, typer.Option(help="registered adapter, or module:Name")]
+AdapterOption = Annotated[list[str] | None, typer.Option("--option", help="adapter option, key=value (noise_t=250)")]
+Run = Annotated[Path | None, typer.Option(help="folder of a run: its adapter, base and LoRA are used")]
+LoraPath = Annotated[Path | None, typer.Option("--lora", help="LoRA file or folder")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
+Precision = Annotated[str, typer.Option(help="of the base: auto (bf16 on CUDA), fp32 or bf16")]
+Seed = Annotated[int, typer.Option(help="of the noise")]
+
+
+def main() -> None:
+    """Entry point: runs a command; the user's mistakes become one line and exit code 2."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        _leave(f"error: {error}", 2)
+    except TrainingError as error:
+        _leave(f"training stopped: {error}", 1)
+    except OSError as error:
+        if error.errno not in PLACE_ERRORS:
+            raise
+        _leave(f"error: {error.strerror}: '{error.filename}'" if error.filename else f"error: {error.strerror}", 2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; by name, for it may not be imported
+            raise
+        _leave("error: out of memory on the device: smaller images, --precision bf16 or --device cpu need less", 2)
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    print(" ".join(message.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def finetune(
+    recipe: Annotated[Path | None, typer.Argument(help="YAML recipe; options below override it")] = None,
+    adapter: Annotated[str | None, typer.Option(help="registered adapter, or module:Name")] = None,
+    base: Base = None,
+    trainer: Annotated[str | None, typer.Option(help="registered trainer, or module:Name")] = None,
+    data: Annotated[str | None, typer.Option(help="training folder: HQ images, or lq/ and gt/")] = None,
+    validation: Annotated[str | None, typer.Option(help="held-out folder of the same layouts")] = None,
+    rewards: Annotated[str | None, typer.Option(help="name=weight,... (psnr=0.5,musiq=0.5)")] = None,
+    output: Annotated[str | None, typer.Option(help="folder of the run")] = None,
+    steps: Annotated[int | None, typer.Option(help="optimiser steps")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="images per process and pass")] = None,
+    seed: Annotated[int | None, typer.Option(help="of everything that is drawn")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps")] = None,
+    precision: Annotated[str | None, typer.Option(help="of the base: auto (bf16 on CUDA), fp32 or bf16")] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="less memory, more time")
+    ] = None,
+    assign: Annotated[list[str] | None, typer.Option("--set", help="any key of the recipe: a.b=c")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with the run in the output folder, if there is one")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="one step: time, peak memory, what would be saved")
+    ] = False,
+) -> None:
+    """Train a LoRA for a pipeline with rewards."""
+    from rewardsr.recipe import load_recipe, parse_rewards
+
+    overrides: dict[str, Any] = {
+        "adapter": adapter,
+        "base": base,
+        "trainer": trainer,
+        "data.train": data,
+        "data.validation": validation,
+        "rewards": None if rewards is None else parse_rewards(rewards),
+        "output": output,
+        "steps": steps,
+        "batch_size": batch_size,
+        "seed": seed,
+        "device": device,
+        "precision": precision,
+        "gradient_checkpointing": gradient_checkpointing,
+    }
+    resolved = load_recipe(None if recipe is None else str(recipe), overrides, assign or [])
+    from rewardsr import api
+
+    result = api.finetune(resolved, resume=resume, dry_run=dry_run)
+    from rewardsr.training import DryRun
+
+    if isinstance(result, DryRun):
+        typer.echo(
+            f"one step: {result.seconds:.2f} s, peak memory {result.peak_gib:.2f} GiB, {result.trainable} weights train"
+        )
+        for path, size in result.would_save.items():
+            typer.echo(f"would save {path} ({size / 2**20:.1f} MiB)")
+        return
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    if not result.finished:
+        typer.echo(f"stopped after step {result.step}; go on with the same command and --resume")
+        raise typer.Exit(130)
+    from rewardsr.lora import FILE_NAME
+
+    typer.echo(f"finished {result.step} steps; LoRA: {result.output / FILE_NAME}")
+
+
+@app.command()
+def upscale(
+    inputs: Annotated[list[Path], typer.Argument(help="images, or folders of images")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder for the results")],
+    run: Run = None,
+    adapter: AdapterName = "osediff",
+    base: Base = None,
+    option: AdapterOption = None,
+    lora: LoraPath = None,
+    strength: Annotated[float, typer.Option(help="of the LoRA; 0 is the base")] = 1.0,
+    color_fix: Annotated[str, typer.Option(help="none, adain or wavelet")] = "none",
+    prompts: Annotated[
+        str, typer.Option(help="adapter, sidecar (.txt beside each image), or one text for all")
+    ] = "adapter",
+    seed: Seed = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace earlier results")] = False,
+    force_base: Annotated[bool, typer.Option("--force-base", help="load a LoRA of another base")] = False,
+) -> None:
+    """Super-resolve images, with a LoRA or without."""
+    from rewardsr import api
+    from rewardsr.pipelines import open_pipeline
+
+    pipeline = open_pipeline(run, adapter, base, option or [], lora, strength, device, precision, force_base)
+    api.upscale(
+        pipeline,
+        inputs,
+        output,
+        color_fix=color_fix,
+        prompts=prompts,
+        seed=seed,
+        overwrite=overwrite,
+        progress=lambda done, total, path: typer.echo(f"{done}/{total} {path}"),
+    )
+
+
+@app.command()
+def evaluate(
+    data: Annotated[Path, typer.Argument(help="folder of lq/ and gt/, or of HQ images")],
+    run: Run = None,
+    adapter: AdapterName = "osediff",
+    base: Base = None,
+    option: AdapterOption = None,
+    lora: LoraPath = None,
+    metrics: Annotated[str, typer.Option(help="rewards or pyiqa metrics, comma-separated")] = "psnr,ssim",
+    draws: Annotated[int, typer.Option(min=1, help="noise draws that each score averages")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="the first so many images")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="also write the scores of every image, as JSON")
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    force_base: Annotated[bool, typer.Option("--force-base", help="load a LoRA of another base")] = False,
+) -> None:
+    """Compare base and tuned pipeline on the same images and noise, with 95 % intervals."""
+    if run is None and lora is None:
+        raise UserError("evaluate compares base and tuned: give --run, or --lora")
+    from rewardsr import api, report
+    from rewardsr.files import write_text
+    from rewardsr.pipelines import open_pipeline
+
+    pipeline = open_pipeline(run, adapter, base, option or [], lora, 1.0, device, precision, force_base)
+    names = [name.strip() for name in metrics.split(",") if name.strip()]
+    found = api.evaluate(pipeline, data, names, draws_per_image=draws, seed=seed, limit=limit)
+    typer.echo(report.text(found), nl=False)
+    if output is not None:
+        write_text(output, found.to_json())
+
+
+@app.command()
+def merge(
+    output: Annotated[Path, typer.Argument(help="new folder for the merged networks, in diffusers layout")],
+    run: Run = None,
+    adapter: AdapterName = "osediff",
+    base: Base = None,
+    option: AdapterOption = None,
+    lora: LoraPath = None,
+    strength: Annotated[float, typer.Option(help="of the LoRA")] = 1.0,
+    force_base: Annotated[bool, typer.Option("--force-base", help="load a LoRA of another base")] = False,
+) -> None:
+    """Add a LoRA into its base for good; the result is used as the adapter's `weights`."""
+    from rewardsr.pipelines import merge_into, open_pipeline
+
+    pipeline = open_pipeline(run, adapter, base, option or [], lora, strength, "cpu", "fp32", force_base)
+    merge_into(pipeline, output)
+    typer.echo(f"merged networks: {output}")
+
+
+@app.command()
+def adapters() -> None:
+    """List the pipelines that can be fine-tuned."""
+    from rewardsr.pipelines import describe_adapters
+
+    for name, text in describe_adapters():
+        typer.echo(f"{name:<16} {text}")
+
+
+@app.command()
+def rewards() -> None:
+    """List the built-in rewards."""
+    from rewardsr.rewards import known
+
+    for name, kind, needs_hq, differentiable, licence in known():
+        needs = "needs HQ" if needs_hq else "no HQ"
+        typer.echo(f"{name:<16} {kind:<9} {needs:<9} {'differentiable' if differentiable else '':<15} {licence}")
+    typer.echo("any pyiqa metric id works too (musiq, maniqa, clipiqa, ...); so does module:Name")
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions and devices, and what is missing."""
+    from rewardsr.doctor import examine
+
+    for line in examine():
+        typer.echo(line)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder for everything that the demo makes")] = Path(
+        "demo-output"
+    ),
+    steps: Annotated[int | None, typer.Option(min=1, help="instead of the recipe's")] = None,
+) -> None:
+    """Fine-tune the embedded pipeline with GDPO on photographs, and look at what that did (CPU, minutes)."""
+    from rewardsr.demo.run import run_demo
+
+    run_demo(output, steps)

@@ -1,0 +1,162 @@
+"""`rewardsr demo`: the main job, small enough for a CPU and real in every part."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rewardsr import api, lora, report
+from rewardsr.adapter import Batch, ISRAdapter
+from rewardsr.data import open_data
+from rewardsr.demo.photos import write_folders
+from rewardsr.errors import UserError
+from rewardsr.evaluation import Evaluation, evaluate
+from rewardsr.files import write_text
+from rewardsr.images import read_image
+from rewardsr.recipe import Recipe, load_recipe
+from rewardsr.rewards import build
+
+RECIPE = Path(__file__).parent / "recipe.yaml"
+DRAWS = 4  # noise draws that each score averages
+# What the demo promises of the metrics that must hold, and checks.
+GUARDS = {"psnr": -0.1, "ssim": -0.005}
+TARGET = "detail"
+METRICS = (TARGET, "psnr", "ssim", "sharpness", "lq_consistency")
+
+
+def run_demo(output: Path, steps: int | None = None) -> None:
+    """Fine-tune the embedded pipeline and a shuffled control, compare both with the base, and use the LoRA.
+
+    Args:
+        output: new or empty folder for everything.
+        steps: instead of the recipe's.
+
+    Raises:
+        UserError: the folder is not empty.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"'{output}' is not empty: remove it, or choose another folder with --output")
+    began = time.perf_counter()
+    photos, tuned, control = output / "photos", output / "run", output / "control"
+    write_folders(photos)
+    recipe = demo_recipe(photos, tuned, steps)
+    print("recipe:\n" + _indent(RECIPE.read_text()))
+    print(f"fine-tuning on {photos / 'train'} ...", flush=True)
+    api.finetune(recipe)
+    print("control: the same, with the advantages dealt out at random ...", flush=True)
+    api.finetune(_shuffled(recipe, control))
+
+    rows: list[list[report.Cell]] = []
+
+    def keep(position: int, batch: Batch, base: Tensor, sr: Tensor) -> None:
+        assert batch.hq is not None
+        rows.append(report.comparison_row(batch.lq[0], base[0], sr[0], batch.hq[0], Path(batch.paths[0]).stem))
+
+    found = compare(recipe, tuned, keep)
+    dealt = compare(recipe, control)
+    report.write_grid(rows, output / "before_after.png")
+    write_text(output / "tuned.json", found.to_json())
+    write_text(output / "control.json", dealt.to_json())
+    print("\nheld-out photographs, base against tuned:\n" + _indent(report.text(found)))
+    print("held-out photographs, base against the shuffled control:\n" + _indent(report.text(dealt)))
+    print(verdict(found, dealt))
+    _in_a_fresh_process(tuned, photos, output / "upscaled", _in_this_process(recipe, tuned, photos))
+    print(f"done in {time.perf_counter() - began:.0f} s\n")
+    print(_where(output))
+
+
+def demo_recipe(photos: Path, run: Path, steps: int | None) -> Recipe:
+    """The demo's recipe for these folders."""
+    overrides: dict[str, Any] = {
+        "data.train": str(photos / "train"),
+        "data.validation": str(photos / "val"),
+        "output": str(run),
+        "steps": steps,
+    }
+    return load_recipe(str(RECIPE), overrides, [])
+
+
+def compare(recipe: Recipe, run: Path, keep: Any = None) -> Evaluation:
+    """Base against the LoRA of a run, on the held-out photographs."""
+    adapter = _adapter(recipe)
+    lora.load(adapter, run)
+    assert recipe.data.validation is not None
+    images = open_data(recipe.data.validation, scale=adapter.scale).validation()
+    rewards = {name: build(name) for name in METRICS}
+    return evaluate(adapter, images, rewards, seed=1, draws_per_image=DRAWS, on_image=keep)
+
+
+def verdict(found: Evaluation, control: Evaluation) -> str:
+    """What the two tables say, in words; nothing is claimed that they do not show."""
+    gain, drift = found.rewards[TARGET], control.rewards[TARGET]
+    lines = [
+        f"{TARGET}: {gain.difference:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]; "
+        f"shuffled control: {drift.difference:+.4f} [{drift.low:+.4f}, {drift.high:+.4f}]"
+    ]
+    beyond = gain.low > max(0.0, abs(drift.difference), abs(drift.low), abs(drift.high))
+    lines.append(f"gain beyond the control's drift: {'yes' if beyond else 'NO'}")
+    for name, floor in GUARDS.items():
+        change = found.rewards[name].difference
+        lines.append(
+            f"guard {name}: {change:+.4f}, may fall by {-floor:g}: {'held' if change >= floor else 'NOT HELD'}"
+        )
+    return "\n".join(lines)
+
+
+def _adapter(recipe: Recipe) -> ISRAdapter:
+    return api.load_adapter(recipe.adapter, recipe.base, **recipe.adapter_options)
+
+
+def _shuffled(recipe: Recipe, run: Path) -> Recipe:
+    options = {**recipe.trainer_options, "shuffle_advantages": True}
+    return recipe.model_copy(update={"trainer_options": options, "output": str(run)})
+
+
+def _in_this_process(recipe: Recipe, run: Path, photos: Path) -> list[Tensor]:
+    """What `upscale` should give for the held-out LQ photographs."""
+    from rewardsr.draws import Draws
+    from rewardsr.images import list_images
+    from rewardsr.upscaling import upscale_tensor
+
+    adapter = _adapter(recipe)
+    lora.load(adapter, run)
+    files = list_images(photos / "val" / "lq")
+    return [
+        upscale_tensor(adapter, read_image(file)[None], generator=Draws(0, 0, [index], "upscale"))[0]
+        for index, file in enumerate(files)
+    ]
+
+
+def _in_a_fresh_process(run: Path, photos: Path, output: Path, expected: list[Tensor]) -> None:
+    """Run the command that a user would, and compare its pictures with this process's."""
+    command = ["upscale", str(photos / "val" / "lq"), "--run", str(run), "--output", str(output), "--device", "cpu"]
+    print("in a fresh process: rewardsr " + " ".join(command), flush=True)
+    subprocess.run([sys.executable, "-m", "rewardsr", *command], check=True)
+    written = [read_image(path) for path in sorted(output.glob("*.png"))]
+    worst = max(float((a - b).abs().max()) for a, b in zip(written, expected, strict=True))
+    print(f"largest difference to this process: {worst * 255:.2f} of 255 (8-bit rounding is 0.5)")
+    if worst > 0.51 / 255:
+        raise RuntimeError("the reloaded LoRA gives other pictures than the one that was evaluated")
+
+
+def _where(output: Path) -> str:
+    lines = {
+        "before/after picture": output / "before_after.png",
+        "LoRA": output / "run" / lora.FILE_NAME,
+        "metrics of every step": output / "run" / "metrics.jsonl",
+        "tables, per image": output / "tuned.json",
+        "upscaled photographs": output / "upscaled",
+    }
+    listing = "\n".join(f"  {name:<22} {path}" for name, path in lines.items())
+    return (
+        f"{listing}\n\nyour own pipeline and photographs:\n"
+        "  rewardsr finetune --base FOLDER_OR_ID --set adapter_options.noise_t=250 --rewards psnr=0.5,musiq=0.5 \\\n"
+        "    --data YOUR_HQ_FOLDER --validation HELD_OUT_FOLDER --steps 1000 --output runs/first"
+    )
+
+
+def _indent(text: str) -> str:
+    return "\n".join("  " + line for line in text.splitlines())

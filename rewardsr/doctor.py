@@ -1,0 +1,56 @@
+"""What this installation has and lacks."""
+
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+from rewardsr.hub import online
+
+REQUIRED = (
+    "torch",
+    "torchvision",
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "huggingface_hub",
+    "kornia",
+)
+OPTIONAL = {
+    "pyiqa": "pyiqa metrics as rewards (its licence is non-commercial)",
+    "tensorboard": "log_with: [tensorboard]",
+    "wandb": "log_with: [wandb]",
+}
+
+
+def examine() -> Iterator[str]:
+    """Lines of the report: versions, devices, connection, and for everything missing what it is for."""
+    from rewardsr import __version__
+
+    yield f"rewardsr {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    for name in REQUIRED:
+        yield f"{name:<16} {_version(name) or 'MISSING: install rewardsr again'}"
+    for name, purpose in OPTIONAL.items():
+        yield f"{name:<16} {_version(name) or f'not installed: needed for {purpose}'}"
+    yield f"{'pkg_resources':<16} {'found' if find_spec('pkg_resources') else 'MISSING: install setuptools<81'}"
+    import torch
+
+    yield f"{'CPU':<16} {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            card = torch.cuda.get_device_properties(index)
+            bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
+            yield f"{f'cuda:{index}':<16} {card.name}, {card.total_memory / 2**30:.0f} GiB, {bf16}"
+    else:
+        yield f"{'cuda':<16} none: training at full size needs a GPU; the demo and tests run on the CPU"
+    yield f"{'mps':<16} {'found' if torch.backends.mps.is_available() else 'none'}"
+    yield f"{'Hub':<16} {'reachable' if online() else 'not reachable: local folders and the cache work'}"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,110 @@
+"""Writing so that nothing is ever half-written, and reading weights without running code."""
+
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from rewardsr.errors import UserError
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file in one step: to a temporary name beside it, flushed to the disk, then renamed.
+
+    Raises:
+        UserError: the disk is full, or the place cannot be written to; what was there before is still there.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write '{path}': {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, content: str) -> None:
+    """`write_bytes` of UTF-8 text."""
+    write_bytes(path, content.encode())
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str] | None = None) -> None:
+    """`write_bytes` of tensors in safetensors format, with text metadata in the header."""
+    write_bytes(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, header))
+
+
+def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Write a folder in one step: `fill` gets a temporary folder beside `path`, which is then renamed.
+
+    Raises:
+        UserError: the disk is full, or the place cannot be written to; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write '{path}': {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether this is a temporary file or folder of the functions above; they stay where a writer was killed."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed writers left in and below a folder."""
+    for path in [path for path in folder.rglob("*") if is_leftover(path)]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header text of a safetensors file.
+
+    Raises:
+        UserError: no such file, or it is damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"no file '{path}'")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"'{path}' is damaged or not a safetensors file: {error}") from error
+
+
+def read_pickle(path: Path) -> Any:
+    """A released torch pickle of tensors, lists and numbers; anything that would run code is refused.
+
+    Raises:
+        UserError: no such file, it is damaged, or it holds more than plain data.
+    """
+    if not path.is_file():
+        raise UserError(f"no file '{path}'")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"'{path}' holds more than tensors (it could run code), or is damaged: refused") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"'{path}' is not a readable torch file: {str(error).splitlines()[0]}") from error

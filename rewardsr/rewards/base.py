@@ -1,0 +1,38 @@
+"""What a reward is."""
+
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from rewardsr.adapter import Batch
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Scores super-resolved images: one score a sample, higher is better, never reduced over the batch.
+
+    Attributes:
+        name: what the score is called in logs and tables.
+        differentiable: whether gradients flow from the score to `sr`.
+        needs_hq: whether `batch.hq` must be there.
+        licence: SPDX id or short name of the licence of the metric and its weights.
+        kind: "fidelity" (agrees with HQ) or "detail" (looks good): the side on which attribute weighting counts it.
+    """
+
+    name: str
+    differentiable: bool
+    needs_hq: bool
+    licence: str
+    kind: str
+
+    def __call__(self, sr: Tensor, batch: Batch) -> Tensor:
+        """Score images.
+
+        Args:
+            sr: (B, 3, H, W) float32 RGB in [0, 1].
+            batch: the batch that `sr` was made from, row by row: `hq` (B, 3, H, W), `lq` (B, 3, h, w), on its device.
+
+        Returns:
+            (B,) float32 scores on sr's device.
+        """
+        ...

@@ -1,0 +1,389 @@
+"""Any metric of pyiqa as a reward: `IQA("musiq")`.
+
+pyiqa has about a hundred metrics under one roof, each with habits of its own; here every one of them gives one float32
+score a sample, higher is better, and lets gradients through where it can. pyiqa is under a non-commercial licence
+(PolyForm Noncommercial 1.0.0), which covers training with it as well; it is imported only when a metric is built.
+"""
+
+import contextlib
+import difflib
+import importlib
+import importlib.util
+import inspect
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+from torch import Tensor, nn
+
+from rewardsr import hub, plugins
+from rewardsr.adapter import Batch
+from rewardsr.errors import UserError
+from rewardsr.rewards.fidelity import target
+
+LICENCE = "PolyForm-Noncommercial-1.0.0 (pyiqa)"
+
+# What pyiqa's own table does not say, by type of network; found by reading and by running it (0.1.16).
+_LOWER_BETTER = {"DMM"}  # a distance that its table takes for a score
+_NO_GRADIENT = {"AFINE", "Compare2Score", "DMM", "Entropy", "NRQM", "PI", "PIQE", "QAlign", "QReAlign"}
+_ONE_BY_ONE = {"AFINE", "Compare2Score", "QAlign"}  # fail on a batch, or score its first image only
+_SMALLEST = {"SSIM": 11, "VIF": 33, "CW_SSIM": 64, "NIQE": 96, "PI": 96, "MS_SSIM": 161, "LIQE": 224}  # pixels
+_UNFIT = {
+    "FID": "it compares sets of images, not single ones",
+    "InceptionScore": "it judges sets of images, not single ones",
+    "CLIPScore": "it needs captions",
+}
+_BEHIND_KWARGS = {"PSNR": ("color_space", "data_range", "eps")}  # options that a signature does not show
+_CROPS = ("test_sample", "crops", "num_crop")  # what networks call the number of crops that they average over
+
+
+class IQA:
+    """A pyiqa metric as a reward.
+
+    Metrics where lower is better are negated, images are clamped to [0, 1] and scored in float32 whatever autocast
+    says, and metrics that give one number for a whole batch are called image by image. Full-reference metrics compare
+    with HQ and count as fidelity, no-reference ones as detail. Attributes are those of `Reward`.
+    """
+
+    def __init__(
+        self, metric: str, weights: str | Path | None = None, crops: int | None = None, **options: Any
+    ) -> None:
+        """Build the metric; weights come from the caches of pyiqa, torch and the Hub, else are downloaded.
+
+        Args:
+            metric: pyiqa's id: "musiq", "maniqa" (trained on KonIQ; "maniqa-pipal" is another scale), "lpips", ...
+            weights: file to use in place of a download: all of the metric's weights (.pth, .pt or .safetensors, read
+                without running code in it), NIQE's .mat, or for "clipiqa" the CLIP file.
+            crops: over how many crops a network averages that does (maniqa: 20); its time grows with them. They lie on
+                a square grid from the top left, and only square numbers fill it.
+            options: of the metric's network ("color_space" of psnr and ssim, "backbone" of the CLIP metrics, ...).
+
+        Raises:
+            UserError: unknown metric or option, pyiqa missing, weights that cannot be had, read or fitted.
+        """
+        entry = _entry(metric)
+        self._type = str(entry["metric_opts"]["type"])
+        self._metric_id = metric
+        self.name = f"iqa:{metric}" if metric in plugins.names("rewards") else metric
+        self.licence = LICENCE
+        self.needs_hq = entry.get("metric_mode") == "FR"
+        self.kind = "fidelity" if self.needs_hq else "detail"
+        # pyiqa's metrics of faces cut a detected face out of one image, by way of numpy.
+        self.differentiable = self._type not in _NO_GRADIENT and "-face" not in metric
+        self._one_by_one = self._type in _ONE_BY_ONE or "-face" in metric
+        self._sign = -1.0 if _lower_better(entry) else 1.0
+        self._metric = _build(
+            metric, self._type, None if weights is None else Path(weights).expanduser(), crops, options
+        )
+        self._device = torch.device("cpu")
+
+    def __call__(self, sr: Tensor, batch: Batch) -> Tensor:
+        """Score images; gradients reach `sr` if the metric is differentiable.
+
+        Args:
+            sr: (B, 3, H, W) RGB; clamped to [0, 1].
+            batch: its `hq` (B, 3, H, W) is used by full-reference metrics.
+
+        Returns:
+            (B,) float32 in the metric's own units, negated where lower is better; on the device of `sr`.
+
+        Raises:
+            UserError: images too small for the metric, or no HQ images for a full-reference one.
+            ValueError: HQ images of another shape than `sr`.
+        """
+        hq = target(self.name, sr, batch) if self.needs_hq else None
+        smallest = _SMALLEST.get(self._type, 1)
+        if min(sr.shape[-2:]) < smallest:
+            size = f"{sr.shape[-1]}x{sr.shape[-2]}"
+            raise UserError(f"metric '{self.name}' needs images of at least {smallest} pixels a side, not {size}")
+        if sr.device != self._device:
+            self._metric.to(sr.device)
+            self._device = sr.device
+        # With as_loss pyiqa switches gradients on, without it off, whatever the caller has set.
+        self._metric.as_loss = self.differentiable and torch.is_grad_enabled() and sr.requires_grad
+        try:
+            with torch.autocast(sr.device.type, enabled=False):
+                return self._sign * self._scores(sr, hq).float()
+        except (RuntimeError, AssertionError) as error:
+            error.add_note(f"in metric '{self.name}' on images {tuple(sr.shape)}")
+            raise
+
+    def _scores(self, sr: Tensor, hq: Tensor | None) -> Tensor:
+        if not self._one_by_one:
+            scores = self._run(sr, hq)
+            if scores.numel() == len(sr):
+                return scores.reshape(-1)
+            if scores.numel() != 1:
+                raise ValueError(f"metric '{self.name}' gave {tuple(scores.shape)} for {len(sr)} images")
+            self._one_by_one = True
+        rows = [self._run(sr[i : i + 1], None if hq is None else hq[i : i + 1]) for i in range(len(sr))]
+        return torch.cat([row.reshape(1) for row in rows])
+
+    def _run(self, sr: Tensor, hq: Tensor | None) -> Tensor:
+        # clamp makes copies, and must: some networks normalise their input in place.
+        images = [image.float().clamp(0, 1) for image in (sr, hq) if image is not None]
+        scores = self._metric(*images)
+        return scores[0] if isinstance(scores, tuple) else scores
+
+
+@cache
+def metrics() -> dict[str, dict[str, Any]]:
+    """pyiqa's table of metrics by id, read without importing pyiqa (that takes seconds).
+
+    Raises:
+        UserError: pyiqa is not installed.
+    """
+    spec = importlib.util.find_spec("pyiqa")
+    if spec is None or spec.origin is None:
+        raise UserError(
+            "this reward needs pyiqa: pip install pyiqa (licence PolyForm Noncommercial 1.0.0: no commercial use)"
+        )
+    table = importlib.util.spec_from_file_location(
+        "_rewardsr_pyiqa_table", Path(spec.origin).with_name("default_model_configs.py")
+    )
+    assert table is not None and table.loader is not None  # of a path ending in .py there always is one
+    module = importlib.util.module_from_spec(table)
+    table.loader.exec_module(module)
+    return dict(module.DEFAULT_CONFIGS)
+
+
+def _entry(metric: str) -> dict[str, Any]:
+    table = metrics()
+    if metric not in table:
+        close = difflib.get_close_matches(metric, table, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else "see pyiqa.list_models()"
+        raise UserError(f"pyiqa has no metric '{metric}': {hint}")
+    entry = table[metric]
+    reason = "it ranks pairs of images" if metric == "fgresq_pair" else _UNFIT.get(entry["metric_opts"]["type"])
+    if reason is not None:
+        raise UserError(f"metric '{metric}' cannot be a reward: {reason}")
+    return entry
+
+
+def _lower_better(entry: dict[str, Any]) -> bool:
+    return bool(entry.get("lower_better", False)) or entry["metric_opts"]["type"] in _LOWER_BETTER
+
+
+# ---- building a metric: options, then weights ----
+
+
+def _build(metric: str, kind: str, weights: Path | None, crops: int | None, options: dict[str, Any]) -> Any:
+    parameters = _network_parameters(metric, kind)
+    options = {**_checked(metric, kind, options, parameters), **_crop_option(metric, crops, parameters)}
+    with _quiet(), torch.random.fork_rng(devices=[]):  # random start weights must not shift the caller's draws
+        if weights is None:
+            return _frozen(_from_cache_or_download(metric, options))
+        if not weights.is_file():
+            raise UserError(f"metric '{metric}': no weights file '{weights}'")
+        return _frozen(_from_file(metric, kind, weights, options, parameters))
+
+
+def _frozen(metric: Any) -> Any:
+    return metric.eval().requires_grad_(False)
+
+
+def _network_parameters(metric: str, kind: str) -> set[str]:
+    """Options of the network behind a metric."""
+    try:
+        with _quiet():
+            archs = importlib.import_module("pyiqa.archs")
+            registry = importlib.import_module("pyiqa.utils.registry").ARCH_REGISTRY
+            load = getattr(archs, "_lazy_import_arch", None)  # recent versions import a network's module when it is due
+            if load is not None:
+                load(kind)
+            network = registry.get(kind)
+    except Exception as error:  # its dependencies are many, and fail in many ways
+        raise UserError(f"metric '{metric}': pyiqa does not import here: {_line(error)}") from error
+    signature = inspect.signature(network.__init__).parameters.values()
+    named = {p.name for p in signature if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)} - {"self"}
+    return named | set(_BEHIND_KWARGS.get(kind, ()))
+
+
+def _checked(metric: str, kind: str, options: dict[str, Any], parameters: set[str]) -> dict[str, Any]:
+    # Files named that way would be read as pickles that may run code; `weights` is the way to give one.
+    allowed = sorted(parameters - {"pretrained_model_path"})
+    for name in options:
+        if name not in allowed:
+            close = difflib.get_close_matches(name, [*allowed, "weights", "crops"], n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"known: weights, crops, {', '.join(allowed)}"
+            raise UserError(f"metric '{metric}' has no option '{name}': {hint}")
+    return options
+
+
+def _crop_option(metric: str, crops: int | None, parameters: set[str]) -> dict[str, Any]:
+    if crops is None:
+        return {}
+    name = next((name for name in _CROPS if name in parameters), None)
+    if name is None:
+        raise UserError(f"metric '{metric}' does not average over crops: drop the option 'crops'")
+    if crops < 1:
+        raise UserError(f"metric '{metric}': crops must be 1 or more, not {crops}")
+    return {name: crops}
+
+
+def _create(metric: str, options: dict[str, Any]) -> Any:
+    # On the CPU, for pyiqa loses track of its device otherwise when it is moved later.
+    pyiqa = importlib.import_module("pyiqa")
+    return pyiqa.create_metric(metric, as_loss=True, loss_reduction="none", device="cpu", **options)
+
+
+def _from_cache_or_download(metric: str, options: dict[str, Any]) -> Any:
+    """First without network, so that cached weights never wait for a connection; then, if there is one, with it."""
+    asked: list[str] = []
+    try:
+        with _no_downloads(asked):
+            return _create(metric, options)
+    except Exception as error:  # what a missing file looks like depends on the metric
+        if not asked and not isinstance(error, OSError):
+            raise UserError(f"metric '{metric}' cannot be built: {_line(error)}") from error
+        if not hub.online():
+            wanted = f" ({asked[-1].rsplit('/', 1)[-1]})" if asked else ""
+            raise UserError(
+                f"metric '{metric}': its weights{wanted} are in no cache here, and there is no connection "
+                "(or HF_HUB_OFFLINE is set) to fetch them: connect once, or give weights=FILE"
+            ) from error
+    try:
+        return _create(metric, options)
+    except Exception as error:
+        raise UserError(f"metric '{metric}': its weights could not be fetched: {_line(error)}") from error
+
+
+def _from_file(metric: str, kind: str, weights: Path, options: dict[str, Any], parameters: set[str]) -> Any:
+    """Build from one local file; nothing is fetched."""
+    state: dict[str, Tensor] | None = None
+    if kind == "CLIPIQA" and metric == "clipiqa":  # has no weights besides CLIP's
+        options = {**options, "backbone": str(weights)}
+    elif weights.suffix == ".mat" and "pretrained_model_path" in parameters:
+        options = {**options, "pretrained_model_path": str(weights)}
+    elif "pretrained" in parameters:
+        state = _read(metric, weights)
+        options = {**options, "pretrained": False}
+        if metric == "musiq-ava":  # pyiqa infers the ten classes of AVA from the download only
+            options = {"num_class": 10, **options}
+    else:
+        raise UserError(f"metric '{metric}' takes no weights file: drop the option 'weights'")
+    try:
+        with _no_downloads([]), _untrained_backbones():
+            built = _create(metric, options)
+    except Exception as error:
+        raise UserError(f"metric '{metric}' cannot be built from '{weights}' alone: {_line(error)}") from error
+    if state is not None:
+        _load(metric, built.net, state, weights)
+    return built
+
+
+# ---- files ----
+
+
+def _read(metric: str, path: Path) -> dict[str, Tensor]:
+    """Tensors of a file by name; nothing that the file may contain is run."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpicklers raise whatever they stumble over in a damaged file
+        raise UserError(
+            f"metric '{metric}': '{path}' is damaged or holds more than tensors, and is not run: {_line(error)}"
+        ) from error
+    if isinstance(content, dict):
+        content = next(
+            (content[key] for key in ("params", "state_dict") if isinstance(content.get(key), dict)), content
+        )
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"metric '{metric}': '{path}' holds no state dict (tensors by name)")
+    bad = [name for name, value in content.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise UserError(f"metric '{metric}': '{path}' holds values that are not finite, in {bad[0]}")
+    return {str(name).removeprefix("module."): value for name, value in content.items()}
+
+
+def _load(metric: str, network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    own = network.state_dict()
+    wrong = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unknown": sorted(state.keys() - own.keys()),
+        "of another shape": sorted(n for n in own.keys() & state.keys() if own[n].shape != state[n].shape),
+    }
+    faults = [f"{len(names)} {what} ({names[0]}, ...)" for what, names in wrong.items() if names]
+    if faults:
+        raise UserError(f"metric '{metric}': the weights in '{path}' do not fit: {', '.join(faults)}")
+    network.load_state_dict(state, strict=True)
+
+
+# ---- what is changed around pyiqa, openly, and only while a metric is built ----
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without its prints and the warnings of its dependencies."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def _swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextlib.contextmanager
+def _no_downloads(asked: list[str]) -> Iterator[None]:
+    """Caches only: what would be downloaded fails at once, and its address is added to `asked`.
+
+    The Hub's client is told to be offline (it retries for up to 50 seconds otherwise); pyiqa, torch and CLIP download
+    with urllib, which knows no such switch and waits long where packets are dropped.
+    """
+    import urllib.request
+
+    import huggingface_hub.constants
+    import huggingface_hub.utils
+
+    def refuse(url: Any, *_: Any, **__: Any) -> Any:
+        asked.append(str(getattr(url, "full_url", url)))
+        raise URLError("downloads are switched off")
+
+    forget: Callable[[], None] = getattr(huggingface_hub.utils, "reset_sessions", lambda: None)
+    forget()  # versions before 1.0 keep sessions that have decided on offline or not
+    try:
+        with (
+            _swapped(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
+            _swapped(urllib.request, "urlopen", refuse),
+            _swapped(torch.hub, "urlopen", refuse),
+        ):
+            yield
+    finally:
+        forget()
+
+
+@contextlib.contextmanager
+def _untrained_backbones() -> Iterator[None]:
+    """timm networks without their own weights: the file that is loaded afterwards holds them.
+
+    pyiqa asks timm for trained backbones in any case, even when it replaces every weight a moment later.
+    """
+    import timm
+
+    create = timm.create_model
+
+    def untrained(*args: Any, **kwargs: Any) -> Any:
+        return create(*args, **{**kwargs, "pretrained": False})
+
+    with _swapped(timm, "create_model", untrained):
+        yield
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

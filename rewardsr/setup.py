@@ -1,0 +1,186 @@
+"""From a recipe to everything that training needs, cheap checks first: bad input is refused before any long work."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+
+from rewardsr import lora
+from rewardsr import recipe as recipes
+from rewardsr.adapter import ISRAdapter
+from rewardsr.api import adapter_options, load_adapter
+from rewardsr.data import Data, is_paired, open_data
+from rewardsr.degrade import Light
+from rewardsr.errors import UserError
+from rewardsr.files import is_leftover
+from rewardsr.plugins import resolve
+from rewardsr.recipe import LightRecipe, Recipe
+from rewardsr.rewards import build
+from rewardsr.rewards.base import Reward
+from rewardsr.runlog import check_trackers
+from rewardsr.trainers.base import Method
+
+RECIPE = "recipe.yaml"
+DECODE_UP_TO = 2000  # training images; decoding more of them beforehand would itself be long work
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run works with.
+
+    Attributes:
+        recipe: resolved and checked.
+        accelerator: processes and device.
+        adapter: the pipeline with our LoRA attached.
+        method: the trainer.
+        data: training images.
+        validation: held-out images, if any.
+        metrics: rewards and guards, by name; all are logged at validation.
+        notes: what the user should know before it begins.
+    """
+
+    recipe: Recipe
+    accelerator: Accelerator
+    adapter: ISRAdapter
+    method: Method
+    data: Data
+    validation: Data | None
+    metrics: dict[str, Reward]
+    notes: tuple[str, ...]
+
+
+def set_up(recipe: Recipe) -> Setup:
+    """Load and check everything, in the order of what it costs.
+
+    Raises:
+        UserError: anything in the recipe that cannot be had or does not fit.
+    """
+    check_trackers(list(recipe.log_with))
+    device, dtype = choose_device(recipe.device, recipe.precision)
+    method_kind = resolve("trainers", recipe.trainer)
+    if not hasattr(method_kind, "Options"):
+        raise UserError(f"trainer '{recipe.trainer}' is no training method (see rewardsr.trainers.base.Method)")
+    options = recipes.parse(method_kind.Options, recipe.trainer_options, "trainer_options")
+    # Known before the pipeline is loaded, so that the data can be checked first.
+    scale = adapter_options(recipe.adapter, recipe.adapter_options).get("scale", 4)
+    train, validation = open_folders(recipe, scale)
+    rewards = {entry.name: build(entry.name, **entry.options) for entry in recipe.rewards}
+    guards = {name: build(name) for name in recipe.guards if name not in rewards}
+    notes = [f"device {device}, base in {str(dtype).removeprefix('torch.')}, LoRA in float32"]
+    if len(train) <= DECODE_UP_TO:
+        train.check()
+    else:
+        notes.append(
+            f"{len(train)} training images: headers were checked, a damaged file stops the run when its turn comes"
+        )
+    if validation is not None:
+        validation.check()
+    adapter = load_adapter(recipe.adapter, recipe.base, device=device, dtype=dtype, **recipe.adapter_options)
+    if adapter.scale != scale:  # an adapter whose scale is no option of its `load`
+        train, validation = open_folders(recipe, adapter.scale)
+    _attach(adapter, recipe)
+    if recipe.gradient_checkpointing:
+        notes += [
+            f"gradient checkpointing: {name} cannot, and goes without"
+            for name in adapter.enable_gradient_checkpointing()
+        ]
+    steering = {entry.name: entry.weight for entry in recipe.rewards if entry.weight > 0}
+    method = method_kind(adapter, {name: rewards[name] for name in steering}, steering, options)
+    return Setup(recipe, _accelerator(device), adapter, method, train, validation, rewards | guards, tuple(notes))
+
+
+def open_folders(recipe: Recipe, scale: int) -> tuple[Data, Data | None]:
+    """Training and held-out images; folders of pairs are taken as they are, HQ folders are degraded."""
+    folder = recipe.data
+    train = open_data(
+        folder.train,
+        scale=scale,
+        crop=folder.crop,
+        degradation=degradation_for(folder.train, folder.degradation, scale),
+        prompts=folder.prompts,
+        flips=folder.flip,
+    )
+    if folder.validation is None:
+        return train, None
+    held_out = degradation_for(folder.validation, folder.degradation, scale)
+    return train, open_data(folder.validation, scale=scale, degradation=held_out, prompts=folder.prompts)
+
+
+def degradation_for(path: str, options: LightRecipe, scale: int) -> Light | None:
+    """The built-in degradation for a folder of HQ images; None for a folder of pairs."""
+    if is_paired(path):
+        return None
+    try:
+        return Light(blur=options.blur, noise=options.noise, quality=options.quality, scale=scale)
+    except ValueError as error:
+        raise UserError(f"data.degradation: {error}") from error
+
+
+def choose_device(device: str, precision: str) -> tuple[torch.device, torch.dtype]:
+    """The device, and the precision that the base computes in there.
+
+    Raises:
+        UserError: a device that this machine or this build of torch does not have.
+    """
+    if precision not in ("auto", "fp32", "bf16"):
+        raise UserError(f"unknown precision '{precision}': choose auto, fp32 or bf16")
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        device = next(name for name, there in available.items() if there)
+    if device not in available:
+        raise UserError(f"unknown device '{device}': choose auto, {', '.join(sorted(available))}")
+    if not available[device]:
+        raise UserError(
+            f"device {device} was asked for, but torch {torch.__version__} finds none: use --device cpu, or auto"
+        )
+    chosen = torch.device(device)
+    if device == "cuda":  # each process of a launch has its own
+        import os
+
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(chosen)
+    if precision == "auto":
+        precision = "bf16" if device == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return chosen, torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def check_output(recipe: Recipe, resume: bool) -> None:
+    """Refuse a folder that holds something else than the run to be resumed.
+
+    Raises:
+        UserError: it does; or the recipe of the run there is another one.
+    """
+    run = Path(recipe.output)
+    if run.exists() and not run.is_dir():
+        raise UserError(f"output '{run}' is a file")
+    if not run.exists() or all(is_leftover(entry) for entry in run.iterdir()):
+        return
+    if not (run / RECIPE).is_file():
+        raise UserError(f"output '{run}' is not empty and holds no run: choose another folder")
+    if not resume:
+        raise UserError(
+            f"output '{run}' holds a run already: choose another folder, or continue that one with --resume"
+        )
+    other = recipes.load_recipe(str(run / RECIPE), {}, [])
+    different = recipes.differences(recipe, other)
+    if different:
+        raise UserError(
+            f"the run in '{run}' has another recipe (differs in: {', '.join(different)}); resume it unchanged"
+        )
+
+
+def _accelerator(device: torch.device) -> Accelerator:
+    """accelerate has one state a process: a second run there, on another device, needs a fresh one."""
+    if PartialState._shared_state and PartialState().device.type != device.type:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=device.type == "cpu")
+
+
+def _attach(adapter: ISRAdapter, recipe: Recipe) -> None:
+    """Our LoRA: a fresh one, or one to start from."""
+    if recipe.lora.init is None:
+        lora.attach(adapter, recipe.lora.rank, recipe.lora.alpha, recipe.seed)
+    else:
+        lora.load(adapter, recipe.lora.init)

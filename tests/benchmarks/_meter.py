@@ -1,0 +1,270 @@
+"""Measuring the parts of a real GDPO step: its own calls are wrapped, nothing of it is written again."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from rewardsr.adapter import ISRAdapter
+from rewardsr.trainers.gdpo import GDPO
+
+PARTS = (
+    *("text", "LQ encode", "group sampling", "decode", "re-encode"),
+    *("policy forward", "policy backward", "reference forward"),
+)
+REWARDS, REST = "rewards", "all else"
+
+
+class Meter:
+    """Time, memory and floating-point operations by part.
+
+    Time is exclusive: what a part calls that is a part itself is not counted twice. On CUDA the device is waited for
+    at every border, so the sum is a little more than an undisturbed step; compare with that.
+
+    Args:
+        device: what to wait for, and whose memory to watch.
+        count: count operations instead of taking the time (counting is slow).
+    """
+
+    def __init__(self, device: torch.device, count: bool = False) -> None:
+        self._cuda, self._count, self._device = device.type == "cuda", count, device
+        self.seconds: dict[str, float] = {}
+        self.flops: dict[str, int] = {}
+        self.peak: dict[str, int] = {}
+        self.calls: dict[str, int] = {}
+        self._open: list[str] = [REST]
+        self._since = 0.0
+
+    def begin(self) -> None:
+        """Start the clock of a step; everything outside of the parts is "all else"."""
+        self.seconds, self.calls = {}, {}
+        self._open = [REST]
+        self._since = self._now()
+
+    def end(self) -> dict[str, float]:
+        """Stop it; seconds by part."""
+        self._charge()
+        return dict(self.seconds)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """What happens inside belongs to this part."""
+        self._charge()
+        self._open.append(name)
+        self.calls[name] = self.calls.get(name, 0) + 1
+        try:
+            if self._count:
+                with FlopCounterMode(display=False) as counter:
+                    yield
+                self.flops[name] = self.flops.get(name, 0) + counter.get_total_flops()
+            else:
+                yield
+        finally:
+            self._charge()
+            self._open.pop()
+
+    def _charge(self) -> None:
+        now, name = self._now(), self._open[-1]
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        if self._cuda:
+            self.peak[name] = max(self.peak.get(name, 0), torch.cuda.max_memory_allocated(self._device))
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._since = self._now()
+
+    def _now(self) -> float:
+        if self._cuda:
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+@contextmanager
+def watched(adapter: Any, method: GDPO, meter: Meter, around: Callable[[Any], Any] | None = None) -> Iterator[None]:
+    """Inside, every network pass of the method reports to the meter.
+
+    Args:
+        adapter: of the Stable Diffusion family.
+        method: GDPO on that adapter.
+        meter: where to report.
+        around: changes each of the wrapped hooks once more, from inside (`on_meta`).
+    """
+    state = {"preparing": False, "encoding": False}
+    change = around or (lambda hook: hook)
+
+    def flagged(function: Any, flag: str) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            state[flag] = True
+            try:
+                return function(*arguments, **options)
+            finally:
+                state[flag] = False
+
+        return call
+
+    def timed(function: Any, name: Callable[[], str]) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            with meter.part(name()):
+                return function(*arguments, **options)
+
+        return call
+
+    def prediction() -> str:
+        if state["preparing"]:
+            return "group sampling"
+        return "policy forward" if torch.is_grad_enabled() else "reference forward"
+
+    hooks = {
+        "_text": lambda: "text",
+        "_to_latents": lambda: "LQ encode" if state["encoding"] else "re-encode",
+        "_to_image": lambda: "decode",
+        "_predict_eps": prediction,
+    }
+    for name, part in hooks.items():
+        setattr(adapter, name, timed(change(getattr(adapter, name)), part))
+    adapter._encode = flagged(adapter._encode, "encoding")
+    method.prepare = flagged(method.prepare, "preparing")  # type: ignore[method-assign]
+    rewards = dict(method.rewards)
+    method.rewards = {name: timed(reward, lambda: REWARDS) for name, reward in rewards.items()}
+    for name, reward in rewards.items():  # what GDPO looks at besides calling them
+        method.rewards[name].kind = reward.kind
+    backward, gradients = Tensor.backward, torch.autograd.grad
+    Tensor.backward = timed(backward, lambda: "policy backward")  # type: ignore[method-assign]
+    torch.autograd.grad = timed(gradients, lambda: "policy backward")
+    try:
+        yield
+    finally:
+        Tensor.backward, torch.autograd.grad = backward, gradients  # type: ignore[method-assign]
+        method.rewards = rewards
+        for name in (*hooks, "_encode"):
+            delattr(adapter, name)
+        del method.prepare  # type: ignore[method-assign]
+
+
+# ---- counting without memory ----
+
+
+class _Out(torch.autograd.Function):
+    """From the meta device, which has shapes and no values, to numbers on the CPU; gradients go back to shapes."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return torch.rand(tensor.shape, generator=torch.Generator().manual_seed(tensor.numel()))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0].to("meta")
+
+
+def on_meta(adapter: Any) -> Callable[[Any], Any]:
+    """For `watched`: hooks of an adapter whose networks are on the meta device, in a step that runs on the CPU.
+
+    The step's own decisions need numbers (are scores finite, is there a spread), so noise is what networks give it;
+    the cost of a network does not depend on values.
+    """
+    adapter._text_encoder.to = lambda *_: adapter._text_encoder  # it has nothing that could be moved
+
+    def inward(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to("meta")
+        return value._map(lambda tensor: tensor.to("meta")) if hasattr(value, "_map") else value
+
+    def around(hook: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            if hook.__name__ == "_text":  # it sends the tokens to the device by itself
+                adapter.device = torch.device("meta")
+            try:
+                return _Out.apply(hook(*(inward(value) for value in arguments)))
+            finally:
+                adapter.device = torch.device("cpu")
+
+        return call
+
+    return around
+
+
+# ---- what to compare with ----
+
+
+def unit_flops(adapter: Any, side: int) -> dict[str, int]:
+    """Operations of one pass of each network on one image; the adapter's networks are on the meta device."""
+    from rewardsr import lora
+
+    unet, vae, text = adapter.unet, adapter.vae, adapter._text_encoder
+    latent = torch.empty(1, 4, side // adapter.size_multiple, side // adapter.size_multiple, device="meta")
+    words = torch.empty(1, 77, text.config.hidden_size, device="meta")
+    time_step = torch.zeros(1, dtype=torch.int64, device="meta")
+
+    def cost(function: Callable[[], Any]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            function()
+        return int(counter.get_total_flops())
+
+    found = {}
+    with torch.no_grad():
+        found["text"] = cost(lambda: text(torch.zeros(1, 77, dtype=torch.int64, device="meta")))
+        found["encode"] = cost(lambda: vae.encode(torch.empty(1, 3, side, side, device="meta")))
+        found["decode"] = cost(lambda: vae.decode(latent))
+        with lora.reference(adapter):
+            found["reference"] = cost(lambda: unet(latent, time_step, words))
+    outputs: list[Tensor] = []
+    found["policy"] = cost(lambda: outputs.append(unet(latent, time_step, words).sample))
+    found["backward"] = cost(lambda: outputs[0].square().mean().backward())
+    for parameter in lora.parameters(adapter).values():
+        parameter.grad = None
+    return found
+
+
+def floor(units: dict[str, int], images: int, group: int, preference: str, shared_noise: bool) -> dict[str, int]:
+    """Operations that the method's maths needs, by part: METHODS' sum of unit costs, and nothing else."""
+    outputs, passes = images * group, images if shared_noise else images * group
+    needed = {
+        "text": images * units["text"],
+        "LQ encode": images * units["encode"],
+        "group sampling": outputs * units["reference"],
+        "decode": outputs * units["decode"],
+        "re-encode": outputs * units["encode"],
+        "policy forward": passes * units["policy"],
+        "policy backward": passes * units["backward"],
+        "reference forward": passes * units["reference"],
+    }
+    if preference == "conditional":
+        del needed["re-encode"]
+    return needed
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s of a large square matrix product, the best of several: what a device can do at most."""
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(10):
+        if device.type == "cuda":
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            a @ b
+            stop.record()
+            stop.synchronize()
+            seconds.append(start.elapsed_time(stop) / 1000)
+        else:
+            began = time.perf_counter()
+            a @ b
+            seconds.append(time.perf_counter() - began)
+    return 2 * side**3 / min(seconds) / 1e12
+
+
+def medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    """Median seconds of each part over several steps."""
+    names = dict.fromkeys(name for run in runs for name in run)
+    return {name: statistics.median(run.get(name, 0.0) for run in runs) for name in names}
+
+
+def reset(adapter: ISRAdapter) -> None:
+    """Drop gradients, which a count on the meta device leaves behind."""
+    from rewardsr import lora
+
+    for parameter in lora.parameters(adapter).values():
+        parameter.grad = None

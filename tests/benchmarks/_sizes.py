@@ -1,0 +1,137 @@
+"""Pipelines of random weights, made in memory where they are to run: a tiny one, and one of SD 2.1's size."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewardsr import schedule
+from rewardsr.adapters import _stable_diffusion as family
+from rewardsr.adapters.osediff import OSEDiff
+from rewardsr.quiet import hush
+
+PARAMETERS = {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840}  # of SD 2.1-base
+LENGTH = 77  # tokens of a prompt
+
+_SD21: dict[str, dict[str, Any]] = {
+    "unet": {
+        "sample_size": 64,
+        "down_block_types": (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+        "block_out_channels": (320, 640, 1280, 1280),
+        "attention_head_dim": (5, 10, 20, 20),  # heads, in spite of the name
+        "cross_attention_dim": 1024,
+        "use_linear_projection": True,
+    },
+    "vae": {
+        "block_out_channels": (128, 256, 512, 512),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        "sample_size": 768,
+    },
+    "text_encoder": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 23,
+        "num_attention_heads": 16,
+        "hidden_act": "gelu",
+    },
+}
+_TINY: dict[str, dict[str, Any]] = {
+    "unet": {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "attention_head_dim": (2, 4),
+        "cross_attention_dim": 32,
+        "use_linear_projection": True,
+        "norm_num_groups": 8,
+    },
+    "vae": {
+        "block_out_channels": (16, 16, 32, 32),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 8,
+    },
+    "text_encoder": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 514,
+        "bos_token_id": 512,
+        "eos_token_id": 513,
+    },
+}
+SIZES = {"tiny": _TINY, "sd21": _SD21}
+
+
+class _Tokenizer:
+    """Token numbers without a vocabulary: what they are makes no difference to the cost."""
+
+    model_max_length = LENGTH
+
+    def __init__(self, vocabulary: int) -> None:
+        self._vocabulary = vocabulary
+
+    def __call__(self, prompts: list[str], **_: Any) -> SimpleNamespace:
+        rows = [[(sum(map(ord, prompt)) + place) % self._vocabulary for place in range(LENGTH)] for prompt in prompts]
+        return SimpleNamespace(input_ids=torch.tensor(rows))
+
+
+def pipeline(size: str, device: torch.device, dtype: torch.dtype, fingerprint: bool = True) -> OSEDiff:
+    """GDPO-SR's noise-aware one-step pipeline (`noise_t=250, net_t=100`, scale 4) with random weights.
+
+    Args:
+        size: "tiny" or "sd21".
+        device: where the networks are made; the text encoder then moves to the CPU, where adapters keep it.
+        dtype: of UNet and autoencoder.
+        fingerprint: weights on the meta device have no values to take one of.
+    """
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    hush()
+    config, alphas = SIZES[size], schedule.alphas_cumprod(0.00085, 0.012, 1000)
+    with torch.device(device):
+        text = CLIPTextModel(CLIPTextConfig(**config["text_encoder"]))
+        parts = family.Parts(
+            unet=diffusers.UNet2DConditionModel(**config["unet"]),
+            vae=diffusers.AutoencoderKL(**config["vae"]),
+            text_encoder=text if device.type == "meta" else text.to("cpu"),
+            tokenizer=_Tokenizer(text.config.vocab_size),
+            alphas_cumprod=alphas,
+            prediction_type="epsilon",
+            path=None,  # type: ignore[arg-type]
+            revision="random",
+        )
+    original = family.fingerprint
+    family.fingerprint = original if fingerprint else lambda networks: "none"
+    try:
+        adapter = OSEDiff(parts, f"random weights of size {size}", noise_t=250, net_t=100)
+    finally:
+        family.fingerprint = original
+    return adapter if device.type == "meta" else adapter.to(device, dtype)
+
+
+def parameter_counts(adapter: OSEDiff) -> dict[str, int]:
+    """Number of weights of each network, without a LoRA."""
+    networks = {**adapter.networks, "text_encoder": adapter._text_encoder}
+    return {
+        name: sum(p.numel() for key, p in network.named_parameters() if "lora_" not in key)
+        for name, network in networks.items()
+    }
+
+
+def images(count: int, side: int, seed: int) -> Tensor:
+    """Smooth noise, (count, 3, side, side) in [0, 1]."""
+    random = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, max(1, side // 8), max(1, side // 8), generator=random)
+    smooth = torch.nn.functional.interpolate(coarse, (side, side), mode="bilinear")
+    return (smooth + 0.05 * torch.randn(count, 3, side, side, generator=random)).clamp(0, 1)

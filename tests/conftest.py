@@ -1,0 +1,97 @@
+"""Shared set-up: nothing is fetched, and numbers do not depend on how many cores there are."""
+
+import errno
+import os
+import socket
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it once
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """Folder of the reference vectors."""
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def tiny() -> str:
+    """A tiny Stable Diffusion 2.1 of random weights, in diffusers' folder layout."""
+    return str(DATA / "tiny_sd21")
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Loads the vectors that were measured on an original implementation, by name."""
+    return lambda name: load_file(DATA / f"{name}.safetensors")
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    """The shipped tiny pipeline: smaller than `tiny`, four pixels to a latent."""
+    from rewardsr.testing import tiny_pipeline
+
+    return tiny_pipeline(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def hq_folder(tmp_path_factory) -> Path:
+    """Three images of 48 pixels."""
+    from rewardsr.testing import write_images
+
+    return write_images(tmp_path_factory.mktemp("images") / "hq", 3, 48)
+
+
+@pytest.fixture
+def commands(capfd, monkeypatch):
+    """Runs command lines in-process; see `_support.Commands`."""
+    from _support import Commands
+
+    return Commands(capfd, monkeypatch)
+
+
+@pytest.fixture
+def contacted(monkeypatch) -> list[object]:
+    """Nothing leaves this process; who would have been contacted is listed."""
+    asked: list[object] = []
+
+    def refuse(*arguments: object, **_: object) -> None:
+        asked.append(arguments)
+        raise OSError(errno.ENETUNREACH, "Network is unreachable")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    return asked
+
+
+@pytest.fixture
+def refused(commands, tmp_path, contacted):
+    """Runs a command that must be refused, and looks at what it left; returns the line that it printed."""
+
+    from _support import snapshot
+
+    def check(*arguments: object) -> str:
+        return judged(lambda: commands(*arguments))
+
+    def judged(call) -> str:
+        before = snapshot(tmp_path)
+        answer = call()
+        assert answer.code == 2, answer.err + answer.out
+        assert answer.err.startswith("error: ") and answer.err.count("\n") == 1, answer.err
+        assert snapshot(tmp_path) == before
+        assert not contacted
+        return answer.err
+
+    check.finetune = lambda *arguments, **options: judged(lambda: commands.finetune(*arguments, **options))
+    return check

@@ -1,0 +1,158 @@
+"""Rewards by name: built-in, pyiqa's, and somebody else's."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rewardsr import plugins
+from rewardsr.adapter import Batch
+from rewardsr.errors import UserError
+from rewardsr.rewards import IQA_NOTE, Known, build, iqa, known
+from rewardsr.rewards.base import Reward
+from rewardsr.rewards.detail import Sharpness
+from rewardsr.rewards.fidelity import PSNR
+
+CUSTOM = """
+    class Brightness:
+        name, kind, licence = "brightness", "detail", "MIT"
+        differentiable, needs_hq = True, False
+
+        def __init__(self, goal: float = 0.5) -> None:
+            self.goal = goal
+
+        def __call__(self, sr, batch):
+            return -(sr.mean((1, 2, 3)) - self.goal).abs()
+
+    def bright(goal: float) -> Brightness:
+        return Brightness(goal)
+
+    class NoKind:
+        name, licence, differentiable, needs_hq = "x", "MIT", True, False
+        def __call__(self, sr, batch): ...
+
+    class OddKind(Brightness):
+        kind = "beauty"
+
+    ready = Brightness()
+    number = 3
+"""
+
+
+@pytest.fixture
+def custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_rewards.py").write_text(textwrap.dedent(CUSTOM))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+
+
+@pytest.mark.parametrize("name", plugins.names("rewards"))
+def test_built_ins_are_rewards(name: str) -> None:
+    reward = build(name)
+    assert isinstance(reward, Reward)
+    assert reward.name == name
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert reward(images, Batch(lq=images, hq=images)).shape == (2,)
+
+
+def test_built_ins_come_first() -> None:
+    assert isinstance(build("psnr"), PSNR)
+    assert isinstance(build("iqa:psnr"), iqa.IQA)
+    assert build("iqa:psnr").name == "iqa:psnr"
+
+
+def test_pyiqa_ids_need_no_prefix() -> None:
+    reward = build("piqe")
+    assert isinstance(reward, iqa.IQA)
+    assert reward.name == build("iqa:piqe").name == "piqe"
+    assert build("psnry", color_space="ycbcr").name == "psnry"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("pnsr", {}, "unknown reward 'pnsr': did you mean 'psnr'"),
+        ("musik", {}, "unknown reward 'musik': did you mean 'musiq'"),
+        ("sharpnes", {}, "'sharpness'"),
+        ("qqqqqq", {}, "known: detail, lq_consistency, psnr"),
+        ("iqa:musik", {}, "pyiqa has no metric 'musik': did you mean 'musiq'"),
+        ("psnr", {"crop": 4}, "reward 'psnr' has no option 'crop': known: none"),
+        ("piqe", {"crop": 4}, "metric 'piqe' has no option 'crop'"),
+        ("my_rewards:Brightness", {"gaol": 0.2}, "has no option 'gaol': did you mean 'goal'?"),
+        ("my_rewards:bright", {}, "reward 'my_rewards:bright': missing a required argument: 'goal'"),
+        ("my_rewards:NoKind", {}, "what it makes lacks kind"),
+        ("my_rewards:OddKind", {}, "kind must be one of fidelity, detail, not 'beauty'"),
+        ("my_rewards:ready", {}, "expected a class or a function that makes a reward, got Brightness"),
+        ("my_rewards:number", {}, "got int"),
+        ("my_rewards:Nothing", {}, "module my_rewards has no 'Nothing'"),
+        ("no_such_module:Name", {}, "importing no_such_module failed"),
+    ],
+)
+@pytest.mark.usefixtures("custom")
+def test_mistakes(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build(name, **options)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["my_rewards:Brightness", "my_rewards:bright"])
+@pytest.mark.usefixtures("custom")
+def test_rewards_of_others(name: str) -> None:
+    reward = build(name, goal=0.75)
+    scores = reward(torch.full((2, 3, 4, 4), 0.5), Batch(lq=torch.zeros(2, 3, 4, 4)))
+    assert scores.tolist() == [-0.25, -0.25]
+
+
+def test_table() -> None:
+    rows = {row.name: row for row in known()}
+    assert list(rows) == plugins.names("rewards")
+    assert rows["psnr"] == Known("psnr", "fidelity", True, True, "Apache-2.0")
+    assert rows["sharpness"] == Known("sharpness", "detail", False, True, "Apache-2.0")
+    assert "pyiqa" in IQA_NOTE
+
+
+def test_table_outlives_a_broken_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    def resolve(kind: str, name: str) -> Any:
+        if name == "broken":
+            raise UserError("reward 'broken': importing broken failed")
+        return {"made": lambda: Sharpness()}.get(name, Sharpness)
+
+    monkeypatch.setattr(plugins, "names", lambda kind: ["broken", "made", "plain"])
+    monkeypatch.setattr(plugins, "resolve", resolve)
+    broken, made, plain = known()
+    assert broken.kind == "?"
+    assert "importing broken failed" in broken.licence
+    assert made[1:] == plain[1:] == ("detail", False, True, "Apache-2.0")
+
+
+def test_without_pyiqa(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyiqa", None)
+    iqa.metrics.cache_clear()
+    assert len(known()) == len(plugins.names("rewards"))
+    assert isinstance(build("psnr"), PSNR)
+    with pytest.raises(UserError, match="with pyiqa installed, one of its ids"):
+        build("musiq")
+    with pytest.raises(UserError, match="pip install pyiqa"):
+        build("iqa:musiq")
+    iqa.metrics.cache_clear()
+
+
+def test_names_and_table_do_not_import_pyiqa() -> None:
+    code = """
+        import sys
+        from rewardsr.errors import UserError
+        from rewardsr.rewards import build, known
+        known(), build("psnr")
+        try:
+            build("musik")
+        except UserError as error:
+            assert "musiq" in str(error), error
+        assert "pyiqa" not in sys.modules and "timm" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)

@@ -1,0 +1,116 @@
+"""The loop in processes of its own: killed at any moment it goes on bit for bit, and two processes equal one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from runs import assert_equal_runs, content, lines, weights
+
+from rewardsr import api
+from rewardsr.files import write_text
+from rewardsr.recipe import Recipe, parse, to_yaml
+from rewardsr.testing import tiny_pipeline, write_images
+
+HERE = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE)}
+PATIENCE = 240  # seconds that a subprocess may take on a loaded machine
+EVERY = {"checkpoint_every": 1, "validate_every": 3}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Images and a tiny pipeline."""
+    made = tmp_path_factory.mktemp("processes")
+    write_images(made / "images", count=5, size=24)
+    tiny_pipeline(made / "base")
+    return made
+
+
+def written(folder, output: str, **changes) -> str:
+    """The path of a recipe."""
+    recipe = parse(Recipe, content(folder, str(folder / "base"), output, **changes), "recipe")
+    write_text(folder / f"{output}.yaml", to_yaml(recipe))
+    return str(folder / f"{output}.yaml")
+
+
+def test_runs_that_are_killed_end_like_straight_ones(folder) -> None:
+    """One at every operation on the disk, checkpoints included; one at random moments."""
+    looked = {**EVERY, "steps": 6, "data": {"validation": str(folder / "images"), "validation_limit": 1}}
+    slow = {**EVERY, "rewards": [{"name": "runs:Brightness", "options": {"pause": 0.25}}]}
+    api.finetune(written(folder, "straight-looked", **looked))
+    api.finetune(written(folder, "straight", **EVERY))
+    paths = [written(folder, "disk", **looked), written(folder, "random", **slow)]
+    done = subprocess.run(
+        [sys.executable, str(HERE / "killing.py"), *paths, "0"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    deaths = json.loads(done.stdout.splitlines()[-1])
+    assert {name for name, _ in deaths["disk"]} >= {"fsync", "replace", "unlink", "rmdir", "half a line"}
+    assert len(deaths["disk"]) >= 15 and len(deaths["random"]) >= 2
+    assert_equal_runs(folder / "straight-looked", folder / "disk")
+    assert_equal_runs(folder / "straight", folder / "random")
+
+
+def test_the_command_leaves_on_a_signal_and_goes_on(folder) -> None:
+    path = written(folder, "command", rewards=[{"name": "runs:Brightness", "options": {"pause": 0.5}}], steps=6)
+    log = folder / "command" / "metrics.jsonl"
+    command = [sys.executable, "-m", "rewardsr", "finetune", path, "--resume"]
+    first = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_lines(log, 2, first)
+    first.send_signal(signal.SIGTERM)
+    said, _ = first.communicate(timeout=PATIENCE)
+    assert first.returncode == 130, said
+    assert "go on with the same command and --resume" in said
+    assert api.finetune(path, resume=True).step == 6  # here: the same numbers come from another process
+    api.finetune(written(folder, "straight-6", steps=6))
+    assert_equal_runs(folder / "straight-6", folder / "command")
+
+
+def wait_for_lines(log: Path, count: int, process: subprocess.Popen) -> None:
+    until = time.monotonic() + PATIENCE
+    while not log.exists() or log.read_text().count("\n") < count:
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_two_processes_equal_one_with_twice_the_batch(folder) -> None:
+    seen = folder / "seen"
+    seen.mkdir()
+    changes = {"steps": 3, "data": {"validation": str(folder / "images"), "validation_limit": 1}}
+    changes["optimiser"] = {"eps": 1e-3}  # AdamW's own would blow up the rounding of gradients that are nearly zero
+    options = {"name": "runs:TwoProcesses", "options": {"seen": str(seen)}}
+    path = written(folder, "two", rewards=[options], guards=["psnr"], **changes)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launch, "-m", "rewardsr", "finetune", path],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished 3 steps") == 1  # one of them speaks
+    assert sorted(path.name for path in seen.iterdir()) == ["0", "1"]
+    rows = [(seen / str(rank)).read_text().split() for rank in (0, 1)]
+    assert rows[1] == ["2"] * 3  # a group of one image a step
+    assert rows[0].count("2") == 3 and rows[0].count("1") == 4  # and validation, at the start and the end
+    api.finetune(written(folder, "one", batch_size=2, **changes))
+    one, two = weights(folder / "one"), weights(folder / "two")
+    assert max(float((value - two[name]).abs().max()) for name, value in one.items()) <= 1e-5
+    assert any(float(value.abs().max()) > 1e-4 for name, value in one.items() if ".lora_B." in name)
+    ours, theirs = lines(folder / "one"), lines(folder / "two")
+    assert len(ours) == len(theirs) == 4
+    for line, other in zip(ours, theirs, strict=True):
+        renamed = {name.replace("Brightness", "TwoProcesses"): value for name, value in line.items()}
+        renamed.pop("validation", None), other.pop("validation", None)
+        assert other == {name: pytest.approx(value, rel=1e-3, abs=1e-6) for name, value in renamed.items()}

@@ -1,0 +1,182 @@
+"""Colour fixes and running a pipeline over tensors and files."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from rewardsr import load_adapter
+from rewardsr.adapter import Batch
+from rewardsr.draws import Draws
+from rewardsr.errors import UserError
+from rewardsr.images import read_image, write_image
+from rewardsr.upscaling import adain, fix_color, upscale_files, upscale_tensor, wavelet
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Networks this small are slower with two threads, and far slower on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny):
+    """One step with noise, four times."""
+    return load_adapter("osediff", tiny, noise_t=250, net_t=100, scale=4)
+
+
+def image(seed: int, *shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- colour fixes ----
+
+
+@pytest.mark.parametrize("fix", [adain, wavelet])
+@pytest.mark.parametrize("case", ["astro", "flat_target_gradient_source"])
+def test_colour_fix_agrees_with_the_original(golden, fix, case) -> None:
+    """At most one level off, on less than 0.5 % of the values; the original truncates to 8 bit."""
+    vectors = golden("colorfix")
+    target, source = (vectors[f"{case}.{name}"].permute(2, 0, 1)[None].float() / 255 for name in ("target", "source"))
+    ours = fix(target, source)[0].permute(1, 2, 0)
+    off = ((ours * 255).to(torch.uint8).int() - vectors[f"{case}.{fix.__name__}"].int()).abs()
+    assert int(off.max()) <= 1
+    assert float((off > 0).float().mean()) < 0.005
+    if case == "astro":
+        assert torch.allclose(ours, vectors[f"astro.{fix.__name__}_float"].clamp(0, 1), atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["none", "adain", "wavelet"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (30, 41)])
+def test_an_identical_image_stays_as_it_is(name, size) -> None:
+    original = image(0, 2, 3, *size)
+    assert torch.allclose(fix_color(original, original, name), original, atol=1 / 255)
+
+
+@pytest.mark.parametrize("fix", [adain, wavelet])
+def test_a_colour_cast_is_taken_back(fix) -> None:
+    reference = 0.25 + 0.4 * image(0, 1, 3, 48, 48)
+    cast = reference + torch.tensor([0.1, -0.05, 0.02]).view(1, 3, 1, 1)
+    assert torch.allclose(fix(cast, reference), reference, atol=1 / 255)
+
+
+def test_each_image_of_a_batch_has_its_own_statistics() -> None:
+    sr, reference = image(0, 2, 3, 16, 16), 0.5 * image(1, 2, 3, 16, 16)
+    for fix in (adain, wavelet):
+        assert torch.allclose(fix(sr, reference)[1:], fix(sr[1:], reference[1:]), atol=1e-6)
+
+
+def test_wavelet_needs_one_shape() -> None:
+    with pytest.raises(ValueError, match="reference is"):
+        wavelet(torch.rand(1, 3, 8, 8), torch.rand(1, 3, 4, 4))
+
+
+def test_unknown_colour_fix(adapter) -> None:
+    with pytest.raises(UserError, match="none, adain, wavelet"):
+        upscale_tensor(adapter, torch.rand(1, 3, 8, 8), None, Draws(0, 0, [0]), "ycc")
+
+
+# ---- tensors ----
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 7), (16, 16)])
+def test_output_is_exactly_scale_times_the_input(adapter, size) -> None:
+    sr = upscale_tensor(adapter, image(0, 2, 3, *size), ["a", "b"], Draws(0, 0, [0, 1]), "wavelet")
+    assert sr.shape == (2, 3, 4 * size[0], 4 * size[1]) and sr.dtype == torch.float32
+    assert float(sr.min()) >= 0 and float(sr.max()) <= 1
+    assert not sr.requires_grad
+
+
+def test_noise_decides_and_nothing_else(adapter) -> None:
+    lq = image(0, 1, 3, 8, 8)
+    first, again, other = (upscale_tensor(adapter, lq, None, Draws(seed, 0, [0])) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_a_batch_brings_its_prompts(adapter) -> None:
+    lq = image(0, 1, 3, 8, 8)
+    bare = upscale_tensor(adapter, lq, ["a cat"], Draws(0, 0, [0]))
+    assert torch.equal(upscale_tensor(adapter, Batch(lq, prompts=("a cat",)), generator=Draws(0, 0, [0])), bare)
+
+
+def test_colour_fix_is_against_the_enlarged_input(adapter) -> None:
+    lq = image(0, 1, 3, 8, 8)
+    plain, fixed = (upscale_tensor(adapter, lq, None, Draws(0, 0, [0]), name) for name in ("none", "adain"))
+    assert torch.equal(fixed, adain(plain, adapter.upsample(lq)))
+
+
+# ---- files ----
+
+
+@pytest.fixture
+def inputs(tmp_path) -> list[Path]:
+    return [write_image(image(n, 3, 6 + n, 8), tmp_path / "in" / f"{name}.png") for n, name in enumerate("ab")]
+
+
+def test_files(adapter, inputs, tmp_path) -> None:
+    seen: list[tuple[int, int, Path]] = []
+    written = upscale_files(adapter, inputs, tmp_path / "out", seed=3, progress=lambda *step: seen.append(step))
+    assert written == [tmp_path / "out" / "a.png", tmp_path / "out" / "b.png"]
+    assert seen == [(1, 2, written[0]), (2, 2, written[1])]
+    for index, (path, target) in enumerate(zip(inputs, written, strict=True)):
+        sr = upscale_tensor(adapter, read_image(path)[None], None, Draws(3, 0, [index], "upscale"))
+        assert torch.equal(read_image(target), (sr[0] * 255).round() / 255)
+
+
+def test_sidecar_prompts(adapter, inputs, tmp_path) -> None:
+    with pytest.raises(UserError, match="prompt file"):
+        upscale_files(adapter, inputs, tmp_path / "out", prompts="sidecar")
+    assert not (tmp_path / "out").exists()
+    for path in inputs:
+        path.with_suffix(".txt").write_text("a cat")
+    with_files = upscale_files(adapter, inputs, tmp_path / "one", prompts="sidecar")
+    with_text = upscale_files(adapter, inputs, tmp_path / "two", prompts="a cat")
+    for one, two in zip(with_files, with_text, strict=True):
+        assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_bad_input_stops_everything_before_it_begins(adapter, inputs, tmp_path) -> None:
+    truncated = tmp_path / "in" / "c.png"
+    truncated.write_bytes(inputs[0].read_bytes()[:-30])
+    for bad in (truncated, tmp_path / "in" / "missing.png"):
+        with pytest.raises(UserError, match=bad.name):
+            upscale_files(adapter, [*inputs, bad], tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_inputs_are_never_overwritten(adapter, inputs) -> None:
+    before = inputs[0].read_bytes()
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="is an input"):
+            upscale_files(adapter, inputs, inputs[0].parent / ".." / "in", overwrite=overwrite)
+    link = inputs[0].parent.parent / "linked"
+    link.symlink_to(inputs[0].parent)
+    with pytest.raises(UserError, match="is an input"):
+        upscale_files(adapter, inputs, link, overwrite=True)
+    assert inputs[0].read_bytes() == before
+
+
+def test_clashes(adapter, inputs, tmp_path) -> None:
+    twin = write_image(image(5, 3, 8, 8), tmp_path / "other" / "A.png")
+    with pytest.raises(UserError, match="would both become"):
+        upscale_files(adapter, [*inputs, twin], tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "b.png").write_bytes(b"precious")
+    with pytest.raises(UserError, match=r"1 of the results already \(b\.png\)"):
+        upscale_files(adapter, inputs, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.png"]
+    assert (tmp_path / "out" / "b.png").read_bytes() == b"precious"
+    upscale_files(adapter, inputs, tmp_path / "out", overwrite=True)
+    assert read_image(tmp_path / "out" / "b.png").shape == (3, 28, 32)
+
+
+def test_no_inputs_and_no_folder(adapter, inputs, tmp_path) -> None:
+    with pytest.raises(UserError, match="no images"):
+        upscale_files(adapter, [], tmp_path / "out")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        upscale_files(adapter, inputs, tmp_path / "file")
