@@ -4,11 +4,13 @@ Files come in every shape that PIL reads; inside there is one: (3, H, W) float32
 """
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from torch import Tensor
 
 from rewardsr.errors import UserError
@@ -18,6 +20,17 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _TURNED = (5, 6, 7, 8)  # orientations that swap height and width
+
+
+@contextmanager
+def _whole_files_only() -> Iterator[None]:
+    """PIL's global switch for truncated files, off: some packages turn it on when they are imported."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def read_image(path: Path | str) -> Tensor:
@@ -38,7 +51,7 @@ def read_image(path: Path | str) -> Tensor:
     """
     path = _existing(path)
     try:
-        with Image.open(path) as image:
+        with _whole_files_only(), Image.open(path) as image:
             before = _orientation(image)
             image.load()
             # PIL turns TIFF pixels by itself from version 11.1 on, and then the tag is gone.

@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState, PartialState
 
 from rewardsr import lora
 from rewardsr import recipe as recipes
-from rewardsr.adapter import ISRAdapter
+from rewardsr.adapter import Batch, ISRAdapter
 from rewardsr.api import adapter_options, load_adapter
 from rewardsr.data import Data, is_paired, open_data
 from rewardsr.degrade import Light
@@ -59,6 +59,7 @@ def set_up(recipe: Recipe) -> Setup:
     """
     check_trackers(list(recipe.log_with))
     device, dtype = choose_device(recipe.device, recipe.precision)
+    accelerator = _accelerator(device)
     method_kind = resolve("trainers", recipe.trainer)
     if not hasattr(method_kind, "Options"):
         raise UserError(f"trainer '{recipe.trainer}' is no training method (see rewardsr.trainers.base.Method)")
@@ -77,6 +78,7 @@ def set_up(recipe: Recipe) -> Setup:
         )
     if validation is not None:
         validation.check()
+    _try_metrics(rewards | guards, train.batch(recipe.seed, [0]).to(device))
     adapter = load_adapter(recipe.adapter, recipe.base, device=device, dtype=dtype, **recipe.adapter_options)
     if adapter.scale != scale:  # an adapter whose scale is no option of its `load`
         train, validation = open_folders(recipe, adapter.scale)
@@ -88,7 +90,24 @@ def set_up(recipe: Recipe) -> Setup:
         ]
     steering = {entry.name: entry.weight for entry in recipe.rewards if entry.weight > 0}
     method = method_kind(adapter, {name: rewards[name] for name in steering}, steering, options)
-    return Setup(recipe, _accelerator(device), adapter, method, train, validation, rewards | guards, tuple(notes))
+    return Setup(recipe, accelerator, adapter, method, train, validation, rewards | guards, tuple(notes))
+
+
+def _try_metrics(metrics: dict[str, Reward], batch: Batch) -> None:
+    """Score one crop against itself, so that a metric that cannot score such images says so before training."""
+    assert batch.hq is not None
+    for name, metric in metrics.items():
+        try:
+            with torch.no_grad():
+                scores = metric(batch.hq, batch)
+        except UserError:
+            raise
+        except Exception as error:  # a metric may be a stranger's
+            raise UserError(f"reward '{name}' fails on a training crop: {type(error).__name__}: {error}") from error
+        if tuple(scores.shape) != (len(batch),):
+            raise UserError(
+                f"reward '{name}' gave {tuple(scores.shape)} for {len(batch)} images, expected one score each"
+            )
 
 
 def open_folders(recipe: Recipe, scale: int) -> tuple[Data, Data | None]:

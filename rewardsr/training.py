@@ -6,7 +6,6 @@ gradients are averaged once a step instead, so every process takes the same step
 """
 
 import random
-import resource
 import signal
 import sys
 import threading
@@ -26,7 +25,7 @@ from torch import Tensor
 from rewardsr import checkpoint, lora
 from rewardsr.checkpoint import State
 from rewardsr.draws import Draws, seed_of
-from rewardsr.errors import TrainingError
+from rewardsr.errors import TrainingError, UserError
 from rewardsr.recipe import Recipe
 from rewardsr.runlog import RunLog
 from rewardsr.setup import Setup
@@ -89,7 +88,16 @@ def train(setup: Setup, run: Path, resume: bool) -> Result:
             log.write(0, {"validation": validator.score(0)})
         stop = False
         while state.step < recipe.steps and not stop:
-            metrics, stop = step(setup, optimiser, state, stopped)
+            try:
+                metrics, stop = step(setup, optimiser, state, stopped)
+            except (TrainingError, UserError):
+                # A file that became unreadable, a score that is not finite: what was reached is kept. Not so in the
+                # middle of several updates on a group, nor with several processes, which would wait for this one:
+                # the checkpoint before counts then.
+                whole = state.updates == state.step * recipe.updates_per_group
+                if state.step and whole and accelerator.num_processes == 1:
+                    save()
+                raise
             last = state.step == recipe.steps or stop
             if validator.active and (state.step % recipe.validate_every == 0 or state.step == recipe.steps):
                 metrics["validation"] = validator.score(state.step)
@@ -131,17 +139,25 @@ def rehearse(setup: Setup) -> DryRun:
     """Take one step and measure it; nothing is written."""
     metrics, _ = step(setup, make_optimiser(setup), State())
     device = setup.accelerator.device
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) / 2**30
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_resident()
     trainable = sum(parameter.numel() for parameter in lora.parameters(setup.adapter).values())
     run = setup.recipe.output
     would_save = {
         f"{run}/{lora.FILE_NAME}": 4 * trainable,
         f"{run}/{checkpoint.FOLDER}/step-*/": 12 * trainable,  # the LoRA and AdamW's two moments, in float32
     }
-    return DryRun(metrics["seconds"], peak, trainable, would_save, metrics)
+    return DryRun(metrics["seconds"], peak / 2**30, trainable, would_save, metrics)
+
+
+def _peak_resident() -> int:
+    """Most memory in bytes that this process has had; what it has now where the system does not keep the peak."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return int(psutil.Process().memory_info().rss)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def step(

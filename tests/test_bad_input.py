@@ -281,8 +281,9 @@ def test_a_metric_that_needs_a_download(commands: Commands, contacted, tiny_base
 def test_ctrl_c_before_training_begins_is_no_traceback(tiny_base, hq_folder, tmp_path) -> None:
     """While things load there is nothing to save yet."""
     code = (
-        "import signal, os; from rewardsr import cli, setup; "
-        "setup.open_folders = lambda *_: os.kill(os.getpid(), signal.SIGINT); cli.main()"
+        "import signal, os, time; from rewardsr import cli, setup; "
+        # The sleep is what is interrupted: a signal to a process may take a moment to reach its main thread.
+        "setup.open_folders = lambda *_: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60)); cli.main()"
     )
     settings = [part for setting in QUICK for part in ("--set", setting)]
     options = ["--base", str(tiny_base), "--data", str(hq_folder), "--output", str(tmp_path / "run")]

@@ -3,14 +3,11 @@
     python -m rewardsr.demo.train_pipeline --minutes 55 --out DIR --seed 0
     python -m rewardsr.demo.train_pipeline --evaluate DIR
 
-README.md beside this file has the two commands that the shipped weights come from.
+README.md beside this file has the commands that the shipped weights come from.
 
 The autoencoder and the UNet are trained together, from random weights, on the photographs of
-`rewardsr.demo.photos.TRAIN`. Images are `(B, 3, H, W)` float32 RGB in [0, 1]; latents are multiplied by the
-scaling factor of the autoencoder.
+`rewardsr.demo.photos.TRAIN`. Images are `(B, 3, H, W)` float32 RGB in [0, 1].
 """
-
-from __future__ import annotations
 
 import argparse
 import copy
@@ -34,7 +31,7 @@ from rewardsr import schedule
 from rewardsr.demo import photos
 
 NOISE_T, NET_T, SCALE = 250, 100, 4
-LATENT_STD = 2.5
+LATENT_STD = 3.5  # against noise of 1: more is more faithful and less diverse
 # From this share of the time on: side of the crops in pixels, crops in a batch.
 STAGES = ((0.0, 64, 8), (0.6, 96, 4), (0.9, 128, 2))
 PROMPTS = (
@@ -72,7 +69,6 @@ def build(seed: int) -> Parts:
         decoder_layers_per_block=(0, 2, 3),
         encoder_qkv_multiscales=((), (), ()),
         decoder_qkv_multiscales=((), (), ()),
-        scaling_factor=LATENT_STD,
     )
     for module in vae.modules():
         if isinstance(module, ResBlock):
@@ -236,7 +232,9 @@ def warm_up_losses(parts: Parts, hq: Tensor) -> tuple[Tensor, Tensor]:
     return distance(image, hq), (latent.square().mean() - 1).square()
 
 
-def train(out: Path, minutes: float, seed: int, warm_up: float, start: Path | None, lr: float = 1.5e-3) -> Parts:
+def train(
+    out: Path, minutes: float, seed: int, warm_up: float, start: Path | None, lr: float, latent_std: float
+) -> Parts:
     """Train for a given time; the averaged weights are saved to `out` every four minutes and at the end.
 
     `warm_up` is the share of the time in which the autoencoder learns alone: a bad one leaves the UNet nothing to
@@ -244,6 +242,7 @@ def train(out: Path, minutes: float, seed: int, warm_up: float, start: Path | No
     """
     torch.manual_seed(seed)
     parts = build(seed) if start is None else load(start)
+    parts.vae.register_to_config(scaling_factor=latent_std)
     for parameter in parts.trained():
         parameter.requires_grad_(True)
     average = copy.deepcopy(parts)
@@ -383,17 +382,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--warm-up", type=float, default=0.25, help="share of the time for the autoencoder alone")
     parser.add_argument("--start", type=Path, metavar="DIR", help="saved pipeline to go on from")
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="at its highest")
+    parser.add_argument("--latent-std", type=float, default=LATENT_STD, help="standard deviation of the latents")
     parser.add_argument("--threads", type=int, help="CPU threads; one is best where other programs run")
     parser.add_argument("--evaluate", type=Path, metavar="DIR", help="print the held-out table of a pipeline")
-    options = parser.parse_args()
-    if (options.out is None) == (options.evaluate is None):
+    given = parser.parse_args()
+    if (given.out is None) == (given.evaluate is None):
         parser.error("expected exactly one of --out (train) and --evaluate")
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    if options.evaluate is not None:
-        print(table(judge(load(options.evaluate), photos.held_out())))
+    torch.set_num_threads(given.threads or torch.get_num_threads())
+    if given.evaluate is not None:
+        print(table(judge(load(given.evaluate), photos.held_out())))
         return
-    train(options.out, options.minutes, options.seed, options.warm_up, options.start)
+    train(given.out, given.minutes, given.seed, given.warm_up, given.start, given.learning_rate, given.latent_std)
 
 
 if __name__ == "__main__":
