@@ -19,6 +19,7 @@ from rewardsr.lora import keep_float32
 from rewardsr.quiet import hush
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+CACHED_PROMPTS = 512  # embeddings kept on the device: 160 MB at the width of SD 2.1
 # Every convolution and every attention and feed-forward projection of the UNet, as OSEDiff and GDPO-SR adapt them;
 # no time embeddings, norms or biases.
 UNET_TARGETS = (
@@ -204,7 +205,10 @@ class StableDiffusion(ISRAdapter):
                 embedded = self._text_encoder(ids.to(self.device))[0].float()
             self._text_encoder.to("cpu")
             self._embeddings |= dict(zip(new, embedded, strict=True))
-        return torch.stack([self._embeddings[prompt] for prompt in wanted])
+        text = torch.stack([self._embeddings[prompt] for prompt in wanted])
+        while len(self._embeddings) > CACHED_PROMPTS:  # one prompt an image, over a large set, would fill the card
+            del self._embeddings[next(iter(self._embeddings))]
+        return text
 
     def _predict_eps(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         with self._autocast():
