@@ -29,6 +29,7 @@ class State:
         skipped: updates that were not finite, in all.
         skipped_in_a_row: the last ones of these without a finite one between.
         threads: CPU threads that torch used; part of a run's identity on the CPU, where sums depend on it.
+        processes: how many there were; the order of the data depends on it.
     """
 
     step: int = 0
@@ -36,6 +37,7 @@ class State:
     skipped: int = 0
     skipped_in_a_row: int = 0
     threads: int = 0
+    processes: int = 0
 
 
 def save(run: Path, adapter: ISRAdapter, optimiser: torch.optim.Optimizer, state: State, keep: int) -> Path:

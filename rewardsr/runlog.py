@@ -124,6 +124,8 @@ def _open_trackers(names: list[str], run: Path, config: dict[str, Any]) -> list[
     for name in names:
         kind = LOGGER_TYPE_TO_CLASS[name]
         tracker = kind(run_name="rewardsr", logging_dir=run) if kind.requires_logging_directory else kind("rewardsr")
+        if hasattr(tracker, "start"):  # recent versions of accelerate do not open a tracker when it is made
+            tracker.start()
         tracker.store_init_configuration({key: str(value) for key, value in config.items()})
         opened.append(tracker)
     return opened

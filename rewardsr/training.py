@@ -80,7 +80,7 @@ def train(setup: Setup, run: Path, resume: bool) -> Result:
         list(recipe.log_with),
         recipe.model_dump(mode="json"),
     )
-    _check_threads(state, log)
+    _check_machine(state, log, accelerator.num_processes)
     validator = Validator(setup, run)
     save = _saver(setup, run, optimiser, state)
     with log, _signals() as stopped:
@@ -320,7 +320,11 @@ def _seed_everything(seed: int, at: int, process: int) -> None:
     np.random.seed(mixed % 2**32)
 
 
-def _check_threads(state: State, log: RunLog) -> None:
+def _check_machine(state: State, log: RunLog, processes: int) -> None:
+    """Refuse another number of processes than the run began with, and warn of another number of threads."""
+    if state.processes not in (0, processes):
+        raise UserError(f"the run had {state.processes} processes, now there are {processes}: resume it with as many")
+    state.processes = processes
     threads = torch.get_num_threads()
     if state.threads not in (0, threads):
         log.say(f"warning: the run used {state.threads} CPU threads, now {threads}: it will differ in the last bits")
