@@ -17,7 +17,7 @@ CELL = 10  # pixels
 SIDE = 64  # every cell is resized to this
 BINS, LIMIT = 512, 5.5  # of the histogram over [-LIMIT, LIMIT]; magnitudes fill the upper half only
 THRESHOLD = 50.0  # bits x pixels
-CHUNK = 256  # cells at once: about 40 MB of temporaries
+CHUNK = 256  # cells at once: some tens of MB of temporaries
 
 
 def texture_share(hq: Tensor) -> Tensor:
@@ -90,11 +90,13 @@ def _entropies(cells: Tensor) -> Tensor:
 
 def _entropy(cells: Tensor) -> Tensor:
     resized = F.interpolate(cells, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
-    magnitude = _sobel_magnitude(resized).flatten(1)
-    # The magnitudes' half of the histogram; what lies beyond LIMIT goes to one bin more, which is dropped. Gray stays
-    # in whole levels up to here: the resize and the filter are then exact in float32.
+    # Gray stays in whole levels up to here, where float32 is exact. From here on the released code's double precision
+    # decides on which side of a bin's edge a gradient falls; Apple's devices have none.
+    precise = torch.float32 if cells.device.type == "mps" else torch.float64
+    magnitude = _sobel_magnitude(resized.to(precise) / 255).flatten(1)
+    # The magnitudes' half of the histogram; what lies beyond LIMIT goes to one bin more, which is dropped.
     half = BINS // 2
-    bins = (magnitude * (half / (255 * LIMIT))).long().clamp_(max=half)
+    bins = (magnitude * (half / LIMIT)).long().clamp_(max=half)
     offset = torch.arange(len(cells), device=cells.device)[:, None] * (half + 1)
     counts = torch.bincount((bins + offset).flatten(), minlength=len(cells) * (half + 1))
     filled = counts.reshape(len(cells), half + 1)[:, :half].float()
