@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 
 def load_adapter(
-    name: str, base: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **options: Any
+    name: str,
+    base: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
 ) -> ISRAdapter:
     """Load a pipeline behind the adapter interface.
 
@@ -38,7 +43,7 @@ def load_adapter(
         UserError: unknown adapter or option, or the base cannot be had, read or fitted.
     """
     given = {key: value for key, value in adapter_options(name, options).items() if key in options}
-    adapter: ISRAdapter = resolve("adapters", name).load(base, **given)
+    adapter: ISRAdapter = resolve("adapters", name).load(str(base), **given)
     return adapter.to(device, dtype)
 
 
@@ -166,7 +171,8 @@ def adapter_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
             hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(parameters) or 'none'}"
             raise UserError(f"adapter '{name}' has no option '{key}': {hint}")
         try:
-            chosen[key] = _type_of(kind.load, key).validate_python(value)
+            # A path is as good as its text, and text is what recipes and LoRA files hold.
+            chosen[key] = _type_of(kind.load, key).validate_python(str(value) if isinstance(value, Path) else value)
         except ValidationError as error:
             message = error.errors()[0]["msg"]
             raise UserError(f"adapter '{name}': {key} is {value!r}: {message[:1].lower()}{message[1:]}") from error

@@ -1,6 +1,7 @@
 """Agreement of the one-step adapter with vectors measured on OSEDiff and GDPO-SR."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float, what: str,
 def test_osediff_from_the_released_checkpoint(variant, tiny, data, golden, record_property) -> None:
     v = golden("osediff_small")
     prompt = json.loads((data / "osediff_small.json").read_text())["prompt"]
-    adapter = load_adapter("osediff", tiny, weights=str(data / "osediff.pkl"), scale=1)
+    adapter = load_adapter("osediff", Path(tiny), weights=data / "osediff.pkl", scale=1)  # text does as well
     noise = Replay([v["posterior_eps"]]) if variant == "sample" else None
     with torch.no_grad():
         condition = adapter.encode(unit(v["lq"]), [prompt], generator=noise)
