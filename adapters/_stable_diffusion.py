@@ -157,7 +157,6 @@ class StableDiffusion(ISRAdapter):
         self.networks = {"unet": self.unet, "vae": self.vae}
         self.trainable = {"unet": self.unet}
         self.lora_targets = {"unet": UNET_TARGETS}
-        self.licence = "openrail++" if parts.text_encoder.config.hidden_size == 1024 else "unknown"
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self._text_encoder, self._tokenizer = parts.text_encoder, parts.tokenizer
         self._embeddings: dict[str, Tensor] = {}

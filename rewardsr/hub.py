@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import urlparse
 
+from rewardsr.demo import PIPELINE
 from rewardsr.errors import UserError
 
 EMBEDDED = "embedded"
@@ -60,7 +61,7 @@ def fetch(source: str, what: str, folders: tuple[str, ...], revision: str | None
         UserError: no such folder or repository, or it is not in the cache and there is no connection.
     """
     if source == EMBEDDED:
-        return Path(__file__).parent / "demo" / "pipeline", "embedded"
+        return PIPELINE, EMBEDDED
     local = Path(source).expanduser()
     if local.is_dir():
         return local, "local"
