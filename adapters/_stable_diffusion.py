@@ -1,27 +1,29 @@
 """What Stable-Diffusion-shaped pipelines share: loading the parts, prompts, autoencoder, the UNet call."""
 
+import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from rewardsr import schedule
+from rewardsr import lora, schedule
 from rewardsr.adapter import BaseModel, Condition, ISRAdapter
 from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError
 from rewardsr.fingerprint import fingerprint
 from rewardsr.hub import fetch
-from rewardsr.lora import keep_float32
 from rewardsr.quiet import hush
+from rewardsr.tiling import Tiling
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 CACHED_PROMPTS = 512  # embeddings kept on the device: 160 MB at the width of SD 2.1
 # Every convolution and every attention and feed-forward projection of the UNet, as OSEDiff and GDPO-SR adapt them;
 # no time embeddings, norms or biases.
+BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 UNET_TARGETS = (
     *("conv_in", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "conv_out"),
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
@@ -30,48 +32,70 @@ UNET_TARGETS = (
 
 @dataclass
 class Parts:
-    """The loaded parts of a diffusers folder, in float32 on the CPU."""
+    """The parts of a pipeline; in float32 on the CPU when loaded, where and as they are when taken from a live one.
+
+    Attributes:
+        scheduler: the configuration of the pipeline's scheduler.
+        revision: of the repository, "local" for a folder, "live" for a pipeline in memory.
+    """
 
     unet: Any
     vae: Any
     text_encoder: Any
     tokenizer: Any
-    alphas_cumprod: Tensor
-    prediction_type: str
-    path: Path
+    scheduler: Mapping[str, Any]
     revision: str
 
 
-def load_parts(base: str, revision: str | None = None) -> Parts:
+def load_parts(base: str, revision: str | None = None, unet: Any = None) -> Parts:
     """Load the parts of an SD-shaped diffusers folder or Hub repository.
+
+    Args:
+        base: the folder, or the Hub id.
+        revision: branch, tag or commit of a Hub base.
+        unet: the UNet, where the family has loaded it from elsewhere; the base need not hold one then.
 
     Raises:
         UserError: it cannot be had, a part is missing or damaged, or the parts do not fit each other.
     """
-    folder, resolved = fetch(base, "base", PARTS, revision)
-    for part in PARTS:
+    needed = PARTS if unet is None else tuple(part for part in PARTS if part != "unet")
+    folder, resolved = fetch(base, "base", needed, revision)
+    for part in needed:
         if not (folder / part).is_dir():
             raise UserError(f"base '{base}' has no folder '{part}/': expected a diffusers pipeline folder")
     hush()
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    scheduler = _scheduler_config(folder)
+    scheduler = _scheduler_config(folder / "scheduler")
     parts = Parts(
-        unet=load_network(folder / "unet"),
+        unet=load_network(folder / "unet") if unet is None else unet,
         vae=load_network(folder / "vae"),
         text_encoder=_guarded(folder / "text_encoder", CLIPTextModel),
         tokenizer=_guarded(folder / "tokenizer", CLIPTokenizer),
-        alphas_cumprod=schedule.alphas_cumprod(
-            scheduler.get("beta_start", 0.00085),
-            scheduler.get("beta_end", 0.012),
-            scheduler.get("num_train_timesteps", 1000),
-        ),
-        prediction_type=scheduler.get("prediction_type", "epsilon"),
-        path=folder,
+        scheduler=scheduler,
         revision=resolved,
     )
     check_fit(base, parts)
     return parts
+
+
+def parts_of(pipe: Any) -> tuple[Parts, str]:
+    """The parts of a live pipeline, shared and not copied, and what to call it.
+
+    Raises:
+        UserError: a part is missing, does not fit, or carries a LoRA already.
+    """
+    lacking = [part for part in PARTS if getattr(pipe, part, None) is None]
+    if lacking:
+        raise UserError(f"{type(pipe).__name__} has no {lacking[0]}")
+    if getattr(pipe.unet, "peft_config", None):
+        raise UserError(f"the UNet of {type(pipe).__name__} carries a LoRA already: fuse or unload it first")
+    name = str(getattr(pipe.unet.config, "_name_or_path", "") or type(pipe).__name__)
+    scheduler = dict(pipe.scheduler.config)
+    check_scheduler(scheduler, type(pipe.scheduler).__name__)
+    parts = Parts(pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, scheduler, "live")
+    check_fit(name, parts)
+    return parts, name
 
 
 def load_network(folder: Path) -> Any:
@@ -105,22 +129,55 @@ def _guarded(folder: Path, kind: Any) -> Any:
 
 
 def _scheduler_config(folder: Path) -> dict[str, Any]:
+    path = folder / "scheduler_config.json"
     try:
-        config: dict[str, Any] = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        config: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"'{folder}/scheduler/scheduler_config.json' is missing or damaged") from error
+        raise UserError(f"'{path}' is missing or damaged") from error
+    check_scheduler(config, str(path))
+    return config
+
+
+def check_scheduler(config: Mapping[str, Any], where: str) -> None:
+    """Refuse a schedule that the arithmetic here does not cover.
+
+    Raises:
+        UserError: no schedule of betas, one that ends in pure noise, or another prediction type than epsilon and v.
+    """
     kind = config.get("_class_name", "scheduler")
     # A schedule that is not of betas (flow matching) names none, and leaving it out does not mean scaled_linear either.
-    if config.get("beta_schedule") != "scaled_linear":
+    if config.get("beta_schedule") not in BETA_SCHEDULES:
         raise UserError(
-            f"'{folder}': {kind} has beta_schedule '{config.get('beta_schedule')}', only scaled_linear is supported"
+            f"'{where}': {kind} has beta_schedule '{config.get('beta_schedule')}', "
+            f"expected one of {', '.join(BETA_SCHEDULES)}"
         )
     for option in ("trained_betas", "rescale_betas_zero_snr"):
         if config.get(option):
-            raise UserError(f"'{folder}': {kind} sets {option}, which is not supported")
+            raise UserError(f"'{where}': {kind} sets {option}, which is not supported")
     if config.get("prediction_type", "epsilon") not in {"epsilon", "v_prediction"}:
-        raise UserError(f"'{folder}': prediction type '{config['prediction_type']}' is not epsilon or v_prediction")
-    return config
+        raise UserError(f"'{where}': prediction type '{config['prediction_type']}' is not epsilon or v_prediction")
+
+
+def make_scheduler(config: Mapping[str, Any]) -> Any:
+    """diffusers' DDPM scheduler of a configuration that may be another scheduler's: for its noise and its times."""
+    from diffusers import DDPMScheduler
+
+    known = inspect.signature(DDPMScheduler.__init__).parameters
+    return DDPMScheduler(**{name: value for name, value in config.items() if name in known})
+
+
+def times(config: Mapping[str, Any], count: int) -> tuple[int, ...]:
+    """The times of a sampler of `count` steps, spaced as the configuration says.
+
+    Raises:
+        UserError: fewer than one step, or more than the schedule has.
+    """
+    scheduler = make_scheduler(config)
+    if not 1 <= count <= scheduler.config.num_train_timesteps:
+        raise UserError(f"steps is {count}, expected 1 to {scheduler.config.num_train_timesteps}")
+    scheduler.set_timesteps(count)
+    # With an offset and very many steps the first time lies one past the end.
+    return tuple(min(int(time), scheduler.config.num_train_timesteps - 1) for time in scheduler.timesteps)
 
 
 def check_fit(base: str, parts: Parts) -> None:
@@ -136,41 +193,56 @@ def check_fit(base: str, parts: Parts) -> None:
         lacking = [name for name in names if name not in network.config]
         if lacking:
             raise UserError(f"base '{base}': {type(network).__name__} has no {lacking[0]}: not a Stable Diffusion part")
-    latents, channels = parts.vae.config.latent_channels, parts.unet.config.in_channels
-    if latents != channels or parts.unet.config.out_channels != latents:
-        raise UserError(f"base '{base}': the UNet takes {channels} channels, but the latents have {latents}")
+    latents = parts.vae.config.latent_channels
+    if parts.unet.config.out_channels != latents:
+        raise UserError(
+            f"base '{base}': the UNet gives {parts.unet.config.out_channels} channels, but the latents have {latents}"
+        )
     width, cross = parts.text_encoder.config.hidden_size, parts.unet.config.cross_attention_dim
     if width != cross:
         raise UserError(f"base '{base}': the text encoder is {width} wide, but the UNet attends to {cross}")
 
 
 class StableDiffusion(ISRAdapter):
-    """Common ground of adapters on SD-shaped parts; a family adds `_start`, its times and what it encodes."""
+    """Common ground of adapters on SD-shaped parts; a family adds `_start`, its times and what it encodes.
+
+    Attributes:
+        extra_channels: what the UNet takes beside the latents.
+    """
+
+    extra_channels: ClassVar[int] = 0
 
     def __init__(self, parts: Parts, base: str, scale: int, prompt: str) -> None:
         if scale < 1:
             raise UserError(f"scale is {scale}, expected 1 or more")
+        taken = parts.unet.config.in_channels
+        if taken != parts.vae.config.latent_channels + self.extra_channels:
+            raise UserError(
+                f"base '{base}': the UNet takes {taken} channels, but adapter '{self.name}' gives it "
+                f"{parts.vae.config.latent_channels} of latents and {self.extra_channels} more"
+            )
         self.unet, self.vae = parts.unet, parts.vae
         self.scale, self.prompt = scale, prompt
-        self.alphas_cumprod = parts.alphas_cumprod
-        self.size_multiple = _compression(parts.vae)
+        self.size_multiple = compression(parts.vae)
         self.networks = {"unet": self.unet, "vae": self.vae}
         self.trainable = {"unet": self.unet}
         self.lora_targets = {"unet": UNET_TARGETS}
-        self.device, self.dtype = torch.device("cpu"), torch.float32
+        weight = next(self.unet.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+        self.alphas_cumprod = make_scheduler(parts.scheduler).alphas_cumprod.to(self.device)
         self._text_encoder, self._tokenizer = parts.text_encoder, parts.tokenizer
         self._embeddings: dict[str, Tensor] = {}
-        self._v_prediction = parts.prediction_type == "v_prediction"
+        self._v_prediction = parts.scheduler.get("prediction_type") == "v_prediction"
         for network in (*self.networks.values(), self._text_encoder):
             network.requires_grad_(False)
             network.eval()
         self.base_model = BaseModel(base, parts.revision, fingerprint(self.networks))
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Self:
-        """Move UNet and autoencoder; the text encoder stays on the CPU until a new prompt turns up."""
+        """Move the networks; the text encoder stays where it is until a new prompt turns up."""
         self.device, self.dtype = torch.device(device), dtype
         layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
-        with keep_float32(self):
+        with lora.keep_float32(self):
             for network in self.networks.values():
                 # Past diffusers' own `to`, which warns of float32 modules that these networks do not have.
                 nn.Module.to(network, device=self.device, dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
@@ -189,9 +261,10 @@ class StableDiffusion(ISRAdapter):
                 refused.append(name)
         return refused
 
-    def _text(self, prompts: Sequence[str] | None, count: int) -> Tensor:
-        """(count, L, D) float32 embeddings; each prompt is encoded once, then the text encoder leaves the device."""
-        wanted = tuple(prompts) if prompts is not None else (self.prompt,) * count
+    def _text(self, prompts: Sequence[str | None] | None, count: int) -> Tensor:
+        """(count, L, D) float32 embeddings; each prompt is encoded once, then the text encoder goes back to its place."""
+        given = prompts if prompts is not None else (None,) * count
+        wanted = [self.prompt if prompt is None else prompt for prompt in given]
         new = [prompt for prompt in dict.fromkeys(wanted) if prompt not in self._embeddings]
         if new:
             # A tokenizer without its own config file names no length.
@@ -199,10 +272,11 @@ class StableDiffusion(ISRAdapter):
             ids = self._tokenizer(
                 new, max_length=length, padding="max_length", truncation=True, return_tensors="pt"
             ).input_ids
+            home = self._text_encoder.device
             self._text_encoder.to(self.device)
             with torch.no_grad():
                 embedded = self._text_encoder(ids.to(self.device))[0].float()
-            self._text_encoder.to("cpu")
+            self._text_encoder.to(home)
             self._embeddings |= dict(zip(new, embedded, strict=True))
         text = torch.stack([self._embeddings[prompt] for prompt in wanted])
         while len(self._embeddings) > CACHED_PROMPTS:  # one prompt an image, over a large set, would fill the card
@@ -236,7 +310,7 @@ class StableDiffusion(ISRAdapter):
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
 
-def _compression(vae: Any) -> int:
+def compression(vae: Any) -> int:
     """How many pixels a latent is wide."""
     ratio = getattr(vae, "spatial_compression_ratio", None)
     return int(ratio) if ratio is not None else 2 ** (len(vae.config.block_out_channels) - 1)

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from rewardsr import schedule
 from rewardsr.draws import Source
+from rewardsr.errors import UserError
+from rewardsr.tiling import Tiling
 
 RANGE_SLACK = 1e-3  # resampling and half precision overshoot [0, 1] a little; more than this is another convention
 
@@ -32,14 +34,14 @@ class Batch:
     Attributes:
         lq: (B, 3, h, w) in [0, 1].
         hq: (B, 3, H, W) in [0, 1], or None where there is no target.
-        prompts: one text an image; None leaves the text to the adapter.
+        prompts: one text an image; None, for one image or for all, leaves the text to the adapter.
         paths: where each image came from, for messages; may be empty.
         extras: what a pipeline family needs besides (image embeddings, say), first dimension B.
     """
 
     lq: Tensor
     hq: Tensor | None = None
-    prompts: tuple[str, ...] | None = None
+    prompts: tuple[str | None, ...] | None = None
     paths: tuple[str, ...] = ()
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -55,6 +57,18 @@ class Batch:
             prompts=None if self.prompts is None else tuple(p for p in self.prompts for _ in range(group)),
             paths=tuple(p for p in self.paths for _ in range(group)),
             extras={name: value.repeat_interleave(group, 0) for name, value in self.extras.items()},
+        )
+
+    def rows(self, index: Tensor) -> "Batch":
+        """The rows of an index (R,) int64."""
+        places = index.tolist()
+        return replace(
+            self,
+            lq=self.lq[index.to(self.lq.device)],
+            hq=None if self.hq is None else self.hq[index.to(self.hq.device)],
+            prompts=None if self.prompts is None else tuple(self.prompts[place] for place in places),
+            paths=tuple(self.paths[place] for place in places) if self.paths else (),
+            extras={name: value[index.to(value.device)] for name, value in self.extras.items()},
         )
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -76,8 +90,8 @@ class Condition:
         latents: (B, C, h, w) latents of the upsampled and padded LQ image.
         size: height and width of `sr` in pixels, before padding.
         negative: (B, L, D) embeddings of the negative prompt, where guidance is used.
-        control: (B, 3, H, W) control image of ControlNet families, in [0, 1].
-        extras: anything else a family needs.
+        control: (B, 3, k h, k w) image that conditions each place, for a whole number k: a ControlNet's, or the LQ image.
+        extras: anything else a family needs; nothing that belongs to a place.
     """
 
     text: Tensor
@@ -94,9 +108,17 @@ class Condition:
         """Every row `group` times, adjacent: the one place where groups are made."""
         return self._map(lambda tensor: tensor.repeat_interleave(group, 0))
 
-    def rows(self, start: int, stop: int) -> "Condition":
-        """Rows start .. stop-1: a chunk of a batch that does not fit at once."""
-        return self._map(lambda tensor: tensor[start:stop])
+    def rows(self, rows: slice | Tensor) -> "Condition":
+        """Some rows, as a slice or an index (R,) int64: a chunk of a batch that does not fit at once, say."""
+        return self._map(lambda tensor: tensor[rows])
+
+    def window(self, rows: slice, columns: slice) -> "Condition":
+        """What conditions a part of the latents; `size` stays that of the whole image."""
+        control = self.control
+        if control is not None:
+            k = control.shape[-1] // self.latents.shape[-1]
+            control = control[..., rows.start * k : rows.stop * k, columns.start * k : columns.stop * k]
+        return replace(self, latents=self.latents[..., rows, columns], control=control)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Condition":
         changed: dict[str, Any] = {}
@@ -134,6 +156,9 @@ class ISRAdapter(ABC):
         base_model: which weights these are.
         licence: licence of the base weights as far as the adapter knows.
         guidance: the pipeline's own classifier-free guidance scale; 1 means none.
+        tiling: how latents too large for one network call are sampled; None: they never are cut.
+        noisy_condition: whether `encode` needs its generator when sampling, too, because the condition itself is noised.
+        extras: names of the tensors that `Batch.extras` may bring, read from files beside the images.
         device, dtype: where the networks are, and in which precision they compute; the boundary is float32.
     """
 
@@ -149,6 +174,9 @@ class ISRAdapter(ABC):
     base_model: BaseModel
     licence: str = "unknown"
     guidance: float = 1.0
+    tiling: Tiling | None = None
+    noisy_condition: bool = False
+    extras: ClassVar[tuple[str, ...]] = ()
     device: torch.device
     dtype: torch.dtype
 
@@ -165,16 +193,17 @@ class ISRAdapter(ABC):
     # ---- the five hooks, public side ----
 
     def encode(
-        self, batch: Batch | Tensor, prompts: Sequence[str] | None = None, generator: Source | None = None
+        self, batch: Batch | Tensor, prompts: Sequence[str | None] | None = None, generator: Source | None = None
     ) -> Condition:
         """What denoising is conditioned on.
 
         Args:
             batch: a Batch, or `lq` (B, 3, h, w) in [0, 1] to be wrapped in one with `prompts`.
             prompts: one text an image; only with a bare `lq`.
-            generator: draws the autoencoder's posterior sample; None takes its mode.
+            generator: draws the autoencoder's posterior sample and what noise the condition has; None takes the mode.
 
         Raises:
+            UserError: the family needs something of the batch that is not there.
             ValueError: wrong rank, channels, range or dtype, or another number of prompts than images.
         """
         if isinstance(batch, Tensor):
@@ -258,6 +287,20 @@ class ISRAdapter(ABC):
         """A LoRA in the family's released format: (tensors by our key names, rank, alpha); None if it is not one."""
         return None
 
+    @classmethod
+    def fits(cls, pipe: Any) -> bool:
+        """Whether `from_pipeline` can take this live pipeline object."""
+        return False
+
+    @classmethod
+    def from_pipeline(cls, pipe: Any, **options: Any) -> Self:
+        """An adapter on the networks of a live pipeline object: shared, not copied, and left where they are.
+
+        Raises:
+            UserError: the family takes no live pipelines, or the parts do not fit each other.
+        """
+        raise UserError(f"adapter '{cls.name}' takes no live pipelines: load it from a folder or a Hub id")
+
     # ---- provided ----
 
     def sample_latents(
@@ -266,19 +309,30 @@ class ISRAdapter(ABC):
         generator: Source | None = None,
         steps: Sequence[int] | None = None,
         guidance: float | None = None,
+        until: Tensor | None = None,
+        rows: int | None = None,
     ) -> Tensor:
-        """Denoise from `start` to z0 (B, C, h, w); deterministic DDIM between `steps`, x0 of the last one.
+        """Denoise from `start` to z0 (B, C, h, w), step by step with the family's sampler.
 
         Args:
             condition: from `encode`.
-            generator: source of the start noise.
+            generator: source of the start noise, and of the sampler's where it draws some.
             steps: times to call the network at; the pipeline's own by default.
             guidance: classifier-free guidance scale; the pipeline's own by default.
+            until: (B,) int64, how many steps each row takes; all by default. A row that stops early is noisy still.
+            rows: at most so many in a network call.
         """
         times = tuple(steps) if steps is not None else self.steps
         z = self.start(condition, generator)
-        for time, following in zip(times, (*times[1:], -1), strict=True):
-            z = schedule.ddim_step(z, self._guided(z, time, condition, guidance), time, following, self.alphas_cumprod)
+        for taken, (time, following) in enumerate(zip(times, (*times[1:], -1), strict=True)):
+            going = torch.arange(len(z), device=z.device) if until is None else (until > taken).nonzero().flatten()
+            if not len(going):
+                break
+            chunks = going.split(rows or len(going))
+            eps = torch.cat([self._guided(z[c], time, condition.rows(c), guidance) for c in chunks])
+            # The sampler draws for every row, so that a row's noise does not depend on how far the others go.
+            moved = self._advance(z, torch.zeros_like(z).index_copy(0, going, eps), time, following, generator)
+            z = moved if len(going) == len(z) else z.index_copy(0, going, moved[going])
         return z
 
     def decode(self, z0: Tensor, condition: Condition) -> Tensor:
@@ -308,13 +362,25 @@ class ISRAdapter(ABC):
         right, bottom = -image.shape[-1] % self.size_multiple, -image.shape[-2] % self.size_multiple
         return nn.functional.pad(image, (0, right, 0, bottom), mode="replicate") if right or bottom else image
 
+    def _advance(self, z: Tensor, eps: Tensor, time: int, following: int, generator: Source | None) -> Tensor:
+        """One step of the sampler, from `time` to `following` (-1: to z0); deterministic DDIM where no family differs."""
+        return schedule.ddim_step(z, eps, time, following, self.alphas_cumprod)
+
     def _guided(self, z: Tensor, time: int, condition: Condition, guidance: float | None) -> Tensor:
+        """Prediction of the sampler: tiles are stitched first, then guidance is applied, as in SeeSR."""
         weight = self.guidance if guidance is None else guidance
-        eps = self.predict_eps(z, time, condition)
+        eps = self._stitched(z, time, condition)
         if weight == 1 or condition.negative is None:
             return eps
-        unconditional = self.predict_eps(z, time, replace(condition, text=condition.negative))
+        unconditional = self._stitched(z, time, replace(condition, text=condition.negative))
         return unconditional + weight * (eps - unconditional)
+
+    def _stitched(self, z: Tensor, time: int, condition: Condition) -> Tensor:
+        if self.tiling is None or not self.tiling.cuts(z):
+            return self.predict_eps(z, time, condition)
+        return self.tiling.apply(
+            lambda rows, columns: self.predict_eps(z[..., rows, columns], time, condition.window(rows, columns)), z
+        )
 
 
 def _check_image(what: str, image: Tensor) -> None:

@@ -8,12 +8,6 @@ import torch
 from torch import Tensor
 
 
-def alphas_cumprod(beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = 1000) -> Tensor:
-    """(T,) of Stable Diffusion's "scaled_linear" schedule; float32 throughout, since float64 differs at t=999."""
-    betas = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float32) ** 2
-    return torch.cumprod(1.0 - betas, dim=0)
-
-
 def add_noise(z0: Tensor, noise: Tensor, t: Tensor | int, alphas: Tensor) -> Tensor:
     """z_t = sqrt(a_t) z0 + sqrt(1 - a_t) noise (DDPM, eq. 4)."""
     signal, sigma = _roots(t, alphas, z0)
@@ -42,6 +36,35 @@ def ddim_step(z_t: Tensor, eps: Tensor, t: int, t_next: int, alphas: Tensor) -> 
     """One deterministic DDIM step (eq. 12, eta 0) from t to t_next; t_next < 0 means all the way to z0."""
     z0 = x0_from_eps(z_t, eps, t, alphas)
     return z0 if t_next < 0 else add_noise(z0, eps, t_next, alphas)
+
+
+def ddpm_step(z_t: Tensor, eps: Tensor, t: int, t_next: int, alphas: Tensor, noise: Tensor | None) -> Tensor:
+    """One ancestral DDPM step (eq. 6 and 7, the posterior's variance) from t to t_next; t_next < 0 gives z0.
+
+    Args:
+        z_t: (B, C, h, w).
+        eps: predicted noise.
+        t, t_next: times, t_next < t; they need not be neighbours.
+        alphas: (T,).
+        noise: N(0, 1) of the shape of z_t; unused where t_next < 0.
+    """
+    z0 = x0_from_eps(z_t, eps, t, alphas)
+    if t_next < 0:
+        return z0
+    if noise is None:
+        raise ValueError("ddpm_step: needs noise before the last step")
+    a, a_next = (alphas[time].to(z_t) for time in (t, t_next))
+    beta = 1 - a / a_next
+    mean = a_next.sqrt() * beta / (1 - a) * z0 + (a / a_next).sqrt() * (1 - a_next) / (1 - a) * z_t
+    return mean + ((1 - a_next) / (1 - a) * beta).clamp(min=1e-20).sqrt() * noise
+
+
+def fewer(times: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """`count` of the times, evenly spread, first and last among them."""
+    if count >= len(times):
+        return times
+    places = torch.linspace(0, len(times) - 1, count).round().long() if count > 1 else torch.tensor([0])
+    return tuple(times[int(place)] for place in places)
 
 
 def _roots(t: Tensor | int, alphas: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

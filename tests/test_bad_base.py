@@ -71,7 +71,7 @@ def test_base_whose_parts_do_not_fit(refused, base, hq_folder, tmp_path) -> None
     diffusers.AutoencoderKL(
         block_out_channels=(8,), latent_channels=16, norm_num_groups=4, layers_per_block=1
     ).save_pretrained(base / "vae")
-    assert "UNet takes 4 channels, but the latents have 16" in refused.finetune(base, hq_folder, tmp_path / "run")
+    assert "UNet gives 4 channels, but the latents have 16" in refused.finetune(base, hq_folder, tmp_path / "run")
     wide = CLIPTextConfig(vocab_size=514, hidden_size=32, intermediate_size=8, num_hidden_layers=1)
     wide.num_attention_heads = 2
     CLIPTextModel(wide).save_pretrained(whole / "text_encoder")
@@ -86,7 +86,7 @@ def test_base_whose_parts_do_not_fit(refused, base, hq_folder, tmp_path) -> None
         ("unet/config.json", {"_class_name": "UNet2DModel"}, "UNet2DModel"),
         ("unet/config.json", {"cross_attention_dim": 24}, "unet"),
         ("vae/config.json", {"latent_channels": 8}, "vae"),
-        ("scheduler/scheduler_config.json", {"beta_schedule": "linear"}, "beta_schedule 'linear'"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid'"),
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction type 'sample'"),
         ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
     ],

@@ -57,7 +57,7 @@ class CutEncoder(OSEDiff):
 
 class CutPrediction(OSEDiff):
     def _predict_eps(self, z_t, t, condition):
-        return super()._predict_eps(z_t, t, condition.rows(0, len(condition))).detach() + z_t.requires_grad_()
+        return super()._predict_eps(z_t, t, condition.rows(slice(0, len(condition)))).detach() + z_t.requires_grad_()
 
 
 class OwnNoise(OSEDiff):

@@ -171,10 +171,10 @@ class GDPO:
             members = condition.repeat(group)
             noisy = adapter.start(members, draws)
             latents = self._chunked(
-                lambda rows: self._denoise(noisy[rows], members.rows(rows.start, rows.stop)), len(noisy)
+                lambda rows: self._denoise(noisy[rows], members.rows(rows)), len(noisy)
             )
             sr = self._chunked(
-                lambda rows: adapter.decode(latents[rows], members.rows(rows.start, rows.stop)), len(noisy)
+                lambda rows: adapter.decode(latents[rows], members.rows(rows)), len(noisy)
             )
             scores = self._score(sr, batch.repeat(group))
             advantages = group_advantages(scores, self._reward_weights(batch))
@@ -260,7 +260,7 @@ class GDPO:
 
     def _errors(self, task: "_Task", first: int, last: int) -> Tensor:
         """Mean squared error (C, H, W) of the predictions in rows first .. last-1, one value an output, flat."""
-        eps = self.adapter.predict_eps(task.z_t[first:last], self.adapter.net_t, task.condition.rows(first, last))
+        eps = self.adapter.predict_eps(task.z_t[first:last], self.adapter.net_t, task.condition.rows(slice(first, last)))
         if self.options.shared_noise:
             size = self.options.group_size
             eps, first, last = eps.repeat_interleave(size, 0), first * size, last * size

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewardsr import schedule
 from rewardsr.adapters import _stable_diffusion as family
 from rewardsr.adapters.osediff import OSEDiff
 from rewardsr.quiet import hush
@@ -98,7 +97,7 @@ def pipeline(size: str, device: torch.device, dtype: torch.dtype, fingerprint: b
     from transformers import CLIPTextConfig, CLIPTextModel
 
     hush()
-    config, alphas = SIZES[size], schedule.alphas_cumprod(0.00085, 0.012, 1000)
+    config = SIZES[size]
     with torch.device(device):
         text = CLIPTextModel(CLIPTextConfig(**config["text_encoder"]))
         parts = family.Parts(
@@ -106,9 +105,7 @@ def pipeline(size: str, device: torch.device, dtype: torch.dtype, fingerprint: b
             vae=diffusers.AutoencoderKL(**config["vae"]),
             text_encoder=text if device.type == "meta" else text.to("cpu"),
             tokenizer=_Tokenizer(text.config.vocab_size),
-            alphas_cumprod=alphas,
-            prediction_type="epsilon",
-            path=None,  # type: ignore[arg-type]
+            scheduler={"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
             revision="random",
         )
     original = family.fingerprint
