@@ -17,7 +17,6 @@ from rewardsr.errors import UserError
 from rewardsr.fingerprint import fingerprint
 from rewardsr.hub import fetch
 from rewardsr.quiet import hush
-from rewardsr.tiling import Tiling
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 CACHED_PROMPTS = 512  # embeddings kept on the device: 160 MB at the width of SD 2.1
@@ -66,7 +65,7 @@ def load_parts(base: str, revision: str | None = None, unet: Any = None) -> Part
     hush()
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    scheduler = _scheduler_config(folder / "scheduler")
+    scheduler = scheduler_config(folder / "scheduler")
     parts = Parts(
         unet=load_network(folder / "unet") if unet is None else unet,
         vae=load_network(folder / "vae"),
@@ -85,14 +84,16 @@ def parts_of(pipe: Any) -> tuple[Parts, str]:
     Raises:
         UserError: a part is missing, does not fit, or carries a LoRA already.
     """
-    lacking = [part for part in PARTS if getattr(pipe, part, None) is None]
-    if lacking:
-        raise UserError(f"{type(pipe).__name__} has no {lacking[0]}")
+    kind = type(pipe).__name__
+    found = getattr(pipe, "scheduler", None) or getattr(pipe, "noise_scheduler", None)  # the latter in OSEDiff's own
+    lacking = [part for part in PARTS if part != "scheduler" and getattr(pipe, part, None) is None]
+    if lacking or found is None:
+        raise UserError(f"{kind} has no {(*lacking, 'scheduler')[0]}")
     if getattr(pipe.unet, "peft_config", None):
-        raise UserError(f"the UNet of {type(pipe).__name__} carries a LoRA already: fuse or unload it first")
-    name = str(getattr(pipe.unet.config, "_name_or_path", "") or type(pipe).__name__)
-    scheduler = dict(pipe.scheduler.config)
-    check_scheduler(scheduler, type(pipe.scheduler).__name__)
+        raise UserError(f"the UNet of {kind} carries a LoRA already: fuse and unload it first")
+    name = str(getattr(pipe.unet.config, "_name_or_path", "") or kind)
+    scheduler = dict(found.config)
+    check_scheduler(scheduler, type(found).__name__)
     parts = Parts(pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, scheduler, "live")
     check_fit(name, parts)
     return parts, name
@@ -128,7 +129,12 @@ def _guarded(folder: Path, kind: Any) -> Any:
         raise UserError(f"'{folder}' does not load as {kind.__name__}: {' '.join(str(error).split())[:300]}") from error
 
 
-def _scheduler_config(folder: Path) -> dict[str, Any]:
+def scheduler_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a scheduler from its folder.
+
+    Raises:
+        UserError: it is missing or damaged, or `check_scheduler` refuses it.
+    """
     path = folder / "scheduler_config.json"
     try:
         config: dict[str, Any] = json.loads(path.read_text())
@@ -229,7 +235,7 @@ class StableDiffusion(ISRAdapter):
         self.lora_targets = {"unet": UNET_TARGETS}
         weight = next(self.unet.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        self.alphas_cumprod = make_scheduler(parts.scheduler).alphas_cumprod.to(self.device)
+        self.alphas_cumprod = make_scheduler(parts.scheduler).alphas_cumprod
         self._text_encoder, self._tokenizer = parts.text_encoder, parts.tokenizer
         self._embeddings: dict[str, Tensor] = {}
         self._v_prediction = parts.scheduler.get("prediction_type") == "v_prediction"
@@ -262,7 +268,7 @@ class StableDiffusion(ISRAdapter):
         return refused
 
     def _text(self, prompts: Sequence[str | None] | None, count: int) -> Tensor:
-        """(count, L, D) float32 embeddings; each prompt is encoded once, then the text encoder goes back to its place."""
+        """(count, L, D) float32 embeddings; each prompt is encoded once; the text encoder then goes back."""
         given = prompts if prompts is not None else (None,) * count
         wanted = [self.prompt if prompt is None else prompt for prompt in given]
         new = [prompt for prompt in dict.fromkeys(wanted) if prompt not in self._embeddings]
@@ -285,8 +291,12 @@ class StableDiffusion(ISRAdapter):
 
     def _predict_eps(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         with self._autocast():
-            prediction = self.unet(z_t.to(self.dtype), t, condition.text.to(self.dtype)).sample.float()
+            prediction = self._call_unet(z_t.to(self.dtype), t, condition).float()
         return schedule.eps_from_v(z_t, prediction, t, self.alphas_cumprod) if self._v_prediction else prediction
+
+    def _call_unet(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """What the UNet predicts, (B, C, h, w) as its scheduler means it, from latents in `dtype`."""
+        return self.unet(z_t, t, condition.text.to(self.dtype)).sample
 
     def _to_latents(self, image: Tensor, generator: Source | None) -> Tensor:
         with self._autocast():

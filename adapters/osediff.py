@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rewardsr import schedule
 from rewardsr.adapter import Batch, Condition
-from rewardsr.adapters._stable_diffusion import StableDiffusion, check_fit, load_network, load_parts
+from rewardsr.adapters._stable_diffusion import StableDiffusion, check_fit, load_network, load_parts, parts_of
 from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError
 from rewardsr.files import read_pickle
@@ -72,6 +72,29 @@ class OSEDiff(StableDiffusion):
                     parts.vae = load_network(folder / "vae")
                 check_fit(weights, parts)
         return cls(parts, identity, scale, prompt, noise_t, net_t)
+
+    @classmethod
+    def fits(cls, pipe: Any) -> bool:
+        """Whether the pipeline is plain Stable Diffusion: a UNet that takes latents only, and no ControlNet."""
+        unet, vae = getattr(pipe, "unet", None), getattr(pipe, "vae", None)
+        taken = getattr(getattr(unet, "config", None), "in_channels", None)
+        latents = getattr(getattr(vae, "config", None), "latent_channels", None)
+        more = any(getattr(pipe, part, None) is not None for part in ("controlnet", "text_encoder_2"))
+        return taken is not None and taken == latents and not more
+
+    @classmethod
+    def from_pipeline(cls, pipe: Any, **options: Any) -> Self:
+        """An adapter on a live pipeline, whose networks carry what was trained already (OSEDiff's LoRA merged in).
+
+        Args:
+            pipe: its networks are shared, not copied, and stay where they are.
+            options: `noise_t`, `net_t`, `scale` and `prompt`, as in `load`.
+
+        Raises:
+            UserError: a part is missing or does not fit.
+        """
+        parts, identity = parts_of(pipe)
+        return cls(parts, identity, **options)
 
     def __init__(
         self,

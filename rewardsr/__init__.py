@@ -20,6 +20,7 @@ _WHERE = {
     "load_adapter": "api",
     "load_lora": "api",
     "upscale": "api",
+    "wrap": "api",
 }
 __all__ = ["__version__", *sorted(_WHERE)]
 

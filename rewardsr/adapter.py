@@ -90,7 +90,7 @@ class Condition:
         latents: (B, C, h, w) latents of the upsampled and padded LQ image.
         size: height and width of `sr` in pixels, before padding.
         negative: (B, L, D) embeddings of the negative prompt, where guidance is used.
-        control: (B, 3, k h, k w) image that conditions each place, for a whole number k: a ControlNet's, or the LQ image.
+        control: (B, 3, k h, k w) image that conditions each place (a ControlNet's, the LQ image); k is whole.
         extras: anything else a family needs; nothing that belongs to a place.
     """
 
@@ -157,7 +157,7 @@ class ISRAdapter(ABC):
         licence: licence of the base weights as far as the adapter knows.
         guidance: the pipeline's own classifier-free guidance scale; 1 means none.
         tiling: how latents too large for one network call are sampled; None: they never are cut.
-        noisy_condition: whether `encode` needs its generator when sampling, too, because the condition itself is noised.
+        noisy_condition: whether `encode` needs its generator when sampling, too: the condition itself is noised.
         extras: names of the tensors that `Batch.extras` may bring, read from files beside the images.
         device, dtype: where the networks are, and in which precision they compute; the boundary is float32.
     """
@@ -363,7 +363,7 @@ class ISRAdapter(ABC):
         return nn.functional.pad(image, (0, right, 0, bottom), mode="replicate") if right or bottom else image
 
     def _advance(self, z: Tensor, eps: Tensor, time: int, following: int, generator: Source | None) -> Tensor:
-        """One step of the sampler, from `time` to `following` (-1: to z0); deterministic DDIM where no family differs."""
+        """One step of the sampler from `time` to `following` (-1: to z0): DDIM without noise by default."""
         return schedule.ddim_step(z, eps, time, following, self.alphas_cumprod)
 
     def _guided(self, z: Tensor, time: int, condition: Condition, guidance: float | None) -> Tensor:

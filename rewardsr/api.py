@@ -1,4 +1,4 @@
-"""The Python API: `load_adapter`, `load_lora`, `finetune`, `upscale`, `evaluate`, of the same shape as the commands."""
+"""The Python API: `load_adapter`, `wrap`, `load_lora`, `finetune`, `upscale`, `evaluate`, as the commands have it."""
 
 import difflib
 import inspect
@@ -14,12 +14,14 @@ from rewardsr import recipe as recipes
 from rewardsr.adapter import ISRAdapter
 from rewardsr.errors import UserError
 from rewardsr.files import remove_leftovers, write_text
-from rewardsr.plugins import resolve
+from rewardsr.plugins import names, resolve
 from rewardsr.recipe import Recipe
 
 if TYPE_CHECKING:
     from rewardsr.evaluation import Evaluation
     from rewardsr.training import DryRun, Result
+
+LOADING = {"weights", "revision"}  # options of adapters that a live pipeline has no use for
 
 
 def load_adapter(
@@ -45,6 +47,37 @@ def load_adapter(
     given = {key: value for key, value in adapter_options(name, options).items() if key in options}
     adapter: ISRAdapter = resolve("adapters", name).load(str(base), **given)
     return adapter.to(device, dtype)
+
+
+def wrap(pipe: Any, name: str | None = None, **options: Any) -> ISRAdapter:
+    """Put a pipeline that is in memory already behind the adapter interface.
+
+    Its networks are shared, not copied: a LoRA trained or loaded through the adapter works in the pipeline, too. They
+    stay on their device and in their precision, and are frozen.
+
+    Args:
+        pipe: an object with `unet`, `vae`, `text_encoder`, `tokenizer` and `scheduler`, as diffusers' pipelines are.
+        name: registered adapter, or `module:Name`; by default the one that fits.
+        options: of the adapter's own `load`, but for what is loaded from where.
+
+    Raises:
+        UserError: no adapter fits (the known ones are named), several do, or parts or options do not.
+    """
+    kinds = {key: resolve("adapters", key) for key in (names("adapters") if name is None else [name])}
+    fitting = [key for key, kind in kinds.items() if name is not None or getattr(kind, "fits", _never)(pipe)]
+    if len(fitting) != 1:
+        found = f"these do: {', '.join(fitting)}; give name=" if fitting else f"known: {', '.join(kinds)}"
+        raise UserError(f"expected one adapter that fits {type(pipe).__name__}; {found} (or give name='module:Name')")
+    kind = kinds[fitting[0]]
+    for option in LOADING & options.keys():
+        raise UserError(f"wrap: '{option}' says what to load, and this pipeline is in memory already: leave it out")
+    checked = adapter_options(fitting[0], options)
+    adapter: ISRAdapter = kind.from_pipeline(pipe, **{key: checked[key] for key in options})
+    return adapter
+
+
+def _never(pipe: Any) -> bool:
+    return False
 
 
 def load_lora(adapter: ISRAdapter, source: Path | str, scale: float = 1.0, force_base: bool = False) -> ISRAdapter:
@@ -125,6 +158,7 @@ def evaluate(
     draws_per_image: int = 1,
     seed: int = 0,
     limit: int | None = None,
+    prompts: str = "adapter",
 ) -> "Evaluation":
     """Score base against tuned on a data folder, with the same noise; see `rewardsr.evaluation.evaluate`.
 
@@ -135,13 +169,15 @@ def evaluate(
         draws_per_image: noise draws that a score is averaged over.
         seed: of degradation and noise.
         limit: the first so many images.
+        prompts: "adapter", "sidecar" (text files), or one text for all.
     """
     from rewardsr.evaluation import evaluate as run
     from rewardsr.recipe import LightRecipe
     from rewardsr.rewards import build
     from rewardsr.setup import degradation_for, open_data
 
-    folder = open_data(data, scale=adapter.scale, degradation=degradation_for(str(data), LightRecipe(), adapter.scale))
+    degradation = degradation_for(str(data), LightRecipe(), adapter.scale)
+    folder = open_data(data, scale=adapter.scale, degradation=degradation, prompts=prompts, extras=adapter.extras)
     rewards = {name: build(name) for name in metrics}
     return run(adapter, folder.validation(limit, seed), rewards, seed=seed, draws_per_image=draws_per_image)
 

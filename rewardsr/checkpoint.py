@@ -15,8 +15,10 @@ from rewardsr import lora
 from rewardsr.adapter import ISRAdapter
 from rewardsr.errors import UserError
 from rewardsr.files import read_safetensors, write_folder, write_safetensors, write_text
+from rewardsr.trainers.base import Method, Stateful, shipped
 
 FOLDER = "checkpoints"
+METHOD_FILE = "method.safetensors"
 
 
 @dataclass
@@ -40,14 +42,22 @@ class State:
     processes: int = 0
 
 
-def save(run: Path, adapter: ISRAdapter, optimiser: torch.optim.Optimizer, state: State, keep: int) -> Path:
-    """Write `run/checkpoints/step-N` and drop all but the last `keep`; returns the folder."""
+def save(
+    run: Path, adapter: ISRAdapter, method: Method, optimiser: torch.optim.Optimizer, state: State, keep: int
+) -> Path:
+    """Write `run/checkpoints/step-N` and drop all but the last `keep`; returns the folder.
+
+    The LoRA there is the one to use; where it is not the one being trained, the method's own state has that.
+    """
     path = run / FOLDER / f"step-{state.step:08d}"
     if path.exists():  # the last step of a run was due anyway
         return path
 
     def fill(folder: Path) -> None:
-        lora.save(adapter, folder)
+        with shipped(method):
+            lora.save(adapter, folder)
+        if isinstance(method, Stateful):
+            write_safetensors(folder / METHOD_FILE, method.state_dict())
         write_safetensors(folder / "optimiser.safetensors", _moments(adapter, optimiser))
         write_text(folder / "state.json", json.dumps(asdict(state)))
 
@@ -60,8 +70,8 @@ def save(run: Path, adapter: ISRAdapter, optimiser: torch.optim.Optimizer, state
     return path
 
 
-def resume(run: Path, adapter: ISRAdapter, optimiser: torch.optim.Optimizer) -> State:
-    """Put adapter and optimiser where the newest checkpoint left them; a fresh `State` where there is none.
+def resume(run: Path, adapter: ISRAdapter, method: Method, optimiser: torch.optim.Optimizer) -> State:
+    """Put adapter, method and optimiser where the newest checkpoint left them; a fresh `State` where there is none.
 
     Raises:
         UserError: the checkpoint is damaged or belongs to another pipeline.
@@ -77,6 +87,11 @@ def resume(run: Path, adapter: ISRAdapter, optimiser: torch.optim.Optimizer) -> 
             f"checkpoint '{newest}' is damaged: {error}; remove it to resume from the one before"
         ) from error
     lora.load(adapter, newest)
+    if isinstance(method, Stateful):
+        try:
+            method.load_state_dict(read_safetensors(newest / METHOD_FILE)[0])
+        except (KeyError, RuntimeError) as error:
+            raise UserError(f"checkpoint '{newest}': its {METHOD_FILE} belongs to another LoRA or method") from error
     _set_moments(adapter, optimiser, read_safetensors(newest / "optimiser.safetensors")[0], newest)
     return state
 

@@ -33,6 +33,7 @@ Run = Annotated[Path | None, typer.Option(help="folder of a run: its adapter, ba
 LoraPath = Annotated[Path | None, typer.Option("--lora", help="LoRA file or folder")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
 Precision = Annotated[str, typer.Option(help="of the base: auto (bf16 on CUDA), fp32 or bf16")]
+Prompts = Annotated[str, typer.Option(help="adapter, sidecar (.txt beside each image), or one text for all")]
 Seed = Annotated[int, typer.Option(help="of the noise")]
 
 
@@ -89,6 +90,9 @@ def finetune(
     seed: Annotated[int | None, typer.Option(help="of everything that is drawn")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps")] = None,
     precision: Annotated[str | None, typer.Option(help="of the base: auto (bf16 on CUDA), fp32 or bf16")] = None,
+    reward_crop: Annotated[
+        int | None, typer.Option(help="judge a random window of so many pixels a side (trainer rfsr): less memory")
+    ] = None,
     gradient_checkpointing: Annotated[
         bool | None, typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="less memory, more time")
     ] = None,
@@ -117,6 +121,7 @@ def finetune(
         "device": device,
         "precision": precision,
         "gradient_checkpointing": gradient_checkpointing,
+        "trainer_options.reward_crop": reward_crop,
     }
     resolved = load_recipe(None if recipe is None else str(recipe), overrides, assign or [])
     from rewardsr import api
@@ -152,9 +157,7 @@ def upscale(
     lora: LoraPath = None,
     strength: Annotated[float, typer.Option(help="of the LoRA; 0 is the base")] = 1.0,
     color_fix: Annotated[str, typer.Option(help="none, adain or wavelet")] = "none",
-    prompts: Annotated[
-        str, typer.Option(help="adapter, sidecar (.txt beside each image), or one text for all")
-    ] = "adapter",
+    prompts: Prompts = "adapter",
     seed: Seed = 0,
     device: Device = "auto",
     precision: Precision = "auto",
@@ -189,6 +192,7 @@ def evaluate(
     metrics: Annotated[str, typer.Option(help="rewards or pyiqa metrics, comma-separated")] = "psnr,ssim",
     draws: Annotated[int, typer.Option(min=1, help="noise draws that each score averages")] = 1,
     limit: Annotated[int | None, typer.Option(min=1, help="the first so many images")] = None,
+    prompts: Prompts = "adapter",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="also write the scores of every image, as JSON")
     ] = None,
@@ -206,7 +210,7 @@ def evaluate(
 
     pipeline = open_pipeline(run, adapter, base, option or [], lora, 1.0, device, precision, force_base)
     names = [name.strip() for name in metrics.split(",") if name.strip()]
-    found = api.evaluate(pipeline, data, names, draws_per_image=draws, seed=seed, limit=limit)
+    found = api.evaluate(pipeline, data, names, draws_per_image=draws, seed=seed, limit=limit, prompts=prompts)
     typer.echo(report.text(found), nl=False)
     if output is not None:
         write_text(output, found.to_json())

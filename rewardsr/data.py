@@ -21,6 +21,7 @@ from rewardsr.adapter import Batch
 from rewardsr.captions import ADAPTER, first_few, prompt_folder, resolve_prompts
 from rewardsr.draws import generator
 from rewardsr.errors import UserError
+from rewardsr.extras import check_alike, resolve_extras, stack_extras
 from rewardsr.images import image_size, list_images, read_image, to_uint8
 
 LQ_FOLDERS = ("lq", "lr")
@@ -49,12 +50,14 @@ class Item:
         lq: the input; None where it is made by degradation.
         size: height and width of the target in pixels.
         prompt: its text; None leaves it to the adapter.
+        extras: file of tensors that belong to it, if there is one.
     """
 
     hq: Path
     lq: Path | None
     size: tuple[int, int]
     prompt: str | None
+    extras: Path | None = None
 
 
 def is_paired(path: Path | str) -> bool:
@@ -73,6 +76,7 @@ def open_data(
     crop: int | None = None,
     degradation: Degradation | None = None,
     prompts: str = ADAPTER,
+    extras: Sequence[str] = (),
     flips: bool = True,
     cache_mb: int = 512,
 ) -> "Data":
@@ -88,6 +92,8 @@ def open_data(
         degradation: makes LQ images; needed with a folder of HQ images. Pairs ignore it: they are taken as they are.
         prompts: "adapter" leaves the text to the adapter; "sidecar" reads `<name>.txt` from `prompts/` or `tag/` in
             the folder or else from beside the HQ images; anything else is the one prompt of all images.
+        extras: names of the tensors to read from `<name>.safetensors` in `extras/` in the folder, or else from beside
+            the HQ images, where such files are.
         flips: mirror half of the training crops left to right.
         cache_mb: decoded images are kept up to this many megabytes.
 
@@ -113,9 +119,10 @@ def open_data(
         hq_paths, lq_paths = [hq for hq, _ in matched], [lq for _, lq in matched]
     found = resolve_prompts(hq_paths, prompts, prompt_folder(path))
     texts: Sequence[str | None] = [None] * len(hq_paths) if found is None else found
-    items = [Item(hq, lq, image_size(hq), text) for hq, lq, text in zip(hq_paths, lq_paths, texts, strict=True)]
+    files: Sequence[Path | None] = resolve_extras(hq_paths, extras, path) or [None] * len(hq_paths)
+    items = [Item(*entry) for entry in zip(hq_paths, lq_paths, map(image_size, hq_paths), texts, files, strict=True)]
     _check_sizes(items, scale, crop)
-    return Data(items, scale=scale, crop=crop, degradation=degradation, flips=flips, cache_mb=cache_mb)
+    return Data(items, scale=scale, crop=crop, degradation=degradation, extras=extras, flips=flips, cache_mb=cache_mb)
 
 
 class Data:
@@ -134,6 +141,7 @@ class Data:
         scale: int,
         crop: int | None,
         degradation: Degradation | None,
+        extras: Sequence[str],
         flips: bool,
         cache_mb: int,
     ) -> None:
@@ -141,6 +149,7 @@ class Data:
         self.scale = scale
         self.crop = crop
         self._degradation = degradation
+        self._extras = tuple(extras)
         self._flips = flips
         self._cache = _ImageCache(cache_mb * 1_000_000)
         self._worker: ThreadPoolExecutor | None = None
@@ -166,6 +175,7 @@ class Data:
                     damaged.append(str(error))
         if damaged:
             raise UserError(f"{len(damaged)} of the image files are unusable: {'; '.join(damaged[:3])}")
+        check_alike([item.extras for item in self.items if item.extras is not None], self._extras)
 
     def batch(self, seed: int, indices: Sequence[int]) -> Batch:
         """Samples of the training stream.
@@ -219,7 +229,8 @@ class Data:
             step = 1 if item.lq is None else self.scale
             corner = [(length - size) // 2 // step * step for length, size in zip(hq.shape[-2:], sizes, strict=True)]
             random = generator(seed, 0, "validation", position)
-            yield _stack([self._pair(item, hq, (corner[0], corner[1]), (sizes[0], sizes[1]), False, random)], [item])
+            pair = self._pair(item, hq, (corner[0], corner[1]), (sizes[0], sizes[1]), False, random)
+            yield self._stack([pair], [item])
 
     def item(self, seed: int, index: int) -> Item:
         """The image that sample `index` of the training stream shows."""
@@ -230,7 +241,17 @@ class Data:
         if not indices or self.crop is None:
             raise ValueError("batch: needs at least one index, and data that was opened with a crop")
         items = [self.item(seed, index) for index in indices]
-        return _stack([self._sample(seed, index, item) for index, item in zip(indices, items, strict=True)], items)
+        return self._stack([self._sample(seed, *entry) for entry in zip(indices, items, strict=True)], items)
+
+    def _stack(self, samples: list[tuple[Tensor, Tensor]], items: Sequence[Item]) -> Batch:
+        texts = tuple(item.prompt for item in items)
+        return Batch(
+            lq=torch.stack([lq for lq, _ in samples]),
+            hq=torch.stack([hq for _, hq in samples]),
+            prompts=None if None in texts else texts,
+            paths=tuple(str(item.hq) for item in items),
+            extras=stack_extras([item.extras for item in items if item.extras is not None], self._extras),
+        )
 
     def _sample(self, seed: int, index: int, item: Item) -> tuple[Tensor, Tensor]:
         """(lq, hq) of one training sample."""
@@ -302,16 +323,6 @@ def _cut(image: Tensor, corner: tuple[int, int], size: tuple[int, int]) -> Tenso
     """A part of a cached image as float32."""
     part = image[:, corner[0] : corner[0] + size[0], corner[1] : corner[1] + size[1]]
     return part.float() / 255 if part.dtype == torch.uint8 else part.clone()
-
-
-def _stack(samples: list[tuple[Tensor, Tensor]], items: Sequence[Item]) -> Batch:
-    texts = [item.prompt for item in items]
-    return Batch(
-        lq=torch.stack([lq for lq, _ in samples]),
-        hq=torch.stack([hq for _, hq in samples]),
-        prompts=None if None in texts else tuple(text for text in texts if text is not None),
-        paths=tuple(str(item.hq) for item in items),
-    )
 
 
 @lru_cache(maxsize=4)

@@ -13,6 +13,7 @@ from rewardsr.errors import UserError
 from rewardsr.files import write_text
 
 METRICS = "metrics.jsonl"
+GROUPS = ("reference", "loss")
 SHOWN = ("loss", "implicit_accuracy", "group/pixel_std", "seconds")
 
 
@@ -75,13 +76,16 @@ class RunLog:
                 raise UserError(f"cannot write '{self._file}': {error.strerror or error}") from error
         for tracker in self._trackers:
             tracker.log(flatten(metrics), step=step)
-        rewards = [
-            f"{name.removeprefix('reference/')} {value:.4g}" for name, value in metrics.items() if "reference/" in name
-        ]
         status = " ".join(f"{name.split('/')[-1]} {metrics[name]:.3g}" for name in SHOWN if name in metrics)
-        self._progress.update(self._task, completed=step, status=f"{status} | reference {' '.join(rewards)}")
+        for group in GROUPS:  # rewards of the samples, or terms of the loss: whichever the method has
+            entries = {
+                name.removeprefix(f"{group}/"): metrics[name] for name in metrics if name.startswith(f"{group}/")
+            }
+            if entries:
+                status += f" | {group} {' '.join(f'{name} {value:.4g}' for name, value in entries.items())}"
+        self._progress.update(self._task, completed=step, status=status)
         if not self._console.is_terminal and step and step % max(1, self._steps // 20) == 0:
-            self.say(f"step {step}/{self._steps} {status} | reference {' '.join(rewards)}")
+            self.say(f"step {step}/{self._steps} {status}")
 
 
 def flatten(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:

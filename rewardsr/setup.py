@@ -1,5 +1,6 @@
 """From a recipe to everything that training needs, cheap checks first: bad input is refused before any long work."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from rewardsr.plugins import resolve
 from rewardsr.recipe import LightRecipe, Recipe
 from rewardsr.rewards import build
 from rewardsr.rewards.base import Reward
+from rewardsr.rewards.probe import probe_gradient
 from rewardsr.runlog import check_trackers
 from rewardsr.trainers.base import Method
 
@@ -66,7 +68,8 @@ def set_up(recipe: Recipe) -> Setup:
     options = recipes.parse(method_kind.Options, recipe.trainer_options, "trainer_options")
     # Known before the pipeline is loaded, so that the data can be checked first.
     scale = adapter_options(recipe.adapter, recipe.adapter_options).get("scale", 4)
-    train, validation = open_folders(recipe, scale)
+    extras = getattr(resolve("adapters", recipe.adapter), "extras", ())
+    train, validation = open_folders(recipe, scale, extras)
     rewards = {entry.name: build(entry.name, **entry.options) for entry in recipe.rewards}
     guards = {name: build(name) for name in recipe.guards if name not in rewards}
     notes = [f"device {device}, base in {str(dtype).removeprefix('torch.')}, LoRA in float32"]
@@ -78,17 +81,23 @@ def set_up(recipe: Recipe) -> Setup:
         )
     if validation is not None:
         validation.check()
-    _try_metrics(rewards | guards, train.batch(recipe.seed, [0]).to(device))
+    sample = train.batch(recipe.seed, [0]).to(device)
+    _try_metrics(rewards | guards, sample)
+    steering = {entry.name: entry.weight for entry in recipe.rewards if entry.weight > 0}
+    if getattr(method_kind, "differentiates", False):
+        for name in steering:
+            probe_gradient(name, rewards[name], sample)
     adapter = load_adapter(recipe.adapter, recipe.base, device=device, dtype=dtype, **recipe.adapter_options)
     if adapter.scale != scale:  # an adapter whose scale is no option of its `load`
-        train, validation = open_folders(recipe, adapter.scale)
+        train, validation = open_folders(recipe, adapter.scale, extras)
+    with torch.no_grad():
+        adapter.encode(train.batch(recipe.seed, [0]))  # says what the family misses of the images
     _attach(adapter, recipe)
     if recipe.gradient_checkpointing:
         notes += [
             f"gradient checkpointing: {name} cannot, and goes without"
             for name in adapter.enable_gradient_checkpointing()
         ]
-    steering = {entry.name: entry.weight for entry in recipe.rewards if entry.weight > 0}
     method = method_kind(adapter, {name: rewards[name] for name in steering}, steering, options)
     return Setup(recipe, accelerator, adapter, method, train, validation, rewards | guards, tuple(notes))
 
@@ -110,8 +119,14 @@ def _try_metrics(metrics: dict[str, Reward], batch: Batch) -> None:
             )
 
 
-def open_folders(recipe: Recipe, scale: int) -> tuple[Data, Data | None]:
-    """Training and held-out images; folders of pairs are taken as they are, HQ folders are degraded."""
+def open_folders(recipe: Recipe, scale: int, extras: Sequence[str] = ()) -> tuple[Data, Data | None]:
+    """Training and held-out images; folders of pairs are taken as they are, HQ folders are degraded.
+
+    Args:
+        recipe: of the run.
+        scale: HQ is this many times LQ.
+        extras: names of the tensors beside the images that the adapter takes.
+    """
     folder = recipe.data
     train = open_data(
         folder.train,
@@ -119,12 +134,13 @@ def open_folders(recipe: Recipe, scale: int) -> tuple[Data, Data | None]:
         crop=folder.crop,
         degradation=degradation_for(folder.train, folder.degradation, scale),
         prompts=folder.prompts,
+        extras=extras,
         flips=folder.flip,
     )
     if folder.validation is None:
         return train, None
     held_out = degradation_for(folder.validation, folder.degradation, scale)
-    return train, open_data(folder.validation, scale=scale, degradation=held_out, prompts=folder.prompts)
+    return train, open_data(folder.validation, scale=scale, degradation=held_out, prompts=folder.prompts, extras=extras)
 
 
 def degradation_for(path: str, options: LightRecipe, scale: int) -> Light | None:

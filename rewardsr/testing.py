@@ -3,6 +3,7 @@
 `rewardsr.draws.Replay` gives back recorded noise where a test must follow a recorded run.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,78 +22,114 @@ TEXT_WIDTH = 16
 EQUAL = 1e-4  # rows of a batch against the same rows alone: other summation orders, float32
 
 
-def tiny_pipeline(folder: Path | str, seed: int = 0, autoencoder: str = "kl") -> Path:
+def tiny_pipeline(folder: Path | str, seed: int = 0, autoencoder: str = "kl", family: str = "sd") -> Path:
     """Write a Stable-Diffusion-shaped pipeline with a few thousand random weights, in diffusers' folder layout.
 
     Args:
         folder: where to; made if need be.
         seed: of the weights.
         autoencoder: "kl" (AutoencoderKL, f=4, 4 channels) or "dc" (AutoencoderDC, f=4, without a posterior).
+        family: "sd", or "upscaler", which diffusers' StableDiffusionUpscalePipeline loads.
 
     Returns:
         The folder.
     """
-    import diffusers
-    from transformers import CLIPTextConfig, CLIPTextModel
-
     from rewardsr.demo.train_pipeline import write_tokenizer
 
     folder = Path(folder)
+    components = _tiny_schedulers(family)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = diffusers.UNet2DConditionModel(
-            in_channels=4,
-            out_channels=4,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            norm_num_groups=4,
-            cross_attention_dim=TEXT_WIDTH,
-            attention_head_dim=2,
-        )
-        vae: Any
-        if autoencoder == "kl":
-            vae = diffusers.AutoencoderKL(
-                block_out_channels=(8, 8, 8),
-                down_block_types=("DownEncoderBlock2D",) * 3,
-                up_block_types=("UpDecoderBlock2D",) * 3,
-                latent_channels=4,
-                norm_num_groups=4,
-                scaling_factor=0.5,
-            )
-        else:
-            vae = diffusers.AutoencoderDC(
-                latent_channels=4,
-                attention_head_dim=4,
-                encoder_block_types="ResBlock",
-                decoder_block_types="ResBlock",
-                encoder_block_out_channels=(8, 8, 8),
-                decoder_block_out_channels=(8, 8, 8),
-                encoder_layers_per_block=(0, 1, 1),
-                decoder_layers_per_block=(0, 1, 1),
-                encoder_qkv_multiscales=((), (), ()),
-                decoder_qkv_multiscales=((), (), ()),
-                scaling_factor=0.5,
-            )
-        text = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=514,
-                hidden_size=TEXT_WIDTH,
-                intermediate_size=32,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                bos_token_id=512,
-                eos_token_id=513,
-            )
-        )
-    for component, network in (("unet", unet), ("vae", vae), ("text_encoder", text)):
-        network.save_pretrained(folder / component)
-    diffusers.DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
-    ).save_pretrained(folder / "scheduler")
-    write_tokenizer(folder / "tokenizer")
+        components["unet"] = _tiny_unet(family)
+        # diffusers' upscaler knows one scaling factor only, and sets it.
+        components["vae"] = _tiny_autoencoder(autoencoder, scaling_factor=0.08333 if family == "upscaler" else 0.5)
+        components["text_encoder"] = _tiny_text_encoder()
+    tokenizer = write_tokenizer(folder / "tokenizer")
+    if family == "upscaler":  # diffusers' pipeline asks for more files: how long prompts are, and which class is what
+        components["tokenizer"] = tokenizer
+        parts = {part: [type(of).__module__.partition(".")[0], type(of).__name__] for part, of in components.items()}
+        index = {"_class_name": "StableDiffusionUpscalePipeline", **parts}
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    for name, component in components.items():
+        component.save_pretrained(folder / name)
     return folder
+
+
+def _tiny_schedulers(family: str) -> dict[str, Any]:
+    """The schedulers of a family, by the name of their folder, as its released pipelines have them."""
+    import diffusers
+
+    if family == "sd":
+        options = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+        return {"scheduler": diffusers.DDPMScheduler(**options)}
+    if family == "upscaler":
+        options = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "scaled_linear", "clip_sample": False}
+        ddim = diffusers.DDIMScheduler(
+            **options, prediction_type="v_prediction", set_alpha_to_one=False, steps_offset=1
+        )
+        return {"scheduler": ddim, "low_res_scheduler": diffusers.DDPMScheduler(**options)}
+    raise ValueError(f"unknown family '{family}': expected sd or upscaler")
+
+
+def _tiny_unet(family: str) -> Any:
+    import diffusers
+
+    # An upscaler's takes the LQ image beside the latents, and how noisy that is as a class.
+    options = {"in_channels": 7, "num_class_embeds": 50} if family == "upscaler" else {"in_channels": 4}
+    return diffusers.UNet2DConditionModel(
+        **options,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        norm_num_groups=4,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=2,
+    )
+
+
+def _tiny_autoencoder(kind: str, scaling_factor: float) -> Any:
+    import diffusers
+
+    if kind == "kl":
+        return diffusers.AutoencoderKL(
+            block_out_channels=(8, 8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            latent_channels=4,
+            norm_num_groups=4,
+            scaling_factor=scaling_factor,
+        )
+    return diffusers.AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=4,
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        encoder_layers_per_block=(0, 1, 1),
+        decoder_layers_per_block=(0, 1, 1),
+        encoder_qkv_multiscales=((), (), ()),
+        decoder_qkv_multiscales=((), (), ()),
+        scaling_factor=scaling_factor,
+    )
+
+
+def _tiny_text_encoder() -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=514,
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            bos_token_id=512,
+            eos_token_id=513,
+        )
+    )
 
 
 def write_images(folder: Path | str, count: int = 4, size: int = 48, seed: int = 0) -> Path:
@@ -260,7 +297,7 @@ def _reward_problems(reward: Reward, side: int) -> Iterator[str]:
     hq = torch.rand(3, 3, side, side, generator=random)
     lq = torch.nn.functional.interpolate(hq, scale_factor=0.25, mode="area")
     sr = (hq + 0.1 * torch.randn(hq.shape, generator=random)).clamp(0, 1)
-    batch = Batch(lq=lq, hq=hq if reward.needs_hq else None)
+    batch = Batch(lq=lq, hq=hq if reward.needs_hq else None, prompts=("a photo", "a cat", ""))
     try:
         yield from _score_problems(reward, sr, batch)
     except Exception as error:  # an author wants the message, whatever the kind
@@ -272,12 +309,7 @@ def _score_problems(reward: Reward, sr: Tensor, batch: Batch) -> Iterator[str]:
     yield from _tensor_problems("score", scores, (3,))
     if tuple(scores.shape) != (3,):
         return
-    alone = torch.cat(
-        [
-            reward(sr[i : i + 1], Batch(batch.lq[i : i + 1], None if batch.hq is None else batch.hq[i : i + 1]))
-            for i in range(3)
-        ]
-    )
+    alone = torch.cat([reward(sr[i : i + 1], batch.rows(torch.tensor([i]))) for i in range(3)])
     if alone.shape == scores.shape and float((alone - scores).abs().max()) > EQUAL * (1 + float(scores.abs().max())):
         yield "a score depends on the other images of its batch"
     if reward.differentiable and not _differentiable(lambda x: reward(x, batch), sr.clone().requires_grad_()):

@@ -29,13 +29,10 @@ from rewardsr.errors import TrainingError, UserError
 from rewardsr.recipe import Recipe
 from rewardsr.runlog import RunLog
 from rewardsr.setup import Setup
-from rewardsr.trainers.base import Prepared
+from rewardsr.trainers.base import Prepared, Stateful, shipped
 from rewardsr.validation import Validator
 
-MEMORY_HINT = (
-    "out of memory on {device}; what helps most, in this order: trainer_options.micro_batch (now {micro_batch}), "
-    "gradient_checkpointing (now {checkpointing}), data.crop (now {crop})"
-)
+MEMORY_OPTIONS = ("micro_batch", "reward_crop")  # of methods, where they have them; what helps most comes first
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ def train(setup: Setup, run: Path, resume: bool) -> Result:
     """
     recipe, accelerator = setup.recipe, setup.accelerator
     optimiser = make_optimiser(setup)
-    state = checkpoint.resume(run, setup.adapter, optimiser) if resume else State()
+    state = checkpoint.resume(run, setup.adapter, setup.method, optimiser) if resume else State()
     for note in setup.notes:
         accelerator.print(note)
     log = RunLog(
@@ -111,7 +108,8 @@ def train(setup: Setup, run: Path, resume: bool) -> Result:
                     f"(first: {metrics['not_finite']}); lower optimiser.learning_rate, or look at that reward or tensor"
                 )
     if accelerator.is_main_process and state.step == recipe.steps:
-        lora.save(setup.adapter, run)
+        with shipped(setup.method):
+            lora.save(setup.adapter, run)
     accelerator.wait_for_everyone()
     return Result(state.step, state.step == recipe.steps, run, validator.latest)
 
@@ -176,14 +174,7 @@ def step(
         for update in range(recipe.updates_per_group):
             metrics = _update(setup, optimiser, state, groups, update)
     except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            MEMORY_HINT.format(
-                device=setup.accelerator.device,
-                micro_batch=recipe.trainer_options.get("micro_batch"),
-                checkpointing=recipe.gradient_checkpointing,
-                crop=recipe.data.crop,
-            )
-        ) from error
+        raise TrainingError(_memory_advice(setup)) from error
     for group, indices in groups:
         share = len(indices) / (recipe.batch_size * recipe.accumulate)
         for name, value in group.metrics.items():
@@ -192,6 +183,14 @@ def step(
     averaged, stop = _agree(setup.accelerator, metrics, stopped())
     averaged |= {"skipped": state.skipped, "seconds": time.perf_counter() - began}
     return averaged, stop
+
+
+def _memory_advice(setup: Setup) -> str:
+    recipe = setup.recipe
+    options = [name for name in MEMORY_OPTIONS if name in setup.method.Options.model_fields]
+    levers = [f"trainer_options.{name} (now {recipe.trainer_options.get(name)})" for name in options]
+    levers += [f"gradient_checkpointing (now {recipe.gradient_checkpointing})", f"data.crop (now {recipe.data.crop})"]
+    return f"out of memory on {setup.accelerator.device}; what helps most, in this order: {', '.join(levers)}"
 
 
 def make_optimiser(setup: Setup) -> torch.optim.Optimizer:
@@ -269,6 +268,8 @@ def _update(
         for parameter_group in optimiser.param_groups:
             parameter_group["lr"] = rate
         optimiser.step()
+        if isinstance(setup.method, Stateful):
+            setup.method.after_update()
         state.skipped_in_a_row = 0
     else:
         bad = (
@@ -306,7 +307,7 @@ def _agree(accelerator: Accelerator, metrics: dict[str, Any], stop: bool) -> tup
 def _saver(setup: Setup, run: Path, optimiser: torch.optim.Optimizer, state: State) -> Callable[[], None]:
     def save() -> None:
         if setup.accelerator.is_main_process:
-            checkpoint.save(run, setup.adapter, optimiser, state, setup.recipe.keep_checkpoints)
+            checkpoint.save(run, setup.adapter, setup.method, optimiser, state, setup.recipe.keep_checkpoints)
         setup.accelerator.wait_for_everyone()
 
     return save

@@ -11,6 +11,7 @@ from rewardsr.adapter import Batch, ISRAdapter
 from rewardsr.captions import ADAPTER, first_few, resolve_prompts
 from rewardsr.draws import Draws, Source
 from rewardsr.errors import UserError
+from rewardsr.extras import check_alike, resolve_extras, stack_extras
 from rewardsr.images import read_image, write_image
 
 COLOR_FIXES = ("none", "adain", "wavelet")
@@ -93,7 +94,7 @@ def upscale_tensor(
         ValueError: a tensor that breaks the contract.
     """
     _check_color_fix(color_fix)
-    condition = adapter.encode(lq, prompts)
+    condition = adapter.encode(lq, prompts, generator if adapter.noisy_condition else None)
     sr = adapter.sample(condition, generator)
     image = lq.lq if isinstance(lq, Batch) else lq
     expected = (image.shape[0], 3, image.shape[2] * adapter.scale, image.shape[3] * adapter.scale)
@@ -140,11 +141,18 @@ def upscale_files(
     inputs, output = [Path(path) for path in inputs], Path(output)
     targets = _targets(inputs, output, overwrite)
     texts = resolve_prompts(inputs, prompts)
+    extras = resolve_extras(inputs, adapter.extras)
     for path in inputs:
         read_image(path)
+    check_alike(extras or [], adapter.extras)
     for index, (path, target) in enumerate(zip(inputs, targets, strict=True)):
-        text = None if texts is None else [texts[index]]
-        sr = upscale_tensor(adapter, read_image(path)[None], text, Draws(seed, 0, [index], "upscale"), color_fix)
+        batch = Batch(
+            lq=read_image(path)[None],
+            prompts=None if texts is None else (texts[index],),
+            paths=(str(path),),
+            extras=stack_extras([] if extras is None else [extras[index]], adapter.extras),
+        )
+        sr = upscale_tensor(adapter, batch, generator=Draws(seed, 0, [index], "upscale"), color_fix=color_fix)
         write_image(sr, target)
         if progress is not None:
             progress(index + 1, len(inputs), target)

@@ -10,6 +10,7 @@ from rewardsr.evaluation import evaluate
 from rewardsr.files import write_text
 from rewardsr.report import Cell, comparison_row, write_grid
 from rewardsr.setup import Setup
+from rewardsr.trainers.base import shipped
 
 FOLDER = "validation"
 PICTURES, PICTURE_SIDE = 4, 512
@@ -49,7 +50,8 @@ class Validator:
 
         recipe = setup.recipe
         images = setup.validation.validation(recipe.data.validation_limit, recipe.seed, recipe.data.validation_side)
-        found = evaluate(setup.adapter, images, setup.metrics, seed=recipe.seed, on_image=keep)
+        with shipped(setup.method):
+            found = evaluate(setup.adapter, images, setup.metrics, seed=recipe.seed, on_image=keep)
         folder = self._run / FOLDER
         write_grid(rows, folder / f"step-{step:08d}.png", side=PICTURE_SIDE)
         write_text(folder / f"step-{step:08d}.json", found.to_json())

@@ -46,6 +46,12 @@ def tiny_base(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_seesr() -> str:
+    """A tiny SeeSR of random weights, in the layout and with the names of the released one."""
+    return str(DATA / "tiny_seesr")
+
+
+@pytest.fixture(scope="session")
 def hq_folder(tmp_path_factory) -> Path:
     """Three images of 48 pixels."""
     from rewardsr.testing import write_images

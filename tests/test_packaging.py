@@ -165,7 +165,7 @@ from rewardsr.rewards import build
 
 image = torch.rand(2, 3, 32, 32)
 batch = Batch(lq=torch.rand(2, 3, 8, 8), hq=image, prompts=("", ""))
-for name in {names}:
+for name in {[name for name in names if name != "imagereward"]}:  # which needs weights
     assert build(name)(image, batch).shape == (2,), name
 sys.argv = ["rewardsr", "rewards"]
 main()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rewardsr.adapter import Batch
 from rewardsr.errors import UserError
+from rewardsr.losses import structure
 
 
 def luma(image: Tensor) -> Tensor:
@@ -81,6 +82,28 @@ class SSIM:
         """
         with torch.autocast(sr.device.type, enabled=False):
             return _ssim(_levels(luma(sr)), _levels(luma(target(self.name, sr, batch))))
+
+
+class Structure:
+    """Agreement of coarse structure: minus RFSR's distance of low-frequency bands; 0 is best.
+
+    The band is the low-low one of three Haar transforms: means of blocks of 8x8 pixels, times 8, in each colour.
+    """
+
+    name = "structure"
+    differentiable = True
+    needs_hq = True
+    licence = "Apache-2.0"
+    kind = "fidelity"
+
+    def __call__(self, sr: Tensor, batch: Batch) -> Tensor:
+        """Score (B,), at most 0; `sr` and `batch.hq` are (B, 3, H, W) in [0, 1], of 8 pixels a side or more.
+
+        Raises:
+            UserError: the batch has no HQ images.
+            ValueError: shapes differ.
+        """
+        return -structure(sr, target(self.name, sr, batch))
 
 
 def _levels(y: Tensor) -> Tensor:

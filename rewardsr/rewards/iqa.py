@@ -271,7 +271,8 @@ def _from_file(metric: str, kind: str, weights: Path, options: dict[str, Any], p
         with _no_downloads([]), _untrained_backbones():
             built = _create(metric, options)
     except Exception as error:
-        raise UserError(f"metric '{metric}' cannot be built from '{weights}' alone: {_line(error)}") from error
+        form = " (expected OpenAI's file, a TorchScript archive)" if kind == "CLIPIQA" and metric == "clipiqa" else ""
+        raise UserError(f"metric '{metric}' cannot be built from '{weights}' alone{form}: {_line(error)}") from error
     if state is not None:
         _load(metric, built.net, state, weights)
     return built

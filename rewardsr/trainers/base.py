@@ -1,8 +1,9 @@
 """What a training method is: `prepare` looks, `losses` learns. The loop that runs it is in `rewardsr.training`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from pydantic import BaseModel
 from torch import Tensor
@@ -38,9 +39,15 @@ class Prepared(Protocol):
 
 
 class Method(Protocol):
-    """A training method. It knows nothing of files, devices and processes."""
+    """A training method. It knows nothing of files, devices and processes.
+
+    Attributes:
+        Options: its part of the recipe (`trainer_options`).
+        differentiates: whether it back-propagates through the rewards; each is then probed before training.
+    """
 
     Options: ClassVar[type[BaseModel]]
+    differentiates: ClassVar[bool]
 
     def __init__(
         self, adapter: ISRAdapter, rewards: dict[str, Reward], weights: dict[str, float], options: Any
@@ -56,3 +63,36 @@ class Method(Protocol):
         Never yields inside `no_grad` or `lora.reference`.
         """
         ...
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A method with state of its own beside the LoRA (an average of it, say) writes these as well.
+
+    The weights inside `shipped` are the ones that are validated, that checkpoints show and that the run leaves.
+    """
+
+    def after_update(self) -> None:
+        """Called when the optimiser has changed the LoRA; not for a skipped update."""
+        ...
+
+    def shipped(self) -> AbstractContextManager[None]:
+        """Inside, the adapter carries the weights that are meant for use."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that a resumed run needs, the weights being trained included where they are not the shipped."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state_dict`.
+
+        Raises:
+            KeyError: it belongs to another LoRA.
+        """
+        ...
+
+
+def shipped(method: Method) -> AbstractContextManager[None]:
+    """Inside, the adapter carries the weights that a run is made for: the method's choice, else the trained ones."""
+    return method.shipped() if isinstance(method, Stateful) else nullcontext()

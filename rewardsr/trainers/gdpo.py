@@ -38,7 +38,12 @@ class GDPOOptions(BaseModel):
     group_size: int = Field(6, ge=2, description="outputs per LQ image (G)")
     beta: float = Field(5000.0, gt=0, description="strength of the preference; large values saturate sooner")
     preference: Literal["paper", "conditional"] = Field(
-        "paper", description="paper: noise the re-encoded outputs; conditional: noise the LQ latents, as at inference"
+        "paper",
+        description="of one-step pipelines; paper: noise the re-encoded outputs; conditional: noise the LQ latents, as "
+        "at inference. With several steps there is one form: noise the outputs' own latents",
+    )
+    sampling_steps: int | None = Field(
+        None, ge=1, description="steps that a group is sampled with; None: all of the pipeline's"
     )
     shared_noise: bool = Field(False, description="conditional: one noise for a group, so one policy pass serves it")
     weighting: Literal["fixed", "attribute"] = Field(
@@ -56,7 +61,7 @@ class Group:
 
     Attributes:
         condition: of the B images.
-        latents: (B*G, C, h, w) of the outputs; `paper`: images re-encoded, `conditional`: as the reference denoised.
+        latents: (B*G, C, h, w) of the outputs, as the reference denoised them; `paper` with one step: re-encoded.
         advantages: (B, G).
         metrics: what to log of the sampling.
     """
@@ -132,10 +137,11 @@ class GDPO:
         options: of the method.
 
     Raises:
-        UserError: a pipeline that has no group (deterministic) or several steps, or weights that cannot work.
+        UserError: a pipeline that has no group (deterministic), or options or weights that cannot work.
     """
 
     Options = GDPOOptions
+    differentiates = False
 
     def __init__(
         self, adapter: ISRAdapter, rewards: dict[str, Reward], weights: dict[str, float], options: GDPOOptions
@@ -145,9 +151,10 @@ class GDPO:
                 f"adapter '{adapter.name}' is deterministic as configured, so the outputs of a group would be equal: "
                 "set its option noise_t (GDPO-SR: noise_t=250, net_t=100)"
             )
-        if not adapter.one_step:
+        if options.preference == "conditional" and not adapter.one_step:
             raise UserError(
-                f"gdpo trains one-step pipelines; adapter '{adapter.name}' takes {len(adapter.steps)} steps"
+                f"gdpo: preference 'conditional' is for one-step pipelines; adapter '{adapter.name}' takes "
+                f"{len(adapter.steps)} steps: leave it out"
             )
         if options.shared_noise and options.preference == "paper":
             raise UserError("gdpo: shared_noise belongs to preference 'conditional'")
@@ -169,18 +176,14 @@ class GDPO:
         with lora.reference(adapter):
             condition = adapter.encode(batch, generator=draws)
             members = condition.repeat(group)
-            noisy = adapter.start(members, draws)
-            latents = self._chunked(
-                lambda rows: self._denoise(noisy[rows], members.rows(rows)), len(noisy)
-            )
-            sr = self._chunked(
-                lambda rows: adapter.decode(latents[rows], members.rows(rows)), len(noisy)
-            )
+            steps = schedule.fewer(adapter.steps, self.options.sampling_steps or len(adapter.steps))
+            latents = adapter.sample_latents(members, draws, steps, rows=self.options.micro_batch)
+            sr = self._chunked(lambda rows: adapter.decode(latents[rows], members.rows(rows)), len(latents))
             scores = self._score(sr, batch.repeat(group))
             advantages = group_advantages(scores, self._reward_weights(batch))
             if self.options.shuffle_advantages:
                 advantages = advantages.gather(1, draw(advantages.shape, draws, device=advantages.device).argsort(1))
-            if self.options.preference == "paper":
+            if self.options.preference == "paper" and adapter.one_step:
                 # The original draws a fresh posterior sample of every output, and so does this.
                 latents = self._encode_outputs(sr, latents, draws)
         metrics = {f"reference/{name}": float(values.mean()) for name, values in scores.items()}
@@ -209,10 +212,6 @@ class GDPO:
             yield self._at_once(task, group.advantages, start, min(start + per_pass, images))
 
     # ---- sampling ----
-
-    def _denoise(self, noisy: Tensor, members: Condition) -> Tensor:
-        eps = self.adapter.predict_eps(noisy, self.adapter.net_t, members)
-        return schedule.x0_from_eps(noisy, eps, self.adapter.net_t, self.adapter.alphas_cumprod)
 
     def _score(self, sr: Tensor, batch: Batch) -> dict[str, Tensor]:
         size = self.options.group_size
@@ -248,19 +247,39 @@ class GDPO:
         """What policy and reference are compared on: noisy latents, and the right prediction for each output."""
         adapter, size = self.adapter, self.options.group_size
         condition = group.condition if self.options.shared_noise else group.condition.repeat(size)
+        if not adapter.one_step:
+            return self._diffusion_task(group, condition, draws)
         if self.options.preference == "paper":
             noise = draw(group.latents.shape, draws, device=group.latents.device)
             noise_t = adapter.net_t if adapter.noise_t is None else adapter.noise_t
-            return _Task(condition, schedule.add_noise(group.latents, noise, noise_t, adapter.alphas_cumprod), noise)
+            z_t = schedule.add_noise(group.latents, noise, noise_t, adapter.alphas_cumprod)
+            return _Task(condition, z_t, self._net_t(len(z_t)), noise)
         # The start of inference with fresh noise: with that of the sampling, the target would be what the reference
         # predicts already, and nothing would train.
         z_t = adapter.start(condition, draws)
         each = z_t.repeat_interleave(size, 0) if self.options.shared_noise else z_t
-        return _Task(condition, z_t, schedule.eps_from_x0(each, group.latents, adapter.net_t, adapter.alphas_cumprod))
+        target = schedule.eps_from_x0(each, group.latents, adapter.net_t, adapter.alphas_cumprod)
+        return _Task(condition, z_t, self._net_t(len(z_t)), target)
+
+    def _diffusion_task(self, group: Group, members: Condition, draws: Source) -> "_Task":
+        """Several steps: the outputs' latents are noised as of one time of the schedule, one noise and time a group.
+
+        As in Diffusion-DPO (arXiv 2311.12908): what conditions the network is not what is noised, so the target is the
+        noise itself, and one form does for training and inference.
+        """
+        adapter, size, images = self.adapter, self.options.group_size, len(group.condition)
+        place = draw((images, 1), draws, high=len(adapter.steps)).flatten()
+        noise = draw((images, *group.latents.shape[1:]), draws, device=group.latents.device).repeat_interleave(size, 0)
+        t = torch.tensor(adapter.steps)[place].to(noise.device).repeat_interleave(size, 0)
+        return _Task(members, schedule.add_noise(group.latents, noise, t, adapter.alphas_cumprod), t, noise)
+
+    def _net_t(self, rows: int) -> Tensor:
+        return torch.full((rows,), self.adapter.net_t, device=self.adapter.device)
 
     def _errors(self, task: "_Task", first: int, last: int) -> Tensor:
         """Mean squared error (C, H, W) of the predictions in rows first .. last-1, one value an output, flat."""
-        eps = self.adapter.predict_eps(task.z_t[first:last], self.adapter.net_t, task.condition.rows(slice(first, last)))
+        rows = slice(first, last)
+        eps = self.adapter.predict_eps(task.z_t[rows], task.t[rows], task.condition.rows(rows))
         if self.options.shared_noise:
             size = self.options.group_size
             eps, first, last = eps.repeat_interleave(size, 0), first * size, last * size
@@ -306,8 +325,9 @@ class GDPO:
 
 @dataclass(frozen=True)
 class _Task:
-    """Rows of a preference loss: condition, noisy latents (R, C, h, w), and a target (B*G, C, h, w) per output."""
+    """Rows of a preference loss: condition, noisy latents (R, C, h, w), times (R,), and a target per output."""
 
     condition: Condition
     z_t: Tensor
+    t: Tensor
     target: Tensor

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from _imagereward import WORDS, released_state, save
+from torch import Tensor
 
 from rewardsr import hub
+from rewardsr.rewards.imagereward import ImageReward
 
 
 @pytest.fixture
@@ -33,3 +36,29 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     yield cache
     assert not attempts
+
+
+@pytest.fixture(scope="session")
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A vocabulary of BERT with a dozen words."""
+    path = tmp_path_factory.mktemp("words") / "vocab.txt"
+    path.write_text("\n".join(WORDS))
+    return path
+
+
+@pytest.fixture(scope="session")
+def state() -> dict[str, Tensor]:
+    """The tensors of `weights`."""
+    return released_state()
+
+
+@pytest.fixture(scope="session")
+def weights(state: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small ImageReward.pt."""
+    return save(state, tmp_path_factory.mktemp("weights") / "ImageReward.pt")
+
+
+@pytest.fixture(scope="session")
+def reward(weights: Path, vocabulary: Path) -> ImageReward:
+    """What `weights` and `vocabulary` make; not to be changed."""
+    return ImageReward(weights, vocabulary)

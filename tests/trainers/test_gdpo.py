@@ -394,6 +394,6 @@ def test_what_cannot_work_is_refused(base) -> None:
     several = load_adapter("osediff", base, noise_t=250, net_t=100, scale=1)
     several.steps = (500, 100)
     with pytest.raises(UserError, match="takes 2 steps"):
-        GDPO(several, {"score": Score()}, {"score": 1.0}, GDPOOptions())
+        GDPO(several, {"score": Score()}, {"score": 1.0}, GDPOOptions(preference="conditional"))
     with pytest.raises(UserError, match="positive weight"):
         GDPO(make(base).adapter, {}, {}, GDPOOptions())

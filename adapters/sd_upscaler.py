@@ -1,0 +1,202 @@
+"""Stable Diffusion's x4 upscaler: multi-step super-resolution whose UNet sees the LQ image beside the latents.
+
+Source: diffusers' StableDiffusionUpscalePipeline and the pipelines that it loads, such as
+stabilityai/stable-diffusion-x4-upscaler. The latents have the size of the LQ image, so the autoencoder's compression is
+how many times `sr` is larger. The LQ image is noised itself, and the UNet is told how much as a class.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from rewardsr import schedule
+from rewardsr.adapter import Batch, Condition
+from rewardsr.adapters._stable_diffusion import (
+    PARTS,
+    Parts,
+    StableDiffusion,
+    check_scheduler,
+    compression,
+    load_parts,
+    make_scheduler,
+    parts_of,
+    scheduler_config,
+    times,
+)
+from rewardsr.draws import Source, draw
+from rewardsr.errors import UserError
+from rewardsr.hub import fetch
+from rewardsr.tiling import Tiling
+
+LOW_RES = "low_res_scheduler"  # the part whose schedule the LQ image is noised by
+SCALING_FACTOR = 0.08333  # of the autoencoder; diffusers' pipeline sets it, whatever the files say
+
+
+class SDUpscaler(StableDiffusion):
+    """Stable Diffusion x4 upscaler: the noised LQ image goes into the UNet beside the latents, many steps.
+
+    Any scheduler in the folder is sampled with deterministic DDIM, at the times that its configuration names; what
+    else it does (clipping, thresholding, other solvers) is left out. With a DDIM scheduler as released, images equal
+    those of diffusers' pipeline.
+    """
+
+    name = "sd_upscaler"
+    extra_channels = 3
+    noisy_condition = True
+
+    @classmethod
+    def load(
+        cls,
+        base: str,
+        *,
+        steps: int = 75,
+        noise_level: int = 20,
+        guidance: float = 9.0,
+        prompt: str = "",
+        negative_prompt: str = "",
+        tile: int | None = None,
+        tile_overlap: int = 16,
+        revision: str | None = None,
+    ) -> Self:
+        """Load the pipeline, in float32 on the CPU.
+
+        Args:
+            base: diffusers folder or Hub id of the upscaler.
+            steps: of the sampler (deterministic DDIM).
+            noise_level: the LQ image is noised as of this time of the `low_res_scheduler`, and the UNet is told so.
+            guidance: classifier-free guidance scale; 1 means none.
+            prompt: text for images that bring none.
+            negative_prompt: of classifier-free guidance.
+            tile, tile_overlap: latents (pixels of the LQ image) of more than tile x tile are sampled in tiles; None
+                never cuts.
+            revision: branch, tag or commit of a Hub base.
+
+        Raises:
+            UserError: anything that cannot be had, read or fitted.
+        """
+        folder, _ = fetch(base, "base", (*PARTS, LOW_RES), revision)
+        if not (folder / LOW_RES).is_dir():
+            raise UserError(f"base '{base}' has no folder '{LOW_RES}/': it is no Stable Diffusion upscaler")
+        low_res, highest = scheduler_config(folder / LOW_RES), _highest_level(folder / "model_index.json")
+        parts = load_parts(base, revision)
+        parts.vae.register_to_config(scaling_factor=SCALING_FACTOR)
+        return cls(
+            parts,
+            low_res,
+            base,
+            highest_level=highest,
+            steps=steps,
+            noise_level=noise_level,
+            guidance=guidance,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            tile=tile,
+            tile_overlap=tile_overlap,
+        )
+
+    @classmethod
+    def fits(cls, pipe: Any) -> bool:
+        """Whether the pipeline has a schedule for the LQ image, and a UNet that takes that image beside the latents."""
+        try:
+            taken, latents = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+            return getattr(pipe, LOW_RES) is not None and bool(taken == latents + cls.extra_channels)
+        except Exception:  # it may be any object, with any attributes
+            return False
+
+    @classmethod
+    def from_pipeline(cls, pipe: Any, **options: Any) -> Self:
+        """An adapter on a live StableDiffusionUpscalePipeline.
+
+        Args:
+            pipe: its networks are shared, not copied, and stay where they are.
+            options: of `load`, but for the base and its revision.
+
+        Raises:
+            UserError: a part is missing or does not fit.
+        """
+        kind = type(pipe).__name__
+        if getattr(pipe, LOW_RES, None) is None:
+            raise UserError(f"{kind} has no {LOW_RES}: it is no Stable Diffusion upscaler")
+        parts, identity = parts_of(pipe)
+        low_res = dict(getattr(pipe, LOW_RES).config)
+        check_scheduler(low_res, f"{kind}.{LOW_RES}")
+        highest = getattr(pipe, "config", {}).get("max_noise_level")
+        return cls(parts, low_res, identity, highest_level=highest, **options)
+
+    def __init__(
+        self,
+        parts: Parts,
+        low_res: Mapping[str, Any],
+        base: str,
+        *,
+        highest_level: int | None = None,
+        steps: int = 75,
+        noise_level: int = 20,
+        guidance: float = 9.0,
+        prompt: str = "",
+        negative_prompt: str = "",
+        tile: int | None = None,
+        tile_overlap: int = 16,
+    ) -> None:
+        super().__init__(parts, base, compression(parts.vae), prompt)
+        if not (math.isfinite(guidance) and guidance >= 1):
+            raise UserError(f"guidance is {guidance}, expected a finite number, 1 (none) or more")
+        self._low_res_alphas = make_scheduler(low_res).alphas_cumprod
+        classes = self.unet.config.get("num_class_embeds")
+        limits = (len(self._low_res_alphas) - 1, None if classes is None else classes - 1, highest_level)
+        highest = min(limit for limit in limits if limit is not None)
+        if not 0 <= noise_level <= highest:
+            raise UserError(f"noise_level is {noise_level}, expected 0 to {highest}")
+        self.steps = times(parts.scheduler, steps)
+        self.noise_level, self.guidance, self.negative_prompt = noise_level, guidance, negative_prompt
+        self.tiling = None if tile is None else Tiling(tile, tile_overlap)
+        self._to_one = bool(parts.scheduler.get("set_alpha_to_one", True))
+
+    @property
+    def deterministic(self) -> bool:
+        """Never: even a single step starts from noise."""
+        return False
+
+    def _encode(self, batch: Batch, generator: Source | None) -> Condition:
+        image = batch.lq * 2 - 1
+        # The mode of the noised image has the noise level's share of signal, and no noise.
+        noise = torch.zeros_like(image) if generator is None else draw(image.shape, generator, device=image.device)
+        count, _, height, width = image.shape
+        return Condition(
+            text=self._text(batch.prompts, count),
+            # Denoising starts from noise alone: only their shape matters, and encoding would be for nothing.
+            latents=image.new_zeros(count, self.vae.config.latent_channels, height, width),
+            size=(height * self.scale, width * self.scale),
+            negative=self._text((self.negative_prompt,) * count, count) if self.guidance != 1 else None,
+            control=schedule.add_noise(image, noise, self.noise_level, self._low_res_alphas),
+        )
+
+    def _start(self, condition: Condition, generator: Source | None) -> Tensor:
+        assert generator is not None  # `start` has seen to it
+        return draw(condition.latents.shape, generator, device=condition.latents.device)
+
+    def _call_unet(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        assert condition.control is not None
+        seen = torch.cat([z_t, condition.control.to(z_t.dtype)], 1)
+        level = torch.full_like(t, self.noise_level)
+        return self.unet(seen, t, condition.text.to(self.dtype), class_labels=level).sample
+
+    def _advance(self, z: Tensor, eps: Tensor, time: int, following: int, generator: Source | None) -> Tensor:
+        # Without set_alpha_to_one, diffusers' DDIM ends at the little noise of time 0.
+        return super()._advance(z, eps, time, following if self._to_one else max(following, 0), generator)
+
+
+def _highest_level(index: Path) -> int | None:
+    """The highest noise level that the pipeline's own file allows; None where there is no file or it does not say."""
+    if not index.is_file():
+        return None
+    try:
+        level = json.loads(index.read_text()).get("max_noise_level")
+        return None if level is None else int(level)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"'{index}' is damaged") from error

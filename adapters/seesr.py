@@ -1,0 +1,381 @@
+"""SeeSR: multi-step super-resolution with a ControlNet on the LQ image and a second attention on image embeddings.
+
+Source: SeeSR (arXiv 2311.16518). In every block that attends to text, UNet and ControlNet attend once more, to the
+embeddings of a tagger (RAM, or SeeSR's DAPE): tokens of 512 numbers, which come with the image or from a plug-in.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from rewardsr import schedule
+from rewardsr.adapter import BaseModel, Batch, Condition
+from rewardsr.adapters._stable_diffusion import Parts, StableDiffusion, load_parts, parts_of, times
+from rewardsr.draws import Source, draw
+from rewardsr.errors import UserError
+from rewardsr.files import read_safetensors
+from rewardsr.fingerprint import fingerprint
+from rewardsr.hub import fetch
+from rewardsr.plugins import resolve
+from rewardsr.tiling import Tiling
+
+EMBEDDING = "ram"  # its name in Batch.extras, and in the files beside the images
+TEMPLATE = "{tags}, ,clean, high-resolution, 8k"
+NEGATIVE = "dotted, noise, blur, lowres, smooth"
+START_T = 999  # the LQ latents are noised as of this time, whatever the first step is
+ALIKE = ("in_channels", "block_out_channels", "layers_per_block", "down_block_types", "attention_head_dim")
+
+Tagger = Callable[[Tensor], tuple[Tensor, Sequence[str]]]
+
+
+class SeeSR(StableDiffusion):
+    """SeeSR: ControlNet and tag embeddings on Stable Diffusion parts, many steps."""
+
+    name = "seesr"
+    extras = (EMBEDDING,)
+    noisy_condition = True
+
+    @classmethod
+    def load(
+        cls,
+        base: str,
+        *,
+        weights: str | None = None,
+        tagger: str | None = None,
+        steps: int = 50,
+        start_point: Literal["lq", "noise"] = "lq",
+        guidance: float = 5.5,
+        conditioning_scale: float = 1.0,
+        scale: int = 4,
+        prompt: str = "",
+        template: str = TEMPLATE,
+        negative_prompt: str = NEGATIVE,
+        tile: int | None = 96,
+        tile_overlap: int = 32,
+        tile_weights: Literal["centred", "original"] = "centred",
+        revision: str | None = None,
+    ) -> Self:
+        """Load the pipeline, in float32 on the CPU.
+
+        Args:
+            base: diffusers folder or Hub id with vae, text encoder, tokenizer and scheduler (Stable Diffusion 2 base).
+            weights: folder or Hub id with SeeSR's `unet/` and `controlnet/`; by default they lie in the base as well.
+            tagger: plug-in `module:Name` (or an entry point of group rewardsr.taggers) for images that bring no
+                embeddings: a function, or a class made without arguments, that turns images (B, 3, H, W) in [0, 1] at
+                output size into embeddings (B, tokens, 512) and one string of tags an image.
+            steps: of the sampler (ancestral DDPM).
+            start_point: "lq" starts from the LQ latents noised as of t=999, "noise" from noise alone.
+            guidance: classifier-free guidance scale.
+            conditioning_scale: of what the ControlNet adds to the UNet.
+            scale: `sr` is this many times `lq`; 1 for inputs already at output size.
+            prompt: tags of images that bring none, where there is no tagger.
+            template: text around the tags; "{tags}" for the tags alone, as in RFSR's training. An empty prompt that
+                comes with an image stays empty.
+            negative_prompt: of classifier-free guidance.
+            tile, tile_overlap: latents of more than tile x tile are sampled in tiles; None never cuts.
+            tile_weights: "centred", or "original", which lie half a latent pixel too low.
+            revision: branch, tag or commit of a Hub base.
+
+        Raises:
+            UserError: anything that cannot be had, read or fitted.
+        """
+        source = base if weights is None else weights
+        folder, _ = fetch(source, "weights", tuple(_KINDS))
+        for part in _KINDS:
+            if not (folder / part).is_dir():
+                raise UserError(f"'{source}' has no folder '{part}/': expected SeeSR's unet/ and controlnet/")
+        unet, controlnet = (_load(folder / part, kind) for part, kind in _KINDS.items())
+        return cls(
+            load_parts(base, revision, unet),
+            controlnet,
+            base if weights is None else f"{base} + {weights}",
+            tagger=tagger,
+            steps=steps,
+            start_point=start_point,
+            guidance=guidance,
+            conditioning_scale=conditioning_scale,
+            scale=scale,
+            prompt=prompt,
+            template=template,
+            negative_prompt=negative_prompt,
+            tile=tile,
+            tile_overlap=tile_overlap,
+            tile_weights=tile_weights,
+        )
+
+    @classmethod
+    def fits(cls, pipe: Any) -> bool:
+        """Whether the pipeline has a ControlNet, and a UNet with SeeSR's second attention."""
+        middle = getattr(getattr(pipe, "unet", None), "mid_block", None)
+        return getattr(pipe, "controlnet", None) is not None and hasattr(middle, "image_attentions")
+
+    @classmethod
+    def from_pipeline(cls, pipe: Any, **options: Any) -> Self:
+        """An adapter on a live pipeline: SeeSR's own object, or a diffusers ControlNet pipeline with its networks.
+
+        Args:
+            pipe: its networks are shared, not copied, and stay where they are.
+            options: of `load`, but for the base, its revision and the weights.
+
+        Raises:
+            UserError: a part is missing or does not fit.
+        """
+        parts, identity = parts_of(pipe)
+        return cls(parts, pipe.controlnet, identity, **options)
+
+    def __init__(
+        self,
+        parts: Parts,
+        controlnet: Any,
+        base: str,
+        *,
+        tagger: str | None = None,
+        steps: int = 50,
+        start_point: str = "lq",
+        guidance: float = 5.5,
+        conditioning_scale: float = 1.0,
+        scale: int = 4,
+        prompt: str = "",
+        template: str = TEMPLATE,
+        negative_prompt: str = NEGATIVE,
+        tile: int | None = 96,
+        tile_overlap: int = 32,
+        tile_weights: str = "centred",
+    ) -> None:
+        _check_alike(base, parts.unet, controlnet)
+        if not guidance >= 1:
+            raise UserError(f"guidance is {guidance}, expected 1 (none) or more")
+        super().__init__(parts, base, scale, prompt)
+        self.controlnet = controlnet.requires_grad_(False).eval()
+        self.networks = {"unet": self.unet, "controlnet": self.controlnet, "vae": self.vae}
+        self.trainable = {"unet": self.unet, "controlnet": self.controlnet}
+        # What RFSR trains in full: the UNet's image attentions, and all of the ControlNet (but its time embeddings).
+        self.lora_targets = {
+            "unet": _layers(self.unet, lambda name: ".image_attentions." in name),
+            "controlnet": _layers(self.controlnet, lambda name: "time_emb" not in name),
+        }
+        self.base_model = BaseModel(base, parts.revision, fingerprint(self.networks))
+        self.steps = times(parts.scheduler, steps)
+        self.start_point, self.guidance, self.conditioning_scale = start_point, guidance, conditioning_scale
+        self.template, self.negative_prompt = template, negative_prompt
+        self.tiling = None if tile is None else Tiling(tile, tile_overlap, off_centre=tile_weights == "original")
+        self._width = _width(self.unet.state_dict())
+        self._tagger = None if tagger is None else _make_tagger(tagger)
+
+    @property
+    def deterministic(self) -> bool:
+        """Never: it starts from noise, or from LQ latents that are noised."""
+        return False
+
+    def _encode(self, batch: Batch, generator: Source | None) -> Condition:
+        image = self.upsample(batch.lq)
+        height, width = image.shape[-2:]
+        tokens, tags = self._look(batch, image)
+        padded = self.pad(image)
+        if self.start_point == "lq":
+            latents = self._to_latents(padded, generator)
+        else:  # then only their shape matters, and encoding would be for nothing
+            shape = (len(batch), self.vae.config.latent_channels, *(s // self.size_multiple for s in padded.shape[-2:]))
+            latents = torch.zeros(shape, device=self.device)
+        negative = self._text((self.negative_prompt,) * len(batch), len(batch)) if self.guidance != 1 else None
+        return Condition(
+            text=self._text([self._prompt(tag) for tag in tags], len(batch)),
+            latents=latents,
+            size=(height, width),
+            negative=negative,
+            control=padded,
+            extras={EMBEDDING: tokens},
+        )
+
+    def _start(self, condition: Condition, generator: Source | None) -> Tensor:
+        assert generator is not None  # `start` has seen to it
+        noise = draw(condition.latents.shape, generator, device=condition.latents.device)
+        if self.start_point == "noise":
+            return noise
+        return schedule.add_noise(condition.latents, noise, START_T, self.alphas_cumprod)
+
+    def _predict_eps(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        assert condition.control is not None
+        z, text, control = (x.to(self.dtype) for x in (z_t, condition.text, condition.control))
+        tokens = condition.extras[EMBEDDING].to(self.dtype)
+        with self._autocast():
+            down, middle = _attend(
+                self.controlnet,
+                tokens,
+                z,
+                t,
+                encoder_hidden_states=text,
+                controlnet_cond=control,
+                conditioning_scale=self.conditioning_scale,
+                return_dict=False,
+            )
+            (prediction,) = _attend(
+                self.unet,
+                tokens,
+                z,
+                t,
+                encoder_hidden_states=text,
+                down_block_additional_residuals=down,
+                mid_block_additional_residual=middle,
+                return_dict=False,
+            )
+        eps = prediction.float()
+        return schedule.eps_from_v(z_t, eps, t, self.alphas_cumprod) if self._v_prediction else eps
+
+    def _advance(self, z: Tensor, eps: Tensor, time: int, following: int, generator: Source | None) -> Tensor:
+        # The original draws noise for the last step as well; its variance there is 1e-20.
+        noise = draw(z.shape, generator, device=z.device) if generator is not None and following >= 0 else None
+        return schedule.ddpm_step(z, eps, time, following, self.alphas_cumprod, noise)
+
+    def _look(self, batch: Batch, image: Tensor) -> tuple[Tensor, list[str | None]]:
+        """Embeddings (B, tokens, width) and tags: what came with the images, and from the tagger what did not."""
+        tokens = batch.extras.get(EMBEDDING)
+        tags: list[str | None] = [None] * len(batch) if batch.prompts is None else list(batch.prompts)
+        if tokens is None and self._tagger is None:
+            raise UserError(
+                f"adapter '{self.name}' needs the tagger's image embeddings: put <name>.safetensors with a tensor "
+                f"'{EMBEDDING}' (tokens, {self._width}) beside each image or into extras/, or set its option tagger"
+            )
+        if self._tagger is not None and (tokens is None or None in tags):
+            with torch.no_grad():
+                seen, said = self._tagger(image)
+            tokens = seen if tokens is None else tokens
+            tags = [mine if mine is not None else other for mine, other in zip(tags, said, strict=True)]
+        assert tokens is not None
+        if tokens.ndim != 3 or len(tokens) != len(batch) or tokens.shape[-1] != self._width:
+            raise UserError(
+                f"image embeddings '{EMBEDDING}' are {tuple(tokens.shape)}, but the networks attend to "
+                f"({len(batch)}, tokens, {self._width})"
+            )
+        if not tokens.isfinite().all():
+            raise UserError(f"image embeddings '{EMBEDDING}' hold values that are not finite")
+        return tokens.to(self.device, torch.float32), tags
+
+    def _prompt(self, tags: str | None) -> str:
+        if tags == "":
+            return ""
+        return self.template.replace("{tags}", self.prompt if tags is None else tags)
+
+
+def _make_tagger(name: str) -> Tagger:
+    made: Any = resolve("taggers", name)
+    tagger: Tagger = made() if isinstance(made, type) else made
+    if not callable(tagger):
+        raise UserError(f"tagger '{name}': expected a function, or a class whose instances can be called")
+    return tagger
+
+
+# ---- the second attention ----
+
+
+def add_image_attentions(network: Any, width: int) -> None:
+    """Give a diffusers UNet or ControlNet the attention to image embeddings that follows every attention to text.
+
+    The new modules are siblings of the old (`image_attentions` beside `attentions`), of the same configuration but for
+    the width of what they attend to, and randomly initialised. What they see is set by the adapter for each call.
+    """
+    for block in (*network.down_blocks, network.mid_block, *getattr(network, "up_blocks", ())):
+        if not hasattr(block, "attentions"):
+            continue
+        twins = [_twin(text, width) for text in block.attentions]
+        block.image_attentions = nn.ModuleList(twins)
+        for text, image in zip(block.attentions, twins, strict=True):
+
+            def look(module: nn.Module, given: Any, result: Any, image: nn.Module = image) -> Any:
+                return image(result[0], encoder_hidden_states=network.image_tokens, return_dict=False)
+
+            text.register_forward_hook(look)
+    network.image_tokens = None
+    network.register_to_config(use_image_cross_attention=True)
+
+
+def _twin(text: Any, width: int) -> Any:
+    # Past `from_config`, which takes arguments that were given by position for defaults, and leaves them out.
+    own = {name: value for name, value in text.config.items() if not name.startswith("_")}
+    return type(text)(**{**own, "cross_attention_dim": width})
+
+
+def _attend(network: Any, tokens: Tensor, *arguments: Any, **options: Any) -> Any:
+    """Call a network with image embeddings: one of ours, or SeeSR's own class, which takes them as an argument."""
+    if not hasattr(network, "image_tokens"):
+        return network(*arguments, image_encoder_hidden_states=tokens, **options)
+    network.image_tokens = tokens
+    try:
+        return network(*arguments, **options)
+    finally:
+        network.image_tokens = None
+
+
+_KINDS = {"unet": "UNet2DConditionModel", "controlnet": "ControlNetModel"}
+
+
+def _load(folder: Path, kind: str) -> Any:
+    """A network from SeeSR's released files: diffusers' configuration and names, and the second attention's."""
+    import diffusers
+    from accelerate import init_empty_weights
+
+    path = folder / "diffusion_pytorch_model.safetensors"
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"'{folder}/config.json' is missing or damaged: expected SeeSR's unet/ and controlnet/"
+        ) from error
+    if not path.is_file():
+        raise UserError(f"no weights '{path}'")
+    state = {name: value.float() for name, value in read_safetensors(path)[0].items()}
+    try:
+        width = _width(state)
+    except UserError as error:
+        raise UserError(f"'{path}': {error}") from error
+    try:
+        with init_empty_weights(include_buffers=False):
+            network = getattr(diffusers, kind).from_config(
+                {key: value for key, value in config.items() if key != "use_image_cross_attention"}
+            )
+            add_image_attentions(network, width)
+        network.load_state_dict(state, strict=True, assign=True)
+    except Exception as error:  # diffusers and torch share no error class
+        raise UserError(f"'{folder}' does not load as {kind}: {' '.join(str(error).split())[:300]}") from error
+    return network
+
+
+def _width(state: dict[str, Tensor]) -> int:
+    """How many numbers an image token has: the width that the second attentions take."""
+    widths = {
+        value.shape[1]
+        for name, value in state.items()
+        if "image_attentions" in name and ".attn2.to_k." in name and "lora_" not in name and value.ndim == 2
+    }
+    if len(widths) != 1:
+        raise UserError("no attention to image embeddings (image_attentions): not a network of SeeSR")
+    return int(widths.pop())
+
+
+def _layers(network: nn.Module, wanted: Callable[[str], bool]) -> tuple[str, ...]:
+    return tuple(
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and wanted(f".{name}")
+    )
+
+
+def _check_alike(base: str, unet: Any, controlnet: Any) -> None:
+    for key in ALIKE:
+        one, other = (getattr(network.config, key, None) for network in (unet, controlnet))
+        same = (
+            list(one) == list(other)
+            if isinstance(one, list | tuple) and isinstance(other, list | tuple)
+            else one == other
+        )
+        if not same:
+            raise UserError(f"'{base}': UNet and ControlNet do not fit each other: {key} is {one} and {other}")
+    widths = [_width(network.state_dict()) for network in (unet, controlnet)]
+    if widths[0] != widths[1]:
+        raise UserError(
+            f"'{base}': UNet and ControlNet attend to image embeddings of widths {widths[0]} and {widths[1]}"
+        )

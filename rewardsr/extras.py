@@ -1,0 +1,89 @@
+"""Tensors that lie beside images: `0001.safetensors` for `0001.png`, with what a pipeline family needs besides.
+
+They belong to the whole image: crops and mirrored images get those of the image that they were cut from.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rewardsr.captions import first_few
+from rewardsr.errors import UserError
+from rewardsr.files import read_safetensors
+
+FOLDER = "extras"
+
+
+def resolve_extras(images: Sequence[Path], names: Sequence[str], root: Path | None = None) -> list[Path] | None:
+    """The files of tensors that belong to images, one each.
+
+    Args:
+        images: the image files.
+        names: of the tensors that an adapter takes; none: nothing is looked for.
+        root: data folder, whose `extras/` is looked into; without one, files lie beside the images.
+
+    Returns:
+        The files, or None if there is not a single one: the adapter says whether it can do without.
+
+    Raises:
+        UserError: some images have a file and others have none.
+    """
+    if not names or not images:
+        return None
+    folder = None if root is None or not (root / FOLDER).is_dir() else root / FOLDER
+    paths = [(path.parent if folder is None else folder) / f"{path.stem}.safetensors" for path in images]
+    missing = [path.name for path in paths if not path.is_file()]
+    if len(missing) == len(paths):
+        return None
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(paths)} images have no file of tensors in '{folder or images[0].parent}' "
+            f"({first_few(missing)}), but others have: add them, or remove all"
+        )
+    return paths
+
+
+def read_extras(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    """The named tensors of a file, float32.
+
+    Raises:
+        UserError: it is damaged, lacks one of them, or holds values that are not finite.
+    """
+    tensors, _ = read_safetensors(path)
+    found = {}
+    for name in names:
+        if name not in tensors:
+            raise UserError(f"'{path}' holds no tensor '{name}', only {first_few(sorted(tensors)) or 'nothing'}")
+        found[name] = tensors[name].float()
+        if not found[name].isfinite().all():
+            raise UserError(f"'{path}': tensor '{name}' holds values that are not finite")
+    return found
+
+
+def stack_extras(files: Sequence[Path], names: Sequence[str]) -> dict[str, Tensor]:
+    """The named tensors of a batch of images, by name, (B, ...); nothing where there are no files.
+
+    Raises:
+        UserError: a file is damaged, or the shapes differ.
+    """
+    rows = [read_extras(path, names) for path in files]
+    for name in names if rows else ():
+        for path, row in zip(files, rows, strict=True):
+            if row[name].shape != rows[0][name].shape:
+                raise UserError(
+                    f"'{path}': tensor '{name}' is {tuple(row[name].shape)}, in '{files[0]}' "
+                    f"{tuple(rows[0][name].shape)}: images of a batch need equal shapes"
+                )
+    return {name: torch.stack([row[name] for row in rows]) for name in names} if rows else {}
+
+
+def check_alike(files: Sequence[Path], names: Sequence[str]) -> None:
+    """Read every file once, against the first.
+
+    Raises:
+        UserError: as `stack_extras`.
+    """
+    for path in files:
+        stack_extras([files[0], path], names)

@@ -1,0 +1,351 @@
+"""ImageReward v1.0 (Xu et al. 2023, arXiv 2304.05977): how much people would like an image that a text asked for.
+
+BLIP: a ViT-L/16 reads the image, BERT base reads the text and attends to the image in every layer, and five linear
+layers make a score of the first text token. The networks are transformers' own, and the released tensors go into them
+under other names: the package image-reward does not import beside current transformers.
+"""
+
+import math
+import re
+from collections import OrderedDict
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rewardsr import hub
+from rewardsr.adapter import Batch
+from rewardsr.errors import UserError
+from rewardsr.files import read_pickle, read_safetensors
+
+WEIGHTS = ("THUDM/ImageReward", "ImageReward.pt")  # on the Hub: repository, file
+VOCABULARY = ("google-bert/bert-base-uncased", "vocab.txt")
+LENGTH = 35  # tokens: texts are padded or cut to it
+HEAD_WIDTH = 64  # of an attention head, in both networks
+RAW_MEAN, RAW_STD = 0.16717362830052426, 1.0333394966054072  # of the released head's output; scores are relative to it
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+# What the score does not use: BLIP's contrastive projections, momentum copies and queues, and indices kept as a tensor.
+IGNORED = re.compile(r"blip\.((vision_proj|text_proj|\w+_m)\.|(\w+_)?queue(_\w+)?$|text_encoder\..*position_ids$)")
+
+VISION, TEXT, HEAD = "blip.visual_encoder.", "blip.text_encoder.", "mlp.layers."
+HEAD_LAYERS = ("0", "2", "4", "6", "7")  # the others are dropout; no activation lies between
+_RELEASED_NAMES = (  # by transformers' names
+    ("text.", TEXT),
+    ("head.", HEAD),
+    ("vision.embeddings.class_embedding", f"{VISION}cls_token"),
+    ("vision.embeddings.position_embedding", f"{VISION}pos_embed"),
+    ("vision.embeddings.patch_embedding.", f"{VISION}patch_embed.proj."),
+    ("vision.post_layernorm.", f"{VISION}norm."),
+    ("vision.encoder.layers.", f"{VISION}blocks."),
+    (".layer_norm1.", ".norm1."),
+    (".layer_norm2.", ".norm2."),
+    (".self_attn.projection.", ".attn.proj."),
+    (".self_attn.", ".attn."),
+)
+
+
+class ImageReward:
+    """ImageReward of `sr` and its text; higher is better, about N(0, 1) over the images that it was trained on.
+
+    The text is the batch's prompt; an empty one is allowed. Attributes are those of `Reward`.
+    """
+
+    name = "imagereward"
+    differentiable = True
+    needs_hq = False
+    licence = "Apache-2.0"
+    kind = "detail"
+
+    def __init__(
+        self, weights: str | Path | None = None, tokenizer: str | Path | None = None, antialias: bool = True
+    ) -> None:
+        """Load the network; a file that is not given comes from the Hub's cache, else is downloaded.
+
+        Args:
+            weights: the released ImageReward.pt (read without running code in it), or a .safetensors of its tensors.
+                Sizes are taken from the tensors' shapes.
+            tokenizer: folder of bert-base-uncased's tokenizer, or its vocab.txt.
+            antialias: whether images are smoothed when they are made smaller. The original does so, on PIL images;
+                RFSR trained without (torchvision before 0.17 on tensors).
+
+        Raises:
+            UserError: files that cannot be had, read or fitted.
+        """
+        # Both files are found before anything is read: the weights are 1.8 GB.
+        state_path = _local("weights", weights) if weights is not None else _from_hub("weights", *WEIGHTS)
+        words_path = _local("tokenizer", tokenizer) if tokenizer is not None else _from_hub("tokenizer", *VOCABULARY)
+        self._tokenizer = _read_tokenizer(words_path)
+        self._network, sizes = _read_network(state_path)
+        # The released vocabulary is BERT's and two words more, which begin other tasks than this one.
+        if len(self._tokenizer) not in (sizes.words, sizes.words - 2):
+            raise UserError(
+                f"reward 'imagereward': tokenizer '{words_path}' has {len(self._tokenizer)} words, expected "
+                f"{sizes.words - 2}: give bert-base-uncased"
+            )
+        self._side = sizes.patch * sizes.patches
+        self._antialias = antialias
+        self._device = torch.device("cpu")
+        self._tokens = lru_cache(maxsize=4096)(self._tokenise)
+
+    def __call__(self, sr: Tensor, batch: Batch) -> Tensor:
+        """Score images against their texts, in float32 whatever autocast says; gradients reach `sr`.
+
+        Args:
+            sr: (B, 3, H, W) RGB in [0, 1].
+            batch: its `prompts`, one text an image.
+
+        Returns:
+            (B,) float32, mostly in [-2.5, 2.5], on the device of `sr`.
+
+        Raises:
+            UserError: an image has no text.
+            ValueError: another number of texts than images.
+        """
+        prompts = batch.prompts
+        if prompts is None or None in prompts:
+            raise UserError(
+                "reward 'imagereward' needs prompts, and there are none: set data.prompts to sidecar, or to one text "
+                "for all"
+            )
+        if len(prompts) != len(sr):
+            raise ValueError(f"imagereward: expected one text an image, got {len(prompts)} for {len(sr)}")
+        if sr.device != self._device:
+            self._network.to(sr.device)
+            self._device = sr.device
+        ids, mask = torch.stack([self._tokens(text) for text in prompts]).to(sr.device).unbind(1)
+        with torch.autocast(sr.device.type, enabled=False):
+            raw = self._network(preprocess(sr, self._side, self._antialias), ids, mask)
+            return (raw - RAW_MEAN) / RAW_STD
+
+    def _tokenise(self, text: str) -> Tensor:
+        """Token ids and the mask that marks padding with 0, as (2, LENGTH) int64 on the CPU."""
+        tokens = self._tokenizer(text, padding="max_length", truncation=True, max_length=LENGTH)
+        return torch.tensor([tokens["input_ids"], tokens["attention_mask"]])
+
+
+def preprocess(image: Tensor, side: int = 224, antialias: bool = True) -> Tensor:
+    """The network's view of an image: shorter side resized (bicubic), centre cut out, colours normalised as for CLIP.
+
+    Values that bicubic interpolation overshoots stay, other than on PIL images.
+
+    Args:
+        image: (B, 3, H, W) RGB in [0, 1].
+        side: of the result, in pixels.
+        antialias: whether to smooth where the image gets smaller.
+
+    Returns:
+        (B, 3, side, side) float32, differentiable.
+    """
+    from torchvision.transforms.v2 import InterpolationMode, functional  # takes seconds to import
+
+    resized = functional.resize(image.float(), [side], interpolation=InterpolationMode.BICUBIC, antialias=antialias)
+    return functional.normalize(functional.center_crop(resized, [side, side]), list(CLIP_MEAN), list(CLIP_STD))
+
+
+# ---- the network ----
+
+
+class _Sizes(NamedTuple):
+    """Of the networks, in tensors' elements where nothing else is said."""
+
+    vision_width: int
+    vision_inner: int
+    vision_layers: int
+    patch: int  # pixels a side
+    patches: int  # a side
+    text_width: int
+    text_inner: int
+    text_layers: int
+    words: int
+    places: int  # most tokens that a text can have
+    head: tuple[int, ...]  # outputs of all linear layers but the last, which has one
+
+
+class _Network(nn.Module):
+    def __init__(self, sizes: _Sizes) -> None:
+        super().__init__()
+        from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+
+        self.vision = BlipVisionModel(
+            BlipVisionConfig(
+                hidden_size=sizes.vision_width,
+                intermediate_size=sizes.vision_inner,
+                num_hidden_layers=sizes.vision_layers,
+                num_attention_heads=sizes.vision_width // HEAD_WIDTH,
+                image_size=sizes.patch * sizes.patches,
+                patch_size=sizes.patch,
+                hidden_act="gelu",
+                layer_norm_eps=1e-6,
+                attn_implementation="eager",
+            )
+        )
+        self.text = BlipTextModel(
+            BlipTextConfig(
+                vocab_size=sizes.words,
+                hidden_size=sizes.text_width,
+                encoder_hidden_size=sizes.vision_width,
+                intermediate_size=sizes.text_inner,
+                num_hidden_layers=sizes.text_layers,
+                num_attention_heads=sizes.text_width // HEAD_WIDTH,
+                max_position_embeddings=sizes.places,
+                hidden_act="gelu",
+                layer_norm_eps=1e-12,
+                bos_token_id=None,  # tokens come from the tokenizer
+                sep_token_id=None,
+                is_decoder=True,  # is how it gets cross attention; `forward` runs it as an encoder
+                attn_implementation="eager",  # the only one that it has; masks are made to fit
+            ),
+            add_pooling_layer=False,
+        )
+        widths = (sizes.text_width, *sizes.head, 1)
+        layers = zip(HEAD_LAYERS, widths[:-1], widths[1:], strict=True)
+        self.head = nn.Sequential(OrderedDict((name, nn.Linear(before, after)) for name, before, after in layers))
+
+    def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """Raw scores (B,) of normalised pixels (B, 3, S, S) and token ids (B, L) with their mask."""
+        image = self.vision(pixel_values=pixels).last_hidden_state
+        text = self.text(
+            input_ids=ids,
+            attention_mask=mask,
+            encoder_hidden_states=image,
+            encoder_attention_mask=torch.ones(image.shape[:2], dtype=torch.long, device=image.device),
+            is_decoder=False,
+        ).last_hidden_state
+        return self.head(text[:, 0]).squeeze(1)
+
+
+def _read_network(path: Path) -> tuple[_Network, _Sizes]:
+    """The network of a file, frozen, in float32, and its sizes."""
+    state = _read_state(path)
+    sizes = _sizes(state, path)
+    with torch.device("meta"):  # without storage, and without draws for weights that are replaced anyway
+        network = _Network(sizes)
+    names = {name: _released_name(name) for name in network.state_dict()}
+    own = {names[name]: value.shape for name, value in network.state_dict().items()}
+    wrong = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unknown": sorted(state.keys() - own.keys()),
+        "of another shape": sorted(name for name in own.keys() & state.keys() if own[name] != state[name].shape),
+    }
+    faults = [f"{len(found)} {what} ({found[0]}, ...)" for what, found in wrong.items() if found]
+    if faults:
+        raise _unfit(path, ", ".join(faults))
+    network.load_state_dict({name: state[names[name]].float() for name in names}, strict=True, assign=True)
+    network.text.embeddings.position_ids = torch.arange(sizes.places)[None]  # no part of the state
+    return network.eval().requires_grad_(False), sizes
+
+
+def _released_name(name: str) -> str:
+    for ours, theirs in _RELEASED_NAMES:
+        name = name.replace(ours, theirs) if ours.startswith(".") else re.sub(f"^{re.escape(ours)}", theirs, name)
+    return name
+
+
+def _sizes(state: dict[str, Tensor], path: Path) -> _Sizes:
+    def shape(name: str, dimensions: int) -> tuple[int, ...]:
+        if name not in state:
+            raise _unfit(path, f"{name} is missing")
+        found = tuple(state[name].shape)
+        if len(found) != dimensions or 0 in found:
+            raise _unfit(path, f"{name} has shape {found}")
+        return found
+
+    def count(prefix: str) -> int:
+        return len({name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)})
+
+    patch = shape(f"{VISION}patch_embed.proj.weight", 4)
+    positions = shape(f"{VISION}pos_embed", 3)
+    words, text_width = shape(f"{TEXT}embeddings.word_embeddings.weight", 2)
+    sizes = _Sizes(
+        vision_width=patch[0],
+        vision_inner=shape(f"{VISION}blocks.0.mlp.fc1.weight", 2)[0],
+        vision_layers=count(f"{VISION}blocks."),
+        patch=patch[-1],
+        patches=math.isqrt(positions[1] - 1),
+        text_width=text_width,
+        text_inner=shape(f"{TEXT}encoder.layer.0.intermediate.dense.weight", 2)[0],
+        text_layers=count(f"{TEXT}encoder.layer."),
+        words=words,
+        places=shape(f"{TEXT}embeddings.position_embeddings.weight", 2)[0],
+        head=tuple(shape(f"{HEAD}{layer}.weight", 2)[0] for layer in HEAD_LAYERS[:-1]),
+    )
+    if positions[1] != sizes.patches**2 + 1 or not sizes.patches:
+        raise _unfit(path, f"{VISION}pos_embed is of {positions[1]} tokens, expected a square number and one")
+    if sizes.vision_width % HEAD_WIDTH or sizes.text_width % HEAD_WIDTH:
+        widths = f"{sizes.vision_width} and {sizes.text_width}"
+        raise _unfit(path, f"widths of {widths} are no multiples of {HEAD_WIDTH}")
+    if sizes.places < LENGTH:
+        raise _unfit(path, f"it takes texts of {sizes.places} tokens, expected {LENGTH} or more")
+    return sizes
+
+
+# ---- files ----
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that the score uses; nothing that the file may contain is run."""
+    try:
+        content: Any = read_safetensors(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
+    except UserError as error:
+        raise UserError(f"reward 'imagereward': {' '.join(str(error).split())}") from error
+    except Exception as error:  # unpicklers raise whatever they stumble over in a damaged file
+        raise UserError(f"reward 'imagereward': '{path}' is damaged: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise _unfit(path, "it holds no state dict (tensors by name)")
+    state = {str(name): value for name, value in content.items() if not IGNORED.match(str(name))}
+    bad = [name for name, value in state.items() if not (value.is_floating_point() and value.isfinite().all())]
+    if bad:
+        raise _unfit(path, f"it holds values that are not finite numbers, in {bad[0]}")
+    return state
+
+
+def _unfit(path: Path, why: str) -> UserError:
+    return UserError(f"reward 'imagereward': the weights in '{path}' do not fit: {why}")
+
+
+def _read_tokenizer(path: Path) -> Any:
+    """A BERT tokenizer, lower-casing, from its vocabulary or from a folder."""
+    files = [path] if path.is_file() else [path / name for name in ("tokenizer.json", "vocab.txt")]
+    if not any(file.is_file() for file in files):
+        raise UserError(f"reward 'imagereward': tokenizer '{path}' has neither tokenizer.json nor vocab.txt")
+    from transformers import BertTokenizer
+
+    try:
+        if path.is_file():
+            return BertTokenizer(str(path))
+        return BertTokenizer.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # of its library in another language, without a kind
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"reward 'imagereward': tokenizer '{path}' cannot be read: {reason}") from error
+
+
+def _local(option: str, given: str | Path) -> Path:
+    path = Path(given).expanduser()
+    if not (path.exists() if option == "tokenizer" else path.is_file()):
+        what = "no tokenizer" if option == "tokenizer" else "no weights file"
+        raise UserError(f"reward 'imagereward': {what} '{path}'")
+    return path
+
+
+def _from_hub(option: str, repository: str, file: str) -> Path:
+    """A file of the Hub, from its cache or fetched once."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    with suppress(LocalEntryNotFoundError):
+        return Path(hf_hub_download(repository, file, local_files_only=True))
+    what = f"reward 'imagereward': {file} of {repository} (its {option})"
+    instead = f"take a local file with options: {{{option}: PATH}}"
+    if not hub.online():
+        raise UserError(
+            f"{what} is not in the Hub's cache, and there is no connection (or HF_HUB_OFFLINE is set) to fetch it: "
+            f"connect once, or {instead}"
+        )
+    try:
+        return Path(hf_hub_download(repository, file))
+    except Exception as error:  # no connection is requests' error or httpx's, by the version of the Hub's client
+        raise UserError(f"{what} could not be fetched: {' '.join(str(error).split())[:200]}; or {instead}") from error
