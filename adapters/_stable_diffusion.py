@@ -89,11 +89,15 @@ def parts_of(pipe: Any) -> tuple[Parts, str]:
     lacking = [part for part in PARTS if part != "scheduler" and getattr(pipe, part, None) is None]
     if lacking or found is None:
         raise UserError(f"{kind} has no {(*lacking, 'scheduler')[0]}")
-    if getattr(pipe.unet, "peft_config", None):
-        raise UserError(f"the UNet of {kind} carries a LoRA already: fuse and unload it first")
+    for part in ("unet", "controlnet", "vae", "text_encoder"):
+        if getattr(getattr(pipe, part, None), "peft_config", None):
+            raise UserError(f"the {part} of {kind} carries a LoRA already: fuse and unload it first")
+    unet, vae = (next(network.parameters()).dtype for network in (pipe.unet, pipe.vae))
+    if unet == torch.float32 and vae != unet:  # the other way round is common, and works
+        raise UserError(f"the unet of {kind} is in float32 and its vae in {str(vae).removeprefix('torch.')}: cast one")
     name = str(getattr(pipe.unet.config, "_name_or_path", "") or kind)
-    scheduler = dict(found.config)
-    check_scheduler(scheduler, type(found).__name__)
+    scheduler = {"_class_name": type(found).__name__, **getattr(found, "config", {})}
+    check_scheduler(scheduler, kind)
     parts = Parts(pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, scheduler, "live")
     check_fit(name, parts)
     return parts, name

@@ -93,6 +93,11 @@ class OSEDiff(StableDiffusion):
         Raises:
             UserError: a part is missing or does not fit.
         """
+        if not cls.fits(pipe):
+            raise UserError(
+                f"{type(pipe).__name__} is more than plain Stable Diffusion: it has a controlnet or a second text "
+                "encoder, or its UNet takes more than latents"
+            )
         parts, identity = parts_of(pipe)
         return cls(parts, identity, **options)
 

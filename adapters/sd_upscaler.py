@@ -102,11 +102,9 @@ class SDUpscaler(StableDiffusion):
     @classmethod
     def fits(cls, pipe: Any) -> bool:
         """Whether the pipeline has a schedule for the LQ image, and a UNet that takes that image beside the latents."""
-        try:
-            taken, latents = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
-            return getattr(pipe, LOW_RES) is not None and bool(taken == latents + cls.extra_channels)
-        except Exception:  # it may be any object, with any attributes
-            return False
+        taken = getattr(getattr(getattr(pipe, "unet", None), "config", None), "in_channels", 0)
+        latents = getattr(getattr(getattr(pipe, "vae", None), "config", None), "latent_channels", 0)
+        return getattr(pipe, LOW_RES, None) is not None and taken == latents + cls.extra_channels
 
     @classmethod
     def from_pipeline(cls, pipe: Any, **options: Any) -> Self:

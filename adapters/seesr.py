@@ -21,6 +21,7 @@ from rewardsr.files import read_safetensors
 from rewardsr.fingerprint import fingerprint
 from rewardsr.hub import fetch
 from rewardsr.plugins import resolve
+from rewardsr.quiet import hush
 from rewardsr.tiling import Tiling
 
 EMBEDDING = "ram"  # its name in Batch.extras, and in the files beside the images
@@ -124,6 +125,10 @@ class SeeSR(StableDiffusion):
         Raises:
             UserError: a part is missing or does not fit.
         """
+        if not cls.fits(pipe):
+            raise UserError(
+                f"{type(pipe).__name__} is no SeeSR: it needs a controlnet, and a UNet with image_attentions"
+            )
         parts, identity = parts_of(pipe)
         return cls(parts, pipe.controlnet, identity, **options)
 
@@ -241,8 +246,7 @@ class SeeSR(StableDiffusion):
                 f"'{EMBEDDING}' (tokens, {self._width}) beside each image or into extras/, or set its option tagger"
             )
         if self._tagger is not None and (tokens is None or None in tags):
-            with torch.no_grad():
-                seen, said = self._tagger(image)
+            seen, said = _tagged(self._tagger, image)
             tokens = seen if tokens is None else tokens
             tags = [mine if mine is not None else other for mine, other in zip(tags, said, strict=True)]
         assert tokens is not None
@@ -259,6 +263,19 @@ class SeeSR(StableDiffusion):
         if tags == "":
             return ""
         return self.template.replace("{tags}", self.prompt if tags is None else tags)
+
+
+def _tagged(tagger: Tagger, image: Tensor) -> tuple[Tensor, Sequence[str]]:
+    try:
+        with torch.no_grad():
+            tokens, tags = tagger(image)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a tagger may be a stranger's
+        raise UserError(f"the tagger fails: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    if not isinstance(tokens, Tensor) or isinstance(tags, str) or len(tags) != len(image):
+        raise UserError("the tagger gave something else than embeddings (B, tokens, width) and one string an image")
+    return tokens, tags
 
 
 def _make_tagger(name: str) -> Tagger:
@@ -315,6 +332,7 @@ _KINDS = {"unet": "UNet2DConditionModel", "controlnet": "ControlNetModel"}
 
 def _load(folder: Path, kind: str) -> Any:
     """A network from SeeSR's released files: diffusers' configuration and names, and the second attention's."""
+    hush()
     import diffusers
     from accelerate import init_empty_weights
 

@@ -64,7 +64,7 @@ def wrap(pipe: Any, name: str | None = None, **options: Any) -> ISRAdapter:
         UserError: no adapter fits (the known ones are named), several do, or parts or options do not.
     """
     kinds = {key: resolve("adapters", key) for key in (names("adapters") if name is None else [name])}
-    fitting = [key for key, kind in kinds.items() if name is not None or getattr(kind, "fits", _never)(pipe)]
+    fitting = [key for key, kind in kinds.items() if name is not None or _fits(kind, pipe)]
     if len(fitting) != 1:
         found = f"these do: {', '.join(fitting)}; give name=" if fitting else f"known: {', '.join(kinds)}"
         raise UserError(f"expected one adapter that fits {type(pipe).__name__}; {found} (or give name='module:Name')")
@@ -76,8 +76,11 @@ def wrap(pipe: Any, name: str | None = None, **options: Any) -> ISRAdapter:
     return adapter
 
 
-def _never(pipe: Any) -> bool:
-    return False
+def _fits(kind: Any, pipe: Any) -> bool:
+    try:
+        return bool(kind.fits(pipe))
+    except Exception:  # the object may be anything, with any attributes
+        return False
 
 
 def load_lora(adapter: ISRAdapter, source: Path | str, scale: float = 1.0, force_base: bool = False) -> ISRAdapter:

@@ -92,6 +92,8 @@ def resume(run: Path, adapter: ISRAdapter, method: Method, optimiser: torch.opti
             method.load_state_dict(read_safetensors(newest / METHOD_FILE)[0])
         except (KeyError, RuntimeError) as error:
             raise UserError(f"checkpoint '{newest}': its {METHOD_FILE} belongs to another LoRA or method") from error
+        except ValueError as error:
+            raise UserError(f"checkpoint '{newest}': {METHOD_FILE}: {error}") from error
     _set_moments(adapter, optimiser, read_safetensors(newest / "optimiser.safetensors")[0], newest)
     return state
 

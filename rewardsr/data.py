@@ -21,7 +21,7 @@ from rewardsr.adapter import Batch
 from rewardsr.captions import ADAPTER, first_few, prompt_folder, resolve_prompts
 from rewardsr.draws import generator
 from rewardsr.errors import UserError
-from rewardsr.extras import check_alike, resolve_extras, stack_extras
+from rewardsr.extras import check_extras, resolve_extras, stack_extras
 from rewardsr.images import image_size, list_images, read_image, to_uint8
 
 LQ_FOLDERS = ("lq", "lr")
@@ -175,7 +175,7 @@ class Data:
                     damaged.append(str(error))
         if damaged:
             raise UserError(f"{len(damaged)} of the image files are unusable: {'; '.join(damaged[:3])}")
-        check_alike([item.extras for item in self.items if item.extras is not None], self._extras)
+        check_extras([item.extras for item in self.items if item.extras is not None], self._extras)
 
     def batch(self, seed: int, indices: Sequence[int]) -> Batch:
         """Samples of the training stream.

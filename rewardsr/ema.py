@@ -68,7 +68,11 @@ class EMA:
 
         Raises:
             KeyError: it belongs to another LoRA.
+            ValueError: it holds values that are not finite.
         """
+        bad = [name for name, value in state.items() if not value.isfinite().all()]
+        if bad:
+            raise ValueError(f"{bad[0]} holds values that are not finite")
         self._updates = int(state["updates"])
         _put(self._average, {name: state[f"average/{name}"] for name in self._average})
         own = lora.parameters(self._adapter)
@@ -78,4 +82,6 @@ class EMA:
 @torch.no_grad()
 def _put(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
     for name, value in target.items():
+        if source[name].shape != value.shape:  # `copy_` would broadcast
+            raise KeyError(name)
         value.copy_(source[name])

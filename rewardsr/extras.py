@@ -3,7 +3,7 @@
 They belong to the whole image: crops and mirrored images get those of the image that they were cut from.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ def resolve_extras(images: Sequence[Path], names: Sequence[str], root: Path | No
     Args:
         images: the image files.
         names: of the tensors that an adapter takes; none: nothing is looked for.
-        root: data folder, whose `extras/` is looked into; without one, files lie beside the images.
+        root: data folder, whose `extras/` is looked into first; by default the images' own folder.
 
     Returns:
         The files, or None if there is not a single one: the adapter says whether it can do without.
@@ -32,17 +32,21 @@ def resolve_extras(images: Sequence[Path], names: Sequence[str], root: Path | No
     """
     if not names or not images:
         return None
-    folder = None if root is None or not (root / FOLDER).is_dir() else root / FOLDER
-    paths = [(path.parent if folder is None else folder) / f"{path.stem}.safetensors" for path in images]
-    missing = [path.name for path in paths if not path.is_file()]
+    paths = [_file_of(path, path.parent if root is None else root) for path in images]
+    missing = [path.name for path, file in zip(images, paths, strict=True) if file is None]
     if len(missing) == len(paths):
         return None
     if missing:
         raise UserError(
-            f"{len(missing)} of {len(paths)} images have no file of tensors in '{folder or images[0].parent}' "
+            f"{len(missing)} of {len(paths)} images have no file of tensors beside them or in {FOLDER}/ "
             f"({first_few(missing)}), but others have: add them, or remove all"
         )
-    return paths
+    return [path for path in paths if path is not None]
+
+
+def _file_of(image: Path, root: Path) -> Path | None:
+    name = f"{image.stem}.safetensors"
+    return next((path for path in (root / FOLDER / name, image.parent / name) if path.is_file()), None)
 
 
 def read_extras(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
@@ -68,22 +72,28 @@ def stack_extras(files: Sequence[Path], names: Sequence[str]) -> dict[str, Tenso
     Raises:
         UserError: a file is damaged, or the shapes differ.
     """
-    rows = [read_extras(path, names) for path in files]
-    for name in names if rows else ():
-        for path, row in zip(files, rows, strict=True):
-            if row[name].shape != rows[0][name].shape:
-                raise UserError(
-                    f"'{path}': tensor '{name}' is {tuple(row[name].shape)}, in '{files[0]}' "
-                    f"{tuple(rows[0][name].shape)}: images of a batch need equal shapes"
-                )
+    rows = list(_alike(files, names))
     return {name: torch.stack([row[name] for row in rows]) for name in names} if rows else {}
 
 
-def check_alike(files: Sequence[Path], names: Sequence[str]) -> None:
-    """Read every file once, against the first.
+def check_extras(files: Sequence[Path], names: Sequence[str]) -> None:
+    """Read every file once.
 
     Raises:
         UserError: as `stack_extras`.
     """
+    for _ in _alike(files, names):
+        pass
+
+
+def _alike(files: Sequence[Path], names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    shapes: dict[str, torch.Size] = {}
     for path in files:
-        stack_extras([files[0], path], names)
+        row = read_extras(path, names)
+        for name, tensor in row.items():
+            if shapes.setdefault(name, tensor.shape) != tensor.shape:
+                raise UserError(
+                    f"'{path}': tensor '{name}' is {tuple(tensor.shape)}, in '{files[0]}' it is "
+                    f"{tuple(shapes[name])}: images of a batch need equal shapes"
+                )
+        yield row

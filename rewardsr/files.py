@@ -107,4 +107,5 @@ def read_pickle(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise UserError(f"'{path}' holds more than tensors (it could run code), or is damaged: refused") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"'{path}' is not a readable torch file: {str(error).splitlines()[0]}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]  # of an empty file: an EOFError without words
+        raise UserError(f"'{path}' is not a readable torch file: {reason}") from error

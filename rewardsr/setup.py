@@ -1,7 +1,7 @@
 """From a recipe to everything that training needs, cheap checks first: bad input is refused before any long work."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -81,7 +81,7 @@ def set_up(recipe: Recipe) -> Setup:
         )
     if validation is not None:
         validation.check()
-    sample = train.batch(recipe.seed, [0]).to(device)
+    sample = _judged(train.batch(recipe.seed, [0]).to(device), getattr(options, "reward_crop", None), scale)
     _try_metrics(rewards | guards, sample)
     steering = {entry.name: entry.weight for entry in recipe.rewards if entry.weight > 0}
     if getattr(method_kind, "differentiates", False):
@@ -92,6 +92,8 @@ def set_up(recipe: Recipe) -> Setup:
         train, validation = open_folders(recipe, adapter.scale, extras)
     with torch.no_grad():
         adapter.encode(train.batch(recipe.seed, [0]))  # says what the family misses of the images
+        for batch in () if validation is None else validation.validation(1, recipe.seed, recipe.data.crop):
+            adapter.encode(batch)
     _attach(adapter, recipe)
     if recipe.gradient_checkpointing:
         notes += [
@@ -99,7 +101,22 @@ def set_up(recipe: Recipe) -> Setup:
             for name in adapter.enable_gradient_checkpointing()
         ]
     method = method_kind(adapter, {name: rewards[name] for name in steering}, steering, options)
+    if hasattr(method, "check_size"):
+        method.check_size((recipe.data.crop, recipe.data.crop))
     return Setup(recipe, accelerator, adapter, method, train, validation, rewards | guards, tuple(notes))
+
+
+def _judged(batch: Batch, window: int | None, scale: int) -> Batch:
+    """What a method's rewards see of a training crop: all of it, or a window where the method has `reward_crop`."""
+    assert batch.hq is not None
+    if window is None:
+        return batch
+    if window > min(batch.hq.shape[-2:]):
+        raise UserError(
+            f"trainer_options.reward_crop is {window}, but data.crop is {batch.hq.shape[-1]}: lower the former"
+        )
+    small = window // scale
+    return replace(batch, hq=batch.hq[..., :window, :window], lq=batch.lq[..., :small, :small])
 
 
 def _try_metrics(metrics: dict[str, Reward], batch: Batch) -> None:

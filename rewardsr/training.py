@@ -140,10 +140,9 @@ def rehearse(setup: Setup) -> DryRun:
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_resident()
     trainable = sum(parameter.numel() for parameter in lora.parameters(setup.adapter).values())
     run = setup.recipe.output
-    would_save = {
-        f"{run}/{lora.FILE_NAME}": 4 * trainable,
-        f"{run}/{checkpoint.FOLDER}/step-*/": 12 * trainable,  # the LoRA and AdamW's two moments, in float32
-    }
+    own = setup.method.state_dict() if isinstance(setup.method, Stateful) else {}
+    in_checkpoint = 12 * trainable + sum(value.nbytes for value in own.values())  # 12: LoRA, and AdamW's two moments
+    would_save = {f"{run}/{lora.FILE_NAME}": 4 * trainable, f"{run}/{checkpoint.FOLDER}/step-*/": in_checkpoint}
     return DryRun(metrics["seconds"], peak / 2**30, trainable, would_save, metrics)
 
 

@@ -11,7 +11,7 @@ from rewardsr.adapter import Batch, ISRAdapter
 from rewardsr.captions import ADAPTER, first_few, resolve_prompts
 from rewardsr.draws import Draws, Source
 from rewardsr.errors import UserError
-from rewardsr.extras import check_alike, resolve_extras, stack_extras
+from rewardsr.extras import check_extras, resolve_extras, stack_extras
 from rewardsr.images import read_image, write_image
 
 COLOR_FIXES = ("none", "adain", "wavelet")
@@ -144,7 +144,7 @@ def upscale_files(
     extras = resolve_extras(inputs, adapter.extras)
     for path in inputs:
         read_image(path)
-    check_alike(extras or [], adapter.extras)
+    check_extras(extras or [], adapter.extras)
     for index, (path, target) in enumerate(zip(inputs, targets, strict=True)):
         batch = Batch(
             lq=read_image(path)[None],

@@ -11,7 +11,9 @@ from rewardsr import Batch, Draws, load_adapter, lora, recipe, training
 from rewardsr.lora import FILE_NAME
 from rewardsr.rewards import build
 from rewardsr.setup import choose_device, set_up
+from rewardsr.testing import tiny_pipeline
 from rewardsr.trainers.gdpo import GDPO, GDPOOptions, preference_logit
+from rewardsr.trainers.rfsr import RFSR, RFSROptions
 from rewardsr.upscaling import upscale_tensor
 
 pytestmark = [
@@ -202,3 +204,106 @@ def test_memory_that_runs_out_names_what_helps(tiny_base, hq_folder, tmp_path, m
     monkeypatch.setattr(GDPO, "prepare", full)
     with pytest.raises(TrainingError, match="micro_batch"):
         rewardsr.finetune(settings(tiny_base, hq_folder, tmp_path / "run"))
+
+
+# ---- several steps, and gradients through the decoder ----
+
+KINDS = ("sd_upscaler", "seesr")
+
+
+@pytest.fixture(scope="module")
+def upscaler(tmp_path_factory) -> Path:
+    return tiny_pipeline(tmp_path_factory.mktemp("upscaler"), family="upscaler")
+
+
+@pytest.fixture
+def rfsr(upscaler, tiny_seesr, data):
+    """The method on a tiny sampler of three steps, every term at every step; a `trained` LoRA differs from a fresh."""
+
+    def make(kind: str, device: str, dtype: torch.dtype, trained: bool = False, **options: object) -> RFSR:
+        base, more = (tiny_seesr, {"tagger": "taggers:Means"}) if kind == "seesr" else (upscaler, {})
+        made = load_adapter(kind, base, device=device, dtype=dtype, steps=3, guidance=2.0, **more)
+        lora.attach(made)
+        if trained:
+            random = torch.Generator().manual_seed(3)  # on the CPU, so that every device gets the same
+            with torch.no_grad():
+                for parameter in lora.parameters(made).values():
+                    parameter.add_((0.02 * torch.randn(parameter.shape, generator=random)).to(device))
+        always = dict.fromkeys(("structure_window", "reward_window", "kl_window"), (0, 2))
+        vgg = str(data / "vgg19_narrow.safetensors")
+        chosen = {"vgg": vgg, "structure_weight": 1.0, "kl_weight": 1.0, "text_dropout": 0.0, **always, **options}
+        return RFSR(made, {"detail": build("detail")}, {"detail": 1.0}, RFSROptions(**chosen))
+
+    return make
+
+
+def terms(method: RFSR, given: Batch) -> tuple[dict[str, float], torch.Tensor]:
+    """What one update logs, and its gradient."""
+    rows = range(len(given))
+    group = method.prepare(given, Draws(0, 1, rows, "group"))
+    (loss,) = method.losses(group, Draws(0, 1, rows, "update-0"))
+    loss.value.backward()
+    return loss.metrics, torch.cat([p.grad.flatten().cpu() for p in lora.parameters(method.adapter).values()])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fresh_lora_has_no_style_distance_on_a_bf16_base(kind, checkpointing, rfsr) -> None:
+    """As with the preference: policy and reference take one numeric path, whatever it rounds."""
+    method = rfsr(kind, "cuda", torch.bfloat16)
+    if checkpointing:
+        assert method.adapter.enable_gradient_checkpointing() == []
+    found, gradient = terms(method, batch())
+    assert found["loss/kl"] == 0 and found["loss/structure"] > 0 and found["loss/detail"] > 0
+    assert bool(gradient.isfinite().all()) and float(gradient.norm()) > 0
+    own = lora.parameters(method.adapter)
+    assert {(p.dtype, p.device.type) for p in own.values()} == {(torch.float32, "cuda")}
+    frozen = [p for n, p in method.adapter.unet.named_parameters() if ".rewardsr." not in n]
+    assert {p.dtype for p in frozen} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_terms_of_rfsr_agree_with_the_cpu(kind, rfsr) -> None:
+    found, gradients = {}, {}
+    for device in ("cpu", "cuda"):
+        method = rfsr(kind, device, torch.float32, trained=True)
+        found[device], gradients[device] = terms(method, batch().to(device))
+    assert found["cpu"].keys() == found["cuda"].keys() >= {"loss", "loss/structure", "loss/detail", "loss/kl"}
+    for name, value in found["cpu"].items():
+        assert value > 0 and found["cuda"][name] == pytest.approx(value, rel=1e-4), name
+    apart = gradients["cpu"] - gradients["cuda"]
+    assert float(apart.norm() / gradients["cpu"].norm()) < 1e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing_needs_less_memory_and_gives_the_same_gradient(kind, rfsr) -> None:
+    gradients, peaks = [], []
+    for checkpointing in (False, True):
+        method = rfsr(kind, "cuda", torch.float32, trained=True, kl_weight=0.0)
+        if checkpointing:
+            assert method.adapter.enable_gradient_checkpointing() == []
+        terms(method, batch(2, 32))  # what is allocated once, and chosen by trial, is then there
+        for parameter in lora.parameters(method.adapter).values():
+            parameter.grad = None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        gradients.append(terms(method, batch(2, 32))[1])
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert float((gradients[0] - gradients[1]).norm() / gradients[0].norm()) < 1e-3
+    assert peaks[1] < peaks[0]
+
+
+def test_a_live_pipeline_on_cuda_stays_there(upscaler) -> None:
+    from diffusers import StableDiffusionUpscalePipeline
+
+    pipe = StableDiffusionUpscalePipeline.from_pretrained(upscaler, local_files_only=True)
+    pipe.to("cuda", torch.bfloat16)
+    networks = (pipe.unet, pipe.vae, pipe.text_encoder)
+    adapter = rewardsr.wrap(pipe, steps=3, guidance=2.0)
+    assert (adapter.device.type, adapter.dtype) == ("cuda", torch.bfloat16)
+    before = upscale_tensor(adapter, batch(), generator=Draws(0, 0, [0, 1]))
+    for network in networks:
+        assert {(p.device.type, p.dtype) for p in network.parameters()} == {("cuda", torch.bfloat16)}
+    lora.attach(adapter)
+    assert {(p.device.type, p.dtype) for p in lora.parameters(adapter).values()} == {("cuda", torch.float32)}
+    assert torch.equal(before, upscale_tensor(adapter, batch(), generator=Draws(0, 0, [0, 1])))

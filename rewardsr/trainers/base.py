@@ -41,6 +41,9 @@ class Prepared(Protocol):
 class Method(Protocol):
     """A training method. It knows nothing of files, devices and processes.
 
+    One that cannot take images of every size also writes `check_size(size)`, which raises UserError for (height, width)
+    in pixels; it is called with the size of the crops before training.
+
     Attributes:
         Options: its part of the recipe (`trainer_options`).
         differentiates: whether it back-propagates through the rewards; each is then probed before training.
@@ -89,6 +92,7 @@ class Stateful(Protocol):
 
         Raises:
             KeyError: it belongs to another LoRA.
+            ValueError: it holds values that are not finite.
         """
         ...
 

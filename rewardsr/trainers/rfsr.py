@@ -124,7 +124,7 @@ class RFSR:
         texts = tuple("" if drop else text for drop, text in zip(dropped.tolist(), prompts, strict=True))
         batch = replace(batch, prompts=texts)
         condition = adapter.encode(batch, generator=draws)
-        self._check_size(condition.size)
+        self.check_size(condition.size)
         if self.options.rollout == "none":
             z_t = adapter.start(condition, draws)
         else:
@@ -143,6 +143,23 @@ class RFSR:
         count = len(group.condition)
         for rows in torch.arange(count).split(self.options.micro_batch or count):
             yield self._loss(group, rows, len(rows) / count)
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Refuse images, height and width in pixels, that are smaller than what is to be judged.
+
+        Raises:
+            UserError: they are.
+        """
+        crop, least = self.options.reward_crop, 2**self.options.structure_level
+        if crop is not None and crop > min(size):
+            raise UserError(f"rfsr: reward_crop is {crop}, but the images have {size[0]}x{size[1]} pixels: lower it")
+        judged = min(size) if crop is None else crop
+        if "structure" in self.windows and judged < least:
+            raise UserError(f"rfsr: {judged} pixels are too few for structure_level {self.options.structure_level}")
+        if "kl" in self.windows and judged < SMALLEST:
+            raise UserError(
+                f"rfsr: the style distance needs {SMALLEST} pixels a side, not {judged}; or set kl_weight=0"
+            )
 
     def after_update(self) -> None:
         """Take the LoRA into its average."""
@@ -247,18 +264,6 @@ class RFSR:
     def _grid(self) -> int:
         """Windows lie on pixels of both latents and `lq`."""
         return math.lcm(self.adapter.size_multiple, self.adapter.scale)
-
-    def _check_size(self, size: tuple[int, int]) -> None:
-        crop, least = self.options.reward_crop, 2**self.options.structure_level
-        if crop is not None and crop > min(size):
-            raise UserError(f"rfsr: reward_crop is {crop}, but the images have {size[0]}x{size[1]} pixels: lower it")
-        judged = min(size) if crop is None else crop
-        if "structure" in self.windows and judged < least:
-            raise UserError(f"rfsr: {judged} pixels are too few for structure_level {self.options.structure_level}")
-        if "kl" in self.windows and judged < SMALLEST:
-            raise UserError(
-                f"rfsr: the style distance needs {SMALLEST} pixels a side, not {judged}; or set kl_weight=0"
-            )
 
     def _corners(self, condition: Condition, draws: Source) -> Tensor:
         """(B, 2) corners of the judged windows, in latent pixels."""
