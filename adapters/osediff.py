@@ -58,11 +58,12 @@ class OSEDiff(StableDiffusion):
             UserError: anything that cannot be had, read or fitted.
         """
         parts = load_parts(base, revision)
-        identity = base
+        identity, released = base, None
         if weights is not None:
             identity = f"{base} + {weights}"
             if Path(weights).expanduser().is_file():
-                _merge_release(parts.unet, parts.vae, Path(weights).expanduser())
+                released = str(Path(weights).expanduser())
+                _merge_release(parts.unet, parts.vae, Path(released))
             else:
                 folder, _ = fetch(weights, "weights", ("unet", "vae"))
                 if not (folder / "unet").is_dir():
@@ -71,7 +72,9 @@ class OSEDiff(StableDiffusion):
                 if (folder / "vae").is_dir():
                     parts.vae = load_network(folder / "vae")
                 check_fit(weights, parts)
-        return cls(parts, identity, scale, prompt, noise_t, net_t)
+        adapter = cls(parts, identity, scale, prompt, noise_t, net_t)
+        adapter.released = released
+        return adapter
 
     @classmethod
     def fits(cls, pipe: Any) -> bool:

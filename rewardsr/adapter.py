@@ -155,6 +155,7 @@ class ISRAdapter(ABC):
         lora_targets: for each of them the module names (suffixes) that the papers adapt.
         base_model: which weights these are.
         licence: licence of the base weights as far as the adapter knows.
+        released: file of the family's own form whose LoRA was merged into the base, if there was one.
         guidance: the pipeline's own classifier-free guidance scale; 1 means none.
         tiling: how latents too large for one network call are sampled; None: they never are cut.
         noisy_condition: whether `encode` needs its generator when sampling, too: the condition itself is noised.
@@ -173,6 +174,7 @@ class ISRAdapter(ABC):
     lora_targets: dict[str, Sequence[str]]
     base_model: BaseModel
     licence: str = "unknown"
+    released: str | None = None
     guidance: float = 1.0
     tiling: Tiling | None = None
     noisy_condition: bool = False

@@ -83,9 +83,30 @@ def _fits(kind: Any, pipe: Any) -> bool:
         return False
 
 
-def load_lora(adapter: ISRAdapter, source: Path | str, scale: float = 1.0, force_base: bool = False) -> ISRAdapter:
-    """Load a LoRA into an adapter; see `rewardsr.lora.load`. Returns the adapter."""
-    lora.load(adapter, source, scale, force_base)
+def load_lora(
+    target: Any, source: Path | str | Mapping[str, float], scale: float = 1.0, force_base: bool = False
+) -> ISRAdapter:
+    """Load a LoRA, or several, into an adapter or a live pipeline.
+
+    Args:
+        target: an adapter, or a pipeline object, which is wrapped first (see `wrap`) and works with the LoRA as it is.
+        source: file, folder of a run, or "user/name[@revision]" on the Hub; or several of them with their weights.
+        scale: strength, of all.
+        force_base: load although it was trained on other base weights.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        UserError: as `wrap` and `rewardsr.lora.load`.
+    """
+    adapter = target if isinstance(target, ISRAdapter) else wrap(target)
+    if isinstance(source, Mapping):
+        from rewardsr.formats import load_several
+
+        load_several(adapter, [(one, scale * weight) for one, weight in source.items()], force_base)
+    else:
+        lora.load(adapter, source, scale, force_base)
     return adapter
 
 

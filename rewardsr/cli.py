@@ -23,14 +23,19 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+imports = typer.Typer(help="Take over what other programs made.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(imports, name="import")
+
 # The disk and its rights, wherever they are noticed: nothing is wrong with the program.
 PLACE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 Base = Annotated[str | None, typer.Option(help="diffusers folder, Hub id, or 'embedded'")]
 AdapterName = Annotated[str, typer.Option(help="registered adapter, or module:Name")]
 AdapterOption = Annotated[list[str] | None, typer.Option("--option", help="adapter option, key=value (noise_t=250)")]
-Run = Annotated[Path | None, typer.Option(help="folder of a run: its adapter, base and LoRA are used")]
-LoraPath = Annotated[Path | None, typer.Option("--lora", help="LoRA file or folder")]
+Run = Annotated[str | None, typer.Option(help="folder of a run, or user/name: its adapter, base and LoRA are used")]
+Loras = Annotated[
+    list[str] | None, typer.Option("--lora", help="file, folder or user/name[@revision]; several with weights, a:0.7")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
 Precision = Annotated[str, typer.Option(help="of the base: auto (bf16 on CUDA), fp32 or bf16")]
 Prompts = Annotated[str, typer.Option(help="adapter, sidecar (.txt beside each image), or one text for all")]
@@ -154,7 +159,7 @@ def upscale(
     adapter: AdapterName = "osediff",
     base: Base = None,
     option: AdapterOption = None,
-    lora: LoraPath = None,
+    lora: Loras = None,
     strength: Annotated[float, typer.Option(help="of the LoRA; 0 is the base")] = 1.0,
     color_fix: Annotated[str, typer.Option(help="none, adain or wavelet")] = "none",
     prompts: Prompts = "adapter",
@@ -168,7 +173,7 @@ def upscale(
     from rewardsr import api
     from rewardsr.pipelines import open_pipeline
 
-    pipeline = open_pipeline(run, adapter, base, option or [], lora, strength, device, precision, force_base)
+    pipeline = open_pipeline(run, adapter, base, option or [], lora or [], strength, device, precision, force_base)
     api.upscale(
         pipeline,
         inputs,
@@ -188,7 +193,7 @@ def evaluate(
     adapter: AdapterName = "osediff",
     base: Base = None,
     option: AdapterOption = None,
-    lora: LoraPath = None,
+    lora: Loras = None,
     metrics: Annotated[str, typer.Option(help="rewards or pyiqa metrics, comma-separated")] = "psnr,ssim",
     draws: Annotated[int, typer.Option(min=1, help="noise draws that each score averages")] = 1,
     limit: Annotated[int | None, typer.Option(min=1, help="the first so many images")] = None,
@@ -202,13 +207,13 @@ def evaluate(
     force_base: Annotated[bool, typer.Option("--force-base", help="load a LoRA of another base")] = False,
 ) -> None:
     """Compare base and tuned pipeline on the same images and noise, with 95 % intervals."""
-    if run is None and lora is None:
+    if run is None and not lora:
         raise UserError("evaluate compares base and tuned: give --run, or --lora")
     from rewardsr import api, report
     from rewardsr.files import write_text
     from rewardsr.pipelines import open_pipeline
 
-    pipeline = open_pipeline(run, adapter, base, option or [], lora, 1.0, device, precision, force_base)
+    pipeline = open_pipeline(run, adapter, base, option or [], lora or [], 1.0, device, precision, force_base)
     names = [name.strip() for name in metrics.split(",") if name.strip()]
     found = api.evaluate(pipeline, data, names, draws_per_image=draws, seed=seed, limit=limit, prompts=prompts)
     typer.echo(report.text(found), nl=False)
@@ -217,22 +222,92 @@ def evaluate(
 
 
 @app.command()
-def merge(
-    output: Annotated[Path, typer.Argument(help="new folder for the merged networks, in diffusers layout")],
+def export(
+    output: Annotated[Path, typer.Argument(help="new folder")],
+    form: Annotated[str, typer.Option("--format", help="diffusers, peft, kohya (ComfyUI), osediff or merged")],
     run: Run = None,
     adapter: AdapterName = "osediff",
     base: Base = None,
     option: AdapterOption = None,
-    lora: LoraPath = None,
-    strength: Annotated[float, typer.Option(help="of the LoRA")] = 1.0,
+    lora: Loras = None,
+    strength: Annotated[float, typer.Option(help="of the LoRA, taken into the files")] = 1.0,
     force_base: Annotated[bool, typer.Option("--force-base", help="load a LoRA of another base")] = False,
 ) -> None:
-    """Add a LoRA into its base for good; the result is used as the adapter's `weights`."""
-    from rewardsr.pipelines import merge_into, open_pipeline
+    """Write a LoRA in the form of another program; merged networks serve as an adapter's `weights`."""
+    from rewardsr import formats
+    from rewardsr.pipelines import open_pipeline
 
-    pipeline = open_pipeline(run, adapter, base, option or [], lora, strength, "cpu", "fp32", force_base)
-    merge_into(pipeline, output)
-    typer.echo(f"merged networks: {output}")
+    pipeline = open_pipeline(run, adapter, base, option or [], lora or [], strength, "cpu", "fp32", force_base)
+    for path in sorted(formats.export(pipeline, output, form).rglob("*")):
+        if path.is_file():
+            typer.echo(path)
+
+
+@imports.command("lora")
+def import_lora(
+    source: Annotated[Path, typer.Argument(help="kohya, diffusers or peft file or folder, or the family's checkpoint")],
+    output: Annotated[Path, typer.Argument(help="new folder for the LoRA")],
+    base: Annotated[str, typer.Option(help="the pipeline that it is for: diffusers folder, Hub id, or 'embedded'")],
+    adapter: AdapterName = "osediff",
+    option: AdapterOption = None,
+) -> None:
+    """Turn a LoRA of another program into one that every command here loads; pickles never run code."""
+    from rewardsr import foreign, formats, lora
+    from rewardsr.pipelines import open_pipeline
+
+    if output.exists():
+        raise UserError(f"'{output}' exists already: choose a new folder")
+    pipeline = open_pipeline(None, adapter, base, option or [], [], 1.0, "cpu", "fp32", False)
+    found = foreign.read_foreign(pipeline, source)
+    formats.place(pipeline, found)
+    typer.echo(f"rank {found.rank}, alpha {found.alpha:g}: {lora.save(pipeline, output)}")
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(help="folder of a finished run")],
+    repo: Annotated[str, typer.Argument(help="user/name on the Hub; created if need be")],
+    private: Annotated[bool, typer.Option("--private", help="a new repository becomes private")] = False,
+    revision: Annotated[str | None, typer.Option(help="branch to commit to; main by default")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="open a pull request instead")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the files and stop")] = False,
+    base_model: Annotated[str | None, typer.Option(help="Hub id of the base, for the card of a local one")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="Hub id of a dataset that was trained on")] = None,
+    licence: Annotated[str | None, typer.Option("--license", help="of the base, where its card is not here")] = None,
+) -> None:
+    """Publish a run on the Hugging Face Hub: LoRA, recipe, metrics, pictures and card, in one commit."""
+    from rewardsr import publish
+    from rewardsr.card import build_card
+
+    card = build_card(run, repo, base_model, dataset or [], licence)
+    pushed = publish.push(
+        run, repo, private=private, revision=revision, create_pr=create_pr, dry_run=dry_run, card=card, say=typer.echo
+    )
+    typer.echo("nothing was sent" if pushed.url is None else pushed.url)
+
+
+@app.command()
+def pull(
+    reference: Annotated[str, typer.Argument(help="user/name or user/name@revision")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="new folder; else the Hub's cache")] = None,
+) -> None:
+    """Fetch an adapter from the Hub; --run and --lora take the same reference."""
+    from rewardsr.publish import pull as fetch
+
+    typer.echo(fetch(reference, output))
+
+
+@app.command()
+def search(
+    query: Annotated[str, typer.Argument(help="words in the name")] = "",
+    base: Annotated[str | None, typer.Option(help="only adapters for this base model")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="at most so many")] = 20,
+) -> None:
+    """List adapters on the Hub."""
+    from rewardsr.publish import search as find
+
+    for found in find(query, base, limit):
+        typer.echo(f"{found.id:<48} {found.downloads:>8} downloads {found.likes:>5} likes  {found.base or ''}")
 
 
 @app.command()

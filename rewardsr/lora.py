@@ -6,7 +6,7 @@ bf16 base. Files are `pytorch_lora_weights.safetensors` with peft's own key name
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rewardsr import hub
 from rewardsr.adapter import BaseModel, ISRAdapter
 from rewardsr.errors import UserError
 from rewardsr.files import read_safetensors, write_safetensors
@@ -145,7 +146,7 @@ def load_state_dict(adapter: ISRAdapter, tensors: dict[str, Tensor], source: str
 def save(adapter: ISRAdapter, folder: Path | str) -> Path:
     """Write the LoRA to `folder/pytorch_lora_weights.safetensors` in one atomic step; returns the file."""
     path = Path(folder) / FILE_NAME
-    write_safetensors(path, state_dict(adapter), _header(adapter))
+    write_safetensors(path, state_dict(adapter), header(adapter))
     return path
 
 
@@ -154,19 +155,16 @@ def load(adapter: ISRAdapter, source: Path | str, scale: float = 1.0, force_base
 
     Args:
         adapter: the pipeline that it was trained on.
-        source: the file, or the folder of a run; a pickle only where the pipeline's family releases LoRAs as such.
+        source: the file, the folder of a run, or "user/name[@revision]" on the Hub; a pickle only where the pipeline's
+            family releases LoRAs as such.
         scale: strength.
         force_base: load although the file says that it was trained on other base weights.
 
     Raises:
         UserError: no such file, not a LoRA of ours, another base, tensors that do not fit or are not finite.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        path = path / FILE_NAME
-    if not path.is_file():
-        raise UserError(f"no LoRA at '{path}'")
-    tensors, rank, alpha = _read(adapter, path, force_base)
+    path = locate(source)
+    tensors, rank, alpha = read(adapter, path, force_base)
     fresh = not attached(adapter)
     if fresh:
         attach(adapter, rank, alpha)
@@ -179,6 +177,20 @@ def load(adapter: ISRAdapter, source: Path | str, scale: float = 1.0, force_base
             _detach(adapter)
         raise
     set_scale(adapter, scale)
+
+
+def locate(source: Path | str) -> Path:
+    """The file of a LoRA: given as such, as the folder of a run, or as "user/name[@revision]" on the Hub.
+
+    Raises:
+        UserError: there is none, or the Hub does not give it.
+    """
+    path = hub.fetch_lora(str(source)) if hub.is_reference(str(source)) else Path(source).expanduser()
+    if path.is_dir():
+        path = path / FILE_NAME
+    if not path.is_file():
+        raise UserError(f"no LoRA at '{path}'")
+    return path
 
 
 def merge(adapter: ISRAdapter) -> None:
@@ -212,7 +224,12 @@ def delta(a: Tensor, b: Tensor, scale: float) -> Tensor:
     return scale * torch.einsum("or,r...->o...", b.flatten(1), a)
 
 
-def _read(adapter: ISRAdapter, path: Path, force_base: bool) -> tuple[dict[str, Tensor], int, float]:
+def read(adapter: ISRAdapter, path: Path, force_base: bool = False) -> tuple[dict[str, Tensor], int, float]:
+    """Tensors by name, rank and alpha of a LoRA file for this pipeline.
+
+    Raises:
+        UserError: not a LoRA of ours or of the pipeline's family, or trained on another base.
+    """
     if path.suffix != ".safetensors":
         imported = adapter.import_lora(str(path))
         if imported is None:
@@ -236,14 +253,43 @@ def _read(adapter: ISRAdapter, path: Path, force_base: bool) -> tuple[dict[str, 
     return tensors, rank, alpha
 
 
-def _header(adapter: ISRAdapter) -> dict[str, str]:
-    """Safetensors metadata: the configuration as diffusers reads it, and what ours needs to refuse another base."""
+def rank_and_alpha(adapter: ISRAdapter) -> tuple[int, float]:
+    """Rank of the attached LoRA, and the alpha by which it acts: its strength is taken in.
+
+    Raises:
+        UserError: there is no LoRA.
+    """
+    layer = next(iter(_layers(adapter)), None)
+    if layer is None:
+        raise UserError("this pipeline carries no rewardsr LoRA: attach or load one first")
+    return layer.r[NAME], layer.scaling[NAME] * layer.r[NAME]
+
+
+def target_shapes(adapter: ISRAdapter, component: str) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """What `attach` would put a LoRA on: by module, its output channels and the shape of one output's weights."""
+    targets = tuple(adapter.lora_targets[component])
+    suffixes = tuple(f".{target}" for target in targets)
+    return {
+        name: (int(module.weight.shape[0]), tuple(module.weight.shape[1:]))
+        for name, module in adapter.trainable[component].named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and (name in targets or name.endswith(suffixes))
+    }
+
+
+def header(adapter: ISRAdapter, components: Iterable[str] | None = None, alpha: float | None = None) -> dict[str, str]:
+    """Safetensors metadata: the configuration as diffusers reads it, and what ours needs to refuse another base.
+
+    Args:
+        adapter: with our LoRA attached.
+        components: those whose tensors are in the file; all by default.
+        alpha: to state, where it is not the one that the LoRA was attached with.
+    """
     from rewardsr import __version__
 
     diffusers: dict[str, Any] = {}
-    for component, network in adapter.trainable.items():
-        configs: Any = network.peft_config
-        config = configs[NAME].to_dict()
+    for component in adapter.trainable if components is None else components:
+        configs: Any = adapter.trainable[component].peft_config
+        config = configs[NAME].to_dict() | ({} if alpha is None else {"lora_alpha": alpha})
         diffusers |= {
             f"{component}.{key}": sorted(value) if isinstance(value, set) else value for key, value in config.items()
         }
@@ -253,7 +299,7 @@ def _header(adapter: ISRAdapter) -> dict[str, str]:
         "adapter": adapter.name,
         "base": asdict(adapter.base_model),
         "rank": layer.r[NAME],
-        "alpha": layer.lora_alpha[NAME],
+        "alpha": layer.lora_alpha[NAME] if alpha is None else alpha,
     }
     return {
         DIFFUSERS_HEADER: json.dumps(diffusers, sort_keys=True, default=str),

@@ -4,24 +4,23 @@ import math
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
+from rewardsr import hub
 from rewardsr import lora as loras
 from rewardsr import recipe as recipes
 from rewardsr.adapter import ISRAdapter
 from rewardsr.api import load_adapter
 from rewardsr.errors import UserError
-from rewardsr.files import write_folder
+from rewardsr.formats import load_several
 from rewardsr.plugins import names, resolve
 from rewardsr.setup import RECIPE, choose_device
 
 
 def open_pipeline(
-    run: Path | None,
+    run: str | None,
     adapter: str,
     base: str | None,
     options: list[str],
-    lora: Path | None,
+    lora: list[str],
     strength: float,
     device: str,
     precision: str,
@@ -30,9 +29,10 @@ def open_pipeline(
     """Load a pipeline and, where there is one, its LoRA.
 
     Args:
-        run: folder of a run; its recipe names adapter, base and options, and its LoRA is loaded.
+        run: folder of a run, or "user/name[@revision]" on the Hub; its recipe names adapter, base and options, and its
+            LoRA is loaded.
         adapter, base, options: without a run; options are `key=value` strings.
-        lora: LoRA file or folder, instead of the run's.
+        lora: LoRA files, folders or Hub references, instead of the run's; `:weight` behind one is its share.
         strength: scale of the LoRA.
         device, precision: as in a recipe.
         force_base: load the LoRA although it belongs to another base.
@@ -47,38 +47,40 @@ def open_pipeline(
     if run is not None:
         if base is not None:
             raise UserError("give --run or --base, not both")
-        recipe = recipes.load_recipe(str(run / RECIPE), {}, [])
+        folder = hub.fetch_lora(run) if hub.is_reference(run) else Path(run).expanduser()
+        recipe = recipes.load_recipe(str(folder / RECIPE), {}, [])
         adapter, base, settings = recipe.adapter, recipe.base, dict(recipe.adapter_options)
-        lora = run if lora is None else lora
+        lora = lora or [str(folder)]
     if base is None:
         raise UserError(
             "say which pipeline: --run FOLDER of a run, or --base with a diffusers folder, a Hub id or 'embedded'"
         )
     settings |= recipes.assignments_of(options, "--option")
     pipeline = load_adapter(adapter, base, device=chosen, dtype=dtype, **settings)
-    if lora is not None:
-        loras.load(pipeline, lora, strength, force_base)
+    parts = [weighted(text) for text in lora]
+    if len(parts) == 1:
+        loras.load(pipeline, parts[0][0], strength * parts[0][1], force_base)
+    elif parts:
+        load_several(pipeline, [(source, strength * weight) for source, weight in parts], force_base)
     return pipeline
 
 
-def merge_into(pipeline: ISRAdapter, output: Path) -> None:
-    """Merge the LoRA and write all networks, in diffusers layout, to a new folder.
+def weighted(text: str) -> tuple[str, float]:
+    """A LoRA and its weight, of `source` (weight 1) or `source:0.7`.
 
     Raises:
-        UserError: the folder exists, it cannot be written to, or there is no LoRA.
+        UserError: the weight is not finite.
     """
-    if output.exists():
-        raise UserError(f"'{output}' exists already: choose a new folder")
-    loras.merge(pipeline)
-
-    def fill(folder: Path) -> None:
-        for component, network in pipeline.networks.items():
-            try:
-                network.save_pretrained(folder / component)  # type: ignore[operator]
-            except SafetensorError as error:  # what a full disk looks like from inside safetensors
-                raise OSError(f"{component}: {error}") from error
-
-    write_folder(output, fill)
+    source, _, weight = text.rpartition(":")
+    try:
+        value = float(weight)
+    except ValueError:  # no weight; a colon may be the path's own
+        return text, 1.0
+    if not source:
+        return text, 1.0
+    if not math.isfinite(value):
+        raise UserError(f"--lora {text}: the weight is not a finite number")
+    return source, value
 
 
 def describe_adapters() -> list[tuple[str, str]]:

@@ -174,7 +174,7 @@ def test_no_space_later_in_a_run(commands: Commands, tiny_base, hq_folder, tmp_p
     before = snapshot(tmp_path / "whole")
     with full_disk(3000):  # enough for recipe and metrics, too little for a checkpoint
         answer = commands.finetune(tiny_base, hq_folder, tmp_path / "run")
-        merged = commands("merge", tmp_path / "merged", "--run", tmp_path / "whole")
+        merged = commands("export", tmp_path / "merged", "--format", "merged", "--run", tmp_path / "whole")
     assert answer.code == 2 and "step-00000002" in answer.err.splitlines()[-1], answer.err
     assert merged.code == 2 and "error: " in merged.err and "Traceback" not in merged.err, merged.err
     assert not (tmp_path / "merged").exists() and not list(tmp_path.glob(".*"))

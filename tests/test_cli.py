@@ -220,7 +220,7 @@ def test_evaluate_compares_base_and_tuned(commands: Commands, run, hq_folder, tm
 
 
 def test_merged_networks_give_the_tuned_pictures(commands: Commands, run, hq_folder, tiny_base, tmp_path) -> None:
-    answer = commands("merge", tmp_path / "merged", "--run", run)
+    answer = commands("export", tmp_path / "merged", "--format", "merged", "--run", run)
     assert answer.code == 0, answer.err
     assert {path.name for path in (tmp_path / "merged").iterdir()} == {"unet", "vae"}
     tuned = rewardsr.load_lora(rewardsr.load_adapter("osediff", str(tiny_base), noise_t=250), run)
@@ -231,7 +231,9 @@ def test_merged_networks_give_the_tuned_pictures(commands: Commands, run, hq_fol
         one, other = (read_image(tmp_path / folder / name) for folder in ("a", "b"))
         assert float((one - other).abs().max()) <= 1 / 255 + 1e-6, "one rounding of 8 bits at most"
     before = snapshot(tmp_path)
-    assert commands("merge", tmp_path / "merged", "--run", run).code == 2, "never into an existing folder"
+    assert commands("export", tmp_path / "merged", "--format", "merged", "--run", run).code == 2, (
+        "never into an existing folder"
+    )
     assert snapshot(tmp_path) == before
 
 

@@ -71,6 +71,18 @@ def known() -> list[Known]:
     return rows
 
 
+def licence_of(name: str) -> str:
+    """Licence of a reward by its name, without building it; "unknown" where it does not say."""
+    if (":" in name and not name.startswith(IQA_PREFIX)) or name in plugins.names("rewards"):
+        try:
+            return str(getattr(plugins.resolve("rewards", name), "licence", "unknown"))
+        except UserError:  # of a package that is not here any more
+            return "unknown"
+    from rewardsr.rewards.iqa import LICENCE
+
+    return LICENCE
+
+
 def _iqa(metric: str, options: dict[str, Any]) -> Reward:
     from rewardsr.rewards.iqa import IQA
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rewardsr
-from rewardsr import Batch, Draws, UserError, load_adapter, lora
+from rewardsr import Batch, Draws, UserError, formats, load_adapter, lora
 from rewardsr.adapters.seesr import _load, add_image_attentions
 from rewardsr.testing import check_adapter
 
@@ -103,8 +103,6 @@ def test_lora_sits_on_image_attentions_and_controlnet(tiny_seesr, tmp_path) -> N
 
 
 def test_merged_networks_load_as_weights(tiny_seesr, tmp_path) -> None:
-    from rewardsr.pipelines import merge_into
-
     adapter = load_adapter("seesr", tiny_seesr, steps=2)
     lora.attach(adapter)
     with torch.no_grad():
@@ -112,7 +110,7 @@ def test_merged_networks_load_as_weights(tiny_seesr, tmp_path) -> None:
             parameter.add_(0.02)
     batch = Batch(image(), extras={"ram": tokens()})
     tuned = sample(adapter, batch)
-    merge_into(adapter, tmp_path / "merged")
+    formats.export(adapter, tmp_path / "merged", "merged")
     again = load_adapter("seesr", tiny_seesr, weights=tmp_path / "merged", steps=2)
     assert float((sample(again, batch) - tuned).abs().max()) < 1e-4
 

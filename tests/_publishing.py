@@ -1,0 +1,100 @@
+"""What the tests of the Hub share: a finished run without training, and the client pointed at a Hub on 127.0.0.1."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub.constants
+import pytest
+import torch
+from hub_server import Hub, serving
+
+from rewardsr import hub as hubs
+from rewardsr import lora
+from rewardsr.api import load_adapter
+from rewardsr.evaluation import Comparison, Evaluation
+from rewardsr.files import write_text
+from rewardsr.images import write_image
+
+REPO, TOKEN, OTHER = "ada/tiny-sr", "hf_ada", "hf_bob"
+BASE = "stabilityai/stable-diffusion-2-1-base"
+CARD = f"""---
+license: apache-2.0
+base_model: {BASE}
+base_model_relation: adapter
+library_name: diffusers
+pipeline_tag: image-to-image
+tags: [rewardsr, super-resolution, lora]
+---
+# Tiny
+
+![before and after](samples/validation.png)
+"""
+SENT = {
+    "README.md",
+    lora.FILE_NAME,
+    "recipe.yaml",
+    "metrics.jsonl",
+    "samples/validation.json",
+    "samples/validation.png",
+}
+
+
+def make_run(folder: Path, base: Path) -> Path:
+    """A run of two steps as training leaves it."""
+    adapter = load_adapter("osediff", str(base), noise_t=250)
+    lora.attach(adapter, rank=2)
+    lora.save(adapter, folder)
+    recipe = {"base": str(base), "rewards": [{"name": "psnr"}], "data": {"train": "images"}, "output": "run"}
+    write_text(folder / "recipe.yaml", json.dumps(recipe | {"steps": 2}))
+    write_text(folder / "metrics.jsonl", '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.4}\n')
+    for step in (1, 2):
+        scores = Comparison(base=(20.0, 21.0), tuned=(20.0 + step, 21.5), low=0.1, high=1.0)
+        found = Evaluation(("a.png", "b.png"), {"psnr": scores}, seed=0, draws_per_image=1, color_fix="none")
+        write_text(folder / f"validation/step-{step:08d}.json", found.to_json())
+        write_image(torch.full((3, 8, 8), step / 4), folder / f"validation/step-{step:08d}.png")
+    write_text(folder / "checkpoints/step-00000002/optimiser.safetensors", "state")
+    return folder
+
+
+@contextmanager
+def connected(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
+    """A Hub that ada and bob have accounts at, ada is logged in to, and this process takes for the Hub.
+
+    What the client has read from the environment when it was imported is changed in place; it waits for nothing
+    between its attempts.
+    """
+    with serving() as hub:
+        hub.add_token(TOKEN, "ada", orgs={"lab": "write", "club": "read"})
+        hub.add_token(OTHER, "bob")
+        settings = {
+            "ENDPOINT": hub.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_CACHE": str(cache),
+            "HF_TOKEN_PATH": str(cache / "token"),
+            "HF_HUB_DISABLE_XET": True,
+        }
+        for name, value in settings.items():
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        for name, text in {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}.items():
+            monkeypatch.setenv(name, text)
+        impatient = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+        for module in ("utils._http", "file_download"):
+            monkeypatch.setattr(f"huggingface_hub.{module}.time", impatient)
+        hubs.online.cache_clear()
+        try:
+            yield hub
+        finally:
+            hubs.online.cache_clear()
+            huggingface_hub.utils.close_session()  # whose connections end here
+
+
+def go_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with HF_HUB_OFFLINE=1 from the start."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    hubs.online.cache_clear()
