@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rewardsr import Batch, load_adapter
-from rewardsr.adapters.seesr import NEGATIVE, TEMPLATE
+from rewardsr.adapters.seesr import NEGATIVE, TEMPLATE, add_image_attentions
 from rewardsr.draws import Replay
 from rewardsr.tiling import Tiling
 
@@ -83,6 +83,35 @@ def test_pipeline_step_by_step(variant, folder, golden, data, record_property, m
         close(eps, v[f"{variant}.noise_pred_guided.{index}"], 5e-4, f"guided prediction {index}", record_property)
     close(latents, v[f"{variant}.latents_out"], 5e-4, "latents", record_property)
     close(adapter.decode(latents, condition), v[f"{variant}.image"], 5e-5, "image", record_property)
+
+
+@pytest.mark.parametrize("kind", ["unet", "controlnet"])
+def test_names_and_sizes_of_the_released_networks(kind, data) -> None:
+    """At the size of Stable Diffusion 2, without storage: what the released files hold, key by key."""
+    import diffusers
+    from accelerate import init_empty_weights
+
+    v = json.loads((data / "seesr_keys.json").read_text())
+    settings = {
+        "block_out_channels": (320, 640, 1280, 1280),
+        "attention_head_dim": (5, 10, 20, 20),  # heads, in spite of the name
+        "cross_attention_dim": 1024,
+        "use_linear_projection": True,
+    }
+    with init_empty_weights():
+        if kind == "unet":
+            network = diffusers.UNet2DConditionModel(in_channels=4, out_channels=4, **settings)
+        else:
+            network = diffusers.ControlNetModel(**settings)
+        plain = set(network.state_dict())
+        add_image_attentions(network, 512)
+    state = network.state_dict()
+    counts = v[f"sd2_{kind}_counts"]
+    assert (len(plain), len(state)) == (counts["plain_tensors"], counts["total_tensors"])
+    modules = v[f"sd2_{kind}_image_attention_modules"]
+    assert set(state) - plain == {f"{module}.{suffix}" for module in modules for suffix in v["suffixes_per_module"]}
+    added = sum(value.numel() for name, value in state.items() if name not in plain)
+    assert round(added / 1e6, 1) == {"unet": 260.8, "controlnet": 124.8}[kind]
 
 
 def test_tile_weights(golden, record_property) -> None:
