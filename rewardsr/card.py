@@ -66,7 +66,7 @@ def build_card(
         _use(recipe, repo),
         _licences(recipe, front),
         _citation(recipe),
-        f"Exact recipe\n\n```yaml\n{to_yaml(recipe)}```\n",
+        f"## Exact recipe\n\n```yaml\n{to_yaml(recipe)}```\n",
     ]
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" + "\n".join(body)
 
@@ -177,13 +177,14 @@ def _use(recipe: Recipe, repo: str) -> str:
     )
     if recipe.adapter == "seesr":
         return text + (
-            "\nIn plain diffusers, export it first (`rewardsr export --format diffusers`): UNet and ControlNet each "
-            "have a file of their own.\n"
+            f"\nIn plain diffusers, export it first (`rewardsr export out --run {repo} --format diffusers`): UNet and "
+            "ControlNet each have a file of their own, which `rewardsr.formats.load_component` loads.\n"
         )
     return text + (
         "\nIn plain diffusers, on a pipeline with the same base weights:\n\n```python\n"
         f'pipe.load_lora_weights("{repo}", weight_name="{FILE_NAME}")\n```\n\n'
-        f"In ComfyUI: `rewardsr export --lora {repo} --format kohya` writes `lora.safetensors` for `models/loras`.\n"
+        f"In ComfyUI: `rewardsr export comfy --run {repo} --format kohya` writes `comfy/lora.safetensors`, for "
+        "`models/loras`.\n"
     )
 
 

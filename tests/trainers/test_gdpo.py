@@ -111,7 +111,7 @@ def test_micro_batches_give_the_gradient_of_the_whole(form, base) -> None:
     for micro_batch in (1, 3, 4, 5, 8):
         method.options = method.options.model_copy(update={"micro_batch": micro_batch})
         parts, losses = step(method, group)
-        assert apart(parts, whole) <= 1e-5, micro_batch
+        assert apart(parts, whole) <= 3e-5, micro_batch
         logged = sum(loss.metrics["loss"] * loss.weight for loss in losses)
         assert logged == pytest.approx(loss.metrics["loss"], abs=2e-5)
         again = method.prepare(images(2), Draws(0, 0, [0, 1]))
@@ -131,7 +131,7 @@ def test_an_image_does_not_depend_on_its_neighbours(form, base) -> None:
         group = method.prepare(alone, Draws(0, 0, [index]))
         gradient, _ = step(method, group, Draws(0, 0, [index], "update"))
         total = {name: total[name] + value / 2 for name, value in gradient.items()}
-    assert apart(total, both) <= 1e-5
+    assert apart(total, both) <= 3e-5
 
 
 def test_prepare_is_a_function_of_its_inputs(base) -> None:
