@@ -19,6 +19,7 @@ from rewardsr.errors import UserError
 from rewardsr.files import read_pickle
 from rewardsr.hub import fetch
 from rewardsr.lora import delta
+from rewardsr.tiling import Tiling
 
 # The released checkpoints never set lora_alpha, so peft's default of 8 holds at every rank.
 RELEASED_ALPHA = 8.0
@@ -40,6 +41,8 @@ class OSEDiff(StableDiffusion):
         net_t: int | None = None,
         scale: int = 4,
         prompt: str = "",
+        tile: int | None = None,
+        tile_overlap: int = 32,
         revision: str | None = None,
     ) -> Self:
         """Load the pipeline, in float32 on the CPU.
@@ -52,6 +55,8 @@ class OSEDiff(StableDiffusion):
             net_t: time that the UNet is told; by default 999 without noise (OSEDiff), 100 with noise (GDPO-SR).
             scale: `sr` is this many times `lq`; 1 for inputs already at output size.
             prompt: text for images that bring none.
+            tile, tile_overlap: latents of more than tile x tile are predicted in tiles (OSEDiff: 96 with 32); None
+                never cuts. The autoencoder works on whole images.
             revision: branch, tag or commit of a Hub base.
 
         Raises:
@@ -72,7 +77,7 @@ class OSEDiff(StableDiffusion):
                 if (folder / "vae").is_dir():
                     parts.vae = load_network(folder / "vae")
                 check_fit(weights, parts)
-        adapter = cls(parts, identity, scale, prompt, noise_t, net_t)
+        adapter = cls(parts, identity, scale, prompt, noise_t, net_t, tile, tile_overlap)
         adapter.released = released
         return adapter
 
@@ -91,7 +96,7 @@ class OSEDiff(StableDiffusion):
 
         Args:
             pipe: its networks are shared, not copied, and stay where they are.
-            options: `noise_t`, `net_t`, `scale` and `prompt`, as in `load`.
+            options: of `load`, but for the base, its revision and the weights.
 
         Raises:
             UserError: a part is missing or does not fit.
@@ -112,6 +117,8 @@ class OSEDiff(StableDiffusion):
         prompt: str = "",
         noise_t: int | None = None,
         net_t: int | None = None,
+        tile: int | None = None,
+        tile_overlap: int = 32,
     ) -> None:
         super().__init__(parts, base, scale, prompt)
         if net_t is None:
@@ -120,6 +127,7 @@ class OSEDiff(StableDiffusion):
             if time is not None and not 0 <= time < len(self.alphas_cumprod):
                 raise UserError(f"{option} is {time}, expected 0 to {len(self.alphas_cumprod) - 1}")
         self.steps, self.noise_t = (net_t,), noise_t
+        self.tiling = None if tile is None else Tiling(tile, tile_overlap)
 
     def _encode(self, batch: Batch, generator: Source | None) -> Condition:
         image = self.upsample(batch.lq)
