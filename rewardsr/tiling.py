@@ -47,7 +47,7 @@ class Tiling:
         height, width = like.shape[-2:]
         side = min(self.side, height, width)
         total, weight = torch.zeros_like(like), torch.zeros_like(like[:1, :1])
-        window = self._weights(side).to(like)
+        window = self._weights(side).to(like.dtype).to(like.device)  # Apple's devices have no double precision
         for left in self._starts(width, side):
             for top in self._starts(height, side):
                 rows, columns = slice(top, top + side), slice(left, left + side)
