@@ -244,7 +244,7 @@ def test_imagereward_offline_without_weights(refused, tiny_base, hq_folder, tmp_
     refused(*command)  # pays for the imports
     began = time.monotonic()
     said = refused(*command)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15  # the Hub's client alone would try for 23
     assert "imagereward" in said and "weights" in said
 
 
@@ -300,7 +300,7 @@ def test_vgg_weights_that_cannot_be_fetched(
     began = time.monotonic()
     answer = commands(*default)
     hub.online.cache_clear()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15  # the Hub's client alone would try for 23
     assert answer.code == 2 and answer.err.startswith("error: VGG19") and answer.err.count("\n") == 1, answer.err
     assert "trainer_options.vgg=FILE" in answer.err and "kl_weight=0" in answer.err
     assert len(contacted) == (offline == "no connection"), "one look whether there is a connection, no more"
