@@ -1,6 +1,7 @@
 """Pipelines as the commands name them: of a run, or put together from adapter, base, options and LoRA."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from rewardsr.api import load_adapter
 from rewardsr.errors import UserError
 from rewardsr.formats import load_several
 from rewardsr.plugins import names, resolve
+from rewardsr.recipe import Recipe
 from rewardsr.setup import RECIPE, choose_device
+
+CODE = re.compile(r"[\w.]+:[\w.]+")  # module:Name
 
 
 def open_pipeline(
@@ -49,6 +53,8 @@ def open_pipeline(
             raise UserError("give --run or --base, not both")
         folder = hub.fetch_lora(run) if hub.is_reference(run) else Path(run).expanduser()
         recipe = recipes.load_recipe(str(folder / RECIPE), {}, [])
+        if hub.is_reference(run):
+            _refuse_code(recipe, run)
         adapter, base, settings = recipe.adapter, recipe.base, dict(recipe.adapter_options)
         lora = lora or [str(folder)]
     if base is None:
@@ -63,6 +69,19 @@ def open_pipeline(
     elif parts:
         load_several(pipeline, [(source, strength * weight) for source, weight in parts], force_base)
     return pipeline
+
+
+def _refuse_code(recipe: Recipe, run: str) -> None:
+    """A stranger's recipe must not choose what is imported and called here: registered names only.
+
+    `module:Name` reaches everything that is installed, `torch:hub` for one, whose `load` runs code from the network.
+    """
+    for value in (recipe.adapter, *recipe.adapter_options.values()):
+        if isinstance(value, str) and CODE.fullmatch(value):
+            raise UserError(
+                f"the run '{run}' names code, '{value}', which a run from the Hub may not: pull it, look at its "
+                "recipe.yaml, and give --adapter, --base, --option and --lora yourself"
+            )
 
 
 def weighted(text: str) -> tuple[str, float]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import yaml
 from _publishing import connected
 
 from rewardsr import load_adapter, load_lora, lora
@@ -101,6 +102,20 @@ def test_mistakes_cost_one_line(commands, hub, tiny_base, hq_folder, tmp_path, m
     assert "no token" in said and "hf upload" in said
     ready = {path.name for path in (run / "hub").iterdir()}
     assert {"README.md", lora.FILE_NAME, "recipe.yaml"} <= ready and "checkpoints" not in ready
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("adapter", "torch:hub"), ("adapter_options", {"tagger": "webbrowser:open"})]
+)
+def test_a_run_from_the_hub_chooses_no_code(commands, hub, tiny_base, hq_folder, tmp_path, key, value) -> None:
+    run = tmp_path / "run"
+    assert commands.finetune(tiny_base, hq_folder, run).code == 0
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text()) | {key: value}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert commands("push", run, "ada/crisp").code == 0
+    answer = commands("upscale", hq_folder, "--run", "ada/crisp", "-o", tmp_path / "out")
+    assert answer.code == 2 and "names code" in answer.err and answer.err.count("\n") == 1, answer.err
     assert not (tmp_path / "out").exists()
 
 
