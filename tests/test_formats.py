@@ -190,6 +190,26 @@ def test_each_component_of_seesr_has_its_file_and_its_loader(tiny_seesr, tmp_pat
     assert not (tmp_path / "kohya").exists()
 
 
+def test_an_autoencoders_lora_has_its_file_and_its_loader(tiny, tmp_path) -> None:
+    """As a family would have it that adapts the autoencoder's encoder, too; OSEDiff's targets."""
+    import diffusers
+
+    adapter = load_adapter("osediff", tiny, noise_t=250)
+    adapter.trainable["vae"] = adapter.vae
+    adapter.lora_targets["vae"] = ("encoder.conv_in", "conv1", "conv2", "conv_shortcut", "quant_conv", "to_q", "to_v")
+    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    before = adapter.to_latents(picture)
+    shaken(adapter)
+    formats.export(adapter, tmp_path / "out", "diffusers")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {lora.FILE_NAME, "vae_lora.safetensors"}
+    plain = diffusers.AutoencoderKL.from_pretrained(Path(tiny) / "vae")
+    formats.load_component(plain, tmp_path / "out" / "vae_lora.safetensors")
+    with torch.no_grad():
+        theirs = plain.encode(picture * 2 - 1).latent_dist.mean * plain.config.scaling_factor
+        ours = adapter.to_latents(picture)
+    assert torch.equal(theirs, ours) and not torch.allclose(ours, before)
+
+
 # ---- bad input ----
 
 
