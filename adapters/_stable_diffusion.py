@@ -216,13 +216,17 @@ def check_fit(base: str, parts: Parts) -> None:
 class StableDiffusion(ISRAdapter):
     """Common ground of adapters on SD-shaped parts; a family adds `_start`, its times and what it encodes.
 
+    Its constructor takes in `more` the networks that a family has besides, by component.
+
     Attributes:
         extra_channels: what the UNet takes beside the latents.
     """
 
     extra_channels: ClassVar[int] = 0
 
-    def __init__(self, parts: Parts, base: str, scale: int, prompt: str) -> None:
+    def __init__(
+        self, parts: Parts, base: str, scale: int, prompt: str, more: Mapping[str, nn.Module] | None = None
+    ) -> None:
         if scale < 1:
             raise UserError(f"scale is {scale}, expected 1 or more")
         taken = parts.unet.config.in_channels
@@ -234,7 +238,7 @@ class StableDiffusion(ISRAdapter):
         self.unet, self.vae = parts.unet, parts.vae
         self.scale, self.prompt = scale, prompt
         self.size_multiple = compression(parts.vae)
-        self.networks = {"unet": self.unet, "vae": self.vae}
+        self.networks = {"unet": self.unet, **(more or {}), "vae": self.vae}
         self.trainable = {"unet": self.unet}
         self.lora_targets = {"unet": UNET_TARGETS}
         weight = next(self.unet.parameters())

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from rewardsr import schedule
-from rewardsr.adapter import BaseModel, Batch, Condition
+from rewardsr.adapter import Batch, Condition
 from rewardsr.adapters._stable_diffusion import Parts, StableDiffusion, load_parts, parts_of, times
 from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError
 from rewardsr.files import read_safetensors
-from rewardsr.fingerprint import fingerprint
 from rewardsr.hub import fetch
 from rewardsr.plugins import resolve
 from rewardsr.quiet import hush
@@ -154,16 +153,14 @@ class SeeSR(StableDiffusion):
         _check_alike(base, parts.unet, controlnet)
         if not guidance >= 1:
             raise UserError(f"guidance is {guidance}, expected 1 (none) or more")
-        super().__init__(parts, base, scale, prompt)
-        self.controlnet = controlnet.requires_grad_(False).eval()
-        self.networks = {"unet": self.unet, "controlnet": self.controlnet, "vae": self.vae}
-        self.trainable = {"unet": self.unet, "controlnet": self.controlnet}
+        super().__init__(parts, base, scale, prompt, {"controlnet": controlnet})
+        self.controlnet = controlnet
+        self.trainable = {"unet": self.unet, "controlnet": controlnet}
         # What RFSR trains in full: the UNet's image attentions, and all of the ControlNet (but its time embeddings).
         self.lora_targets = {
             "unet": _layers(self.unet, lambda name: ".image_attentions." in name),
             "controlnet": _layers(self.controlnet, lambda name: "time_emb" not in name),
         }
-        self.base_model = BaseModel(base, parts.revision, fingerprint(self.networks))
         self.steps = times(parts.scheduler, steps)
         self.start_point, self.guidance, self.conditioning_scale = start_point, guidance, conditioning_scale
         self.template, self.negative_prompt = template, negative_prompt
@@ -203,33 +200,32 @@ class SeeSR(StableDiffusion):
             return noise
         return schedule.add_noise(condition.latents, noise, START_T, self.alphas_cumprod)
 
-    def _predict_eps(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def _call_unet(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         assert condition.control is not None
-        z, text, control = (x.to(self.dtype) for x in (z_t, condition.text, condition.control))
+        text, control = condition.text.to(self.dtype), condition.control.to(self.dtype)
         tokens = condition.extras[EMBEDDING].to(self.dtype)
-        with self._autocast():
-            down, middle = _attend(
-                self.controlnet,
-                tokens,
-                z,
-                t,
-                encoder_hidden_states=text,
-                controlnet_cond=control,
-                conditioning_scale=self.conditioning_scale,
-                return_dict=False,
-            )
-            (prediction,) = _attend(
-                self.unet,
-                tokens,
-                z,
-                t,
-                encoder_hidden_states=text,
-                down_block_additional_residuals=down,
-                mid_block_additional_residual=middle,
-                return_dict=False,
-            )
-        eps = prediction.float()
-        return schedule.eps_from_v(z_t, eps, t, self.alphas_cumprod) if self._v_prediction else eps
+        down, middle = _attend(
+            self.controlnet,
+            tokens,
+            z_t,
+            t,
+            encoder_hidden_states=text,
+            controlnet_cond=control,
+            conditioning_scale=self.conditioning_scale,
+            return_dict=False,
+        )
+        (prediction,) = _attend(
+            self.unet,
+            tokens,
+            z_t,
+            t,
+            encoder_hidden_states=text,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=middle,
+            return_dict=False,
+        )
+        made: Tensor = prediction
+        return made
 
     def _advance(self, z: Tensor, eps: Tensor, time: int, following: int, generator: Source | None) -> Tensor:
         # The original draws noise for the last step as well; its variance there is 1e-20.
