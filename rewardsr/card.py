@@ -19,6 +19,7 @@ from rewardsr.rewards import licence_of
 
 PICTURE = "samples/validation.png"
 TAGS = ("rewardsr", "super-resolution", "image-super-resolution", "lora", "diffusers")
+UNKNOWN = "unknown"  # what an adapter says of a licence that it cannot know
 NOT_ON_HUB = ("local", "live", "embedded")  # revisions of bases that came from elsewhere
 EMBEDDED = "the small pipeline that comes with rewardsr"
 
@@ -38,7 +39,7 @@ def build_card(
         repo: "user/name" that it is published as.
         base_model: Hub id of the base; by default the recipe's, where it came from the Hub.
         datasets: Hub ids of what it was trained on.
-        licence: of the base; by default what the base's own card states, where it is here.
+        licence: of the base; by default what the base's own card states, where it is here, else what the adapter does.
 
     Returns:
         Front matter and text, which huggingface_hub's `ModelCard` reads.
@@ -56,7 +57,9 @@ def build_card(
     scores = _last_validation(run)
     on_hub = base["revision"] not in NOT_ON_HUB
     base_model = recipe.base if base_model is None and on_hub else base_model
-    licence = _licence(recipe.base, base["revision"] if on_hub else None) if licence is None else licence
+    if licence is None:
+        stated = about.get("licence", UNKNOWN)
+        licence = _licence(recipe.base, base["revision"] if on_hub else None) or (None if stated == UNKNOWN else stated)
     front = _front_matter(recipe, scores, repo, base_model, datasets, licence)
     body = [
         f"# {repo.rpartition('/')[2]}\n",

@@ -5,6 +5,7 @@ scale, with zeros where there is nothing, without changing what B A does.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,12 @@ def _complete(adapter: ISRAdapter, found: dict[str, dict[str, Entry]], path: Pat
     return Lora(pairs, rank, scale * rank)
 
 
+def _entry(a: Tensor, b: Tensor, alpha: float, key: str, path: Path) -> Entry:
+    if not len(a) or not (math.isfinite(alpha) and alpha > 0):
+        raise UserError(f"'{path}': {key} has rank {len(a)} and alpha {alpha:g}, expected positive numbers")
+    return a, b, alpha / len(a)
+
+
 def _read_kohya(adapter: ISRAdapter, tensors: dict[str, Tensor], path: Path) -> dict[str, dict[str, Entry]]:
     if "unet" not in adapter.trainable:
         raise UserError(f"'{path}' is a LoRA on a UNet, and adapter '{adapter.name}' trains none")
@@ -95,7 +102,7 @@ def _read_kohya(adapter: ISRAdapter, tensors: dict[str, Tensor], path: Path) -> 
             raise UserError(f"'{path}': {stem}lora_up.weight is missing")
         a, b = tensors[key].float(), tensors[f"{stem}lora_up.weight"].float()
         alpha = float(tensors.get(f"{stem}alpha", torch.tensor(float(len(a)))))  # none means alpha = rank there
-        found[by_flat[flat]] = (a, b, alpha / len(a))
+        found[by_flat[flat]] = _entry(a, b, alpha, key, path)
     return {"unet": found}
 
 
@@ -121,7 +128,7 @@ def _read_named(
             raise UserError(f"'{path}': {other} is missing")
         alpha = float(settings.get(f"{component}.lora_alpha", len(a)))
         module = rest.removesuffix(SUFFIX["A"])
-        found.setdefault(component, {})[module] = (a.float(), tensors[other].float(), alpha / len(a))
+        found.setdefault(component, {})[module] = _entry(a.float(), tensors[other].float(), alpha, key, path)
     return found
 
 

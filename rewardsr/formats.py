@@ -146,8 +146,8 @@ def export(adapter: ISRAdapter, output: Path | str, form: str) -> Path:
         form: one of `FORMATS`. "diffusers": `pipe.load_lora_weights`, other components than the UNet in a file of their
             own for `load_component`; "peft": a folder a component, for `PeftModel.from_pretrained`; "kohya": one file
             for ComfyUI and its kin; "osediff": a checkpoint in the layout of OSEDiff's repository, combined with the
-            released one that the base was made of (`adapter.released`); "merged": whole
-            networks, after which the adapter carries no LoRA any more.
+            released one that the base was made of (`adapter.released`); "merged": whole networks, after which the
+            adapter carries no LoRA any more.
 
     Returns:
         The folder.
@@ -194,14 +194,12 @@ def load_component(network: nn.Module, path: Path | str) -> None:
     if lora.DIFFUSERS_HEADER not in header or len(components) != 1:
         raise UserError(f"'{path}' is no file of one component, as `rewardsr export --format diffusers` writes it")
     prefix = f"{components.pop()}."
-    settings = {
-        key: value for key, value in json.loads(header[lora.DIFFUSERS_HEADER]).items() if key.startswith(prefix)
-    }
-    config = LoraConfig(
-        r=settings[f"{prefix}r"],
-        lora_alpha=settings[f"{prefix}lora_alpha"],
-        target_modules=settings[f"{prefix}target_modules"],
-    )
+    try:
+        settings = json.loads(header[lora.DIFFUSERS_HEADER])
+        rank, alpha, targets = (settings[f"{prefix}{key}"] for key in ("r", "lora_alpha", "target_modules"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"'{path}' has a damaged header: {error}") from error
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
     try:
         inject_adapter_in_model(config, network, adapter_name=lora.NAME)
     except ValueError as error:

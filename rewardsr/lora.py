@@ -297,6 +297,7 @@ def header(adapter: ISRAdapter, components: Iterable[str] | None = None, alpha: 
     about = {
         "version": __version__,
         "adapter": adapter.name,
+        "licence": adapter.licence,
         "base": asdict(adapter.base_model),
         "rank": layer.r[NAME],
         "alpha": layer.lora_alpha[NAME] if alpha is None else alpha,

@@ -7,7 +7,7 @@ import yaml
 from _publishing import BASE, make_run
 from huggingface_hub import ModelCard
 
-from rewardsr import UserError
+from rewardsr import UserError, load_adapter, lora
 from rewardsr.card import build_card
 from rewardsr.parcel import check_card
 
@@ -64,6 +64,15 @@ def test_the_licence_of_the_bases_card_is_carried_over(run, tiny_base, tmp_path)
     ):
         (base / "README.md").write_text(content)
         assert ModelCard(build_card(run, "ada/crisp")).data.license == licence
+
+
+def test_else_it_is_the_licence_that_the_adapter_states(run, tiny_base) -> None:
+    adapter = load_adapter("osediff", str(tiny_base), noise_t=250)
+    adapter.licence = "mit"
+    lora.attach(adapter, rank=2)
+    lora.save(adapter, run)
+    assert ModelCard(build_card(run, "ada/crisp")).data.license == "mit"
+    assert ModelCard(build_card(run, "ada/crisp", licence="openrail++")).data.license == "openrail++"
 
 
 def test_without_validation_it_says_so(run) -> None:

@@ -210,6 +210,15 @@ def test_an_autoencoders_lora_has_its_file_and_its_loader(tiny, tmp_path) -> Non
     assert torch.equal(theirs, ours) and not torch.allclose(ours, before)
 
 
+def test_a_component_file_with_a_damaged_header_is_refused(tiny_seesr, tmp_path) -> None:
+    network = load_adapter("seesr", tiny_seesr).controlnet
+    tensors = {"controlnet.conv_in.lora_A.weight": torch.zeros(1, 4, 3, 3)}
+    for header in ("{", "{}", "[]"):
+        save_file(tensors, tmp_path / "c.safetensors", {lora.DIFFUSERS_HEADER: header})
+        with pytest.raises(UserError, match="damaged header"):
+            formats.load_component(network, tmp_path / "c.safetensors")
+
+
 # ---- bad input ----
 
 
@@ -252,6 +261,9 @@ def test_files_that_do_not_belong(exports, tiny_base, tmp_path) -> None:
     pair = {f"{name}.lora_A.weight": torch.zeros(1, 8), f"{name}.lora_B.weight": torch.zeros(32, 1)}
     save_file(pair, tmp_path / "e.safetensors")
     assert "does not (first: time_embedding.linear_1)" in refused(tmp_path / "e.safetensors")
+    flat = {"lora_unet_conv_in.lora_down.weight": torch.zeros(1, 4, 3, 3), "lora_unet_conv_in.alpha": torch.tensor(0.0)}
+    save_file(flat | {"lora_unet_conv_in.lora_up.weight": torch.zeros(8, 1, 1, 1)}, tmp_path / "h.safetensors")
+    assert "expected positive numbers" in refused(tmp_path / "h.safetensors")
     (tmp_path / "f").mkdir()
     assert "adapter_config.json" in refused(tmp_path / "f")
     (tmp_path / "f" / "adapter_config.json").write_text(json.dumps({"r": 4}))
