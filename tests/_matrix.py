@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _data import DATA
 from safetensors.torch import save_file
 
 from rewardsr.testing import tiny_pipeline, write_images
 
-DATA = Path(__file__).parent / "data"
 STEPS = 3
 SAMPLER = 5  # steps of the samplers: RFSR's early window is then 0 and 1, its late one 4, and 2 and 3 are in neither
 SEED = 10  # with it, RFSR draws early steps alone, then late ones alone, then one of each

@@ -2,11 +2,13 @@
 
 import hashlib
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from rewardsr import cli
 
@@ -46,6 +48,23 @@ class Commands:
         settings = [part for setting in QUICK for part in ("--set", setting)]
         where = ("--base", base, "--data", data, "--output", output, "--rewards", rewards)
         return self("finetune", *where, "--steps", 2, "--device", "cpu", *settings, *more)
+
+
+def picked(ours: Tensor, recorded: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
+    """What to compare of a tensor, and its recorded counterpart.
+
+    The vectors hold it whole as `name`, or every k-th element of it, flattened, as `name@k`.
+    """
+    if name in recorded:
+        assert ours.shape == recorded[name].shape, f"{name}: {tuple(ours.shape)}, not {tuple(recorded[name].shape)}"
+        return ours, recorded[name]
+    for key, theirs in recorded.items():
+        whole, _, step = key.rpartition("@")
+        if whole == name:
+            ours = ours.flatten()[:: int(step)]
+            assert ours.shape == theirs.shape, f"{key}: {len(ours)} elements, not {len(theirs)}"
+            return ours, theirs
+    raise KeyError(f"neither {name!r} nor '{name}@k' is among the recorded {', '.join(recorded)}")
 
 
 def snapshot(folder: Path) -> dict[str, str]:

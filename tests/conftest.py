@@ -9,9 +9,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which 
 
 import pytest
 import torch
+from _data import DATA
 from safetensors.torch import load_file
-
-DATA = Path(__file__).parent / "data"
 
 
 @pytest.fixture(scope="session", autouse=True)

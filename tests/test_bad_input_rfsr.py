@@ -14,7 +14,8 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from _matrix import DATA, write_extras
+from _data import DATA
+from _matrix import write_extras
 from _support import Commands
 from safetensors.torch import load_file, save_file
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _data import DATA
 from runs import assert_equal_runs, content, leftovers, lines, listing, weights
 from safetensors.torch import load_file, save_file
 from test_training import Interrupted, interrupt
@@ -30,7 +31,7 @@ STEPS, EMA_DECAY = 12, 0.6
 SAMPLER = {"steps": 5, "guidance": 2.0}
 # Weights that let every term steer: the paper's are made for networks of another size.
 OPTIONS = {
-    "vgg": str(HERE / "data" / "vgg19_narrow.safetensors"),
+    "vgg": str(DATA / "vgg19_narrow.safetensors"),
     "structure_weight": 1.0,
     "kl_weight": 0.1,
     "ema": EMA_DECAY,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _support import picked
 
 from rewardsr import load_adapter
 from rewardsr.adapter import Batch
@@ -47,7 +48,8 @@ def test_colour_fix_agrees_with_the_original(golden, fix, case) -> None:
     assert int(off.max()) <= 1
     assert float((off > 0).float().mean()) < 0.005
     if case == "astro":
-        assert torch.allclose(ours, vectors[f"astro.{fix.__name__}_float"].clamp(0, 1), atol=2e-6)
+        values, theirs = picked(ours, vectors, f"astro.{fix.__name__}_float")
+        assert torch.allclose(values, theirs.clamp(0, 1), atol=2e-6)
 
 
 @pytest.mark.parametrize("name", ["none", "adain", "wavelet"])
