@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rewardsr import lora, schedule
 from rewardsr.adapter import BaseModel, Condition, ISRAdapter
+from rewardsr.adapters._networks import load_network, read_part
 from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError
 from rewardsr.fingerprint import fingerprint
@@ -69,8 +70,8 @@ def load_parts(base: str, revision: str | None = None, unet: Any = None) -> Part
     parts = Parts(
         unet=load_network(folder / "unet") if unet is None else unet,
         vae=load_network(folder / "vae"),
-        text_encoder=_guarded(folder / "text_encoder", CLIPTextModel),
-        tokenizer=_guarded(folder / "tokenizer", CLIPTokenizer),
+        text_encoder=read_part(folder / "text_encoder", CLIPTextModel),
+        tokenizer=read_part(folder / "tokenizer", CLIPTokenizer),
         scheduler=scheduler,
         revision=resolved,
     )
@@ -101,36 +102,6 @@ def parts_of(pipe: Any) -> tuple[Parts, str]:
     parts = Parts(pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, scheduler, "live")
     check_fit(name, parts)
     return parts, name
-
-
-def load_network(folder: Path) -> Any:
-    """A diffusers network in float32 from its folder; the class is the one that its config names."""
-    import diffusers
-
-    config = folder / "config.json"
-    if not config.is_file():
-        raise UserError(f"'{folder}' has no config.json: expected a diffusers network folder")
-    try:
-        name = json.loads(config.read_text())["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"'{config}' is damaged or names no class") from error
-    kind = getattr(diffusers, str(name), None)
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise UserError(
-            f"'{config}' names the class '{name}', which is no network of diffusers {diffusers.__version__}"
-        )
-    return _guarded(folder, kind)
-
-
-def _guarded(folder: Path, kind: Any) -> Any:
-    """`from_pretrained` of a local folder, its many ways to fail turned into one line."""
-    options: dict[str, Any] = {"local_files_only": True}
-    if issubclass(kind, nn.Module):
-        options |= {"torch_dtype": torch.float32, "use_safetensors": True}
-    try:
-        return kind.from_pretrained(folder, **options)
-    except Exception as error:  # diffusers, transformers and safetensors share no error class
-        raise UserError(f"'{folder}' does not load as {kind.__name__}: {' '.join(str(error).split())[:300]}") from error
 
 
 def scheduler_config(folder: Path) -> dict[str, Any]:

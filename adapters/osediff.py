@@ -13,7 +13,8 @@ from torch import Tensor
 
 from rewardsr import schedule
 from rewardsr.adapter import Batch, Condition
-from rewardsr.adapters._stable_diffusion import StableDiffusion, check_fit, load_network, load_parts, parts_of
+from rewardsr.adapters._networks import load_network
+from rewardsr.adapters._stable_diffusion import StableDiffusion, check_fit, load_parts, parts_of
 from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError
 from rewardsr.files import read_pickle

@@ -4,7 +4,6 @@ Source: SeeSR (arXiv 2311.16518). In every block that attends to text, UNet and 
 embeddings of a tagger (RAM, or SeeSR's DAPE): tokens of 512 numbers, which come with the image or from a plug-in.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -14,13 +13,18 @@ from torch import Tensor, nn
 
 from rewardsr import schedule
 from rewardsr.adapter import Batch, Condition
-from rewardsr.adapters._stable_diffusion import Parts, StableDiffusion, load_parts, parts_of, times
+from rewardsr.adapters._networks import load_changed
+from rewardsr.adapters._stable_diffusion import (
+    Parts,
+    StableDiffusion,
+    load_parts,
+    parts_of,
+    times,
+)
 from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError
-from rewardsr.files import read_safetensors
 from rewardsr.hub import fetch
 from rewardsr.plugins import resolve
-from rewardsr.quiet import hush
 from rewardsr.tiling import Tiling
 
 EMBEDDING = "ram"  # its name in Batch.extras, and in the files beside the images
@@ -328,34 +332,11 @@ _KINDS = {"unet": "UNet2DConditionModel", "controlnet": "ControlNetModel"}
 
 def _load(folder: Path, kind: str) -> Any:
     """A network from SeeSR's released files: diffusers' configuration and names, and the second attention's."""
-    hush()
-    import diffusers
-    from accelerate import init_empty_weights
+    return load_changed(folder, kind, "SeeSR's unet/ and controlnet/", _add_as_wide)
 
-    path = folder / "diffusion_pytorch_model.safetensors"
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"'{folder}/config.json' is missing or damaged: expected SeeSR's unet/ and controlnet/"
-        ) from error
-    if not path.is_file():
-        raise UserError(f"no weights '{path}'")
-    state = {name: value.float() for name, value in read_safetensors(path)[0].items()}
-    try:
-        width = _width(state)
-    except UserError as error:
-        raise UserError(f"'{path}': {error}") from error
-    try:
-        with init_empty_weights(include_buffers=False):
-            network = getattr(diffusers, kind).from_config(
-                {key: value for key, value in config.items() if key != "use_image_cross_attention"}
-            )
-            add_image_attentions(network, width)
-        network.load_state_dict(state, strict=True, assign=True)
-    except Exception as error:  # diffusers and torch share no error class
-        raise UserError(f"'{folder}' does not load as {kind}: {' '.join(str(error).split())[:300]}") from error
-    return network
+
+def _add_as_wide(network: Any, state: dict[str, Tensor]) -> None:
+    add_image_attentions(network, _width(state))
 
 
 def _width(state: dict[str, Tensor]) -> int:
