@@ -263,6 +263,22 @@ def import_lora(
     typer.echo(f"rank {found.rank}, alpha {found.alpha:g}: {lora.save(pipeline, output)}")
 
 
+@imports.command("stablesr")
+def import_stablesr(
+    source: Annotated[Path, typer.Argument(metavar="CKPT", help="released checkpoint, .ckpt or .safetensors")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="new folder: unet/, struct_encoder/, scheduler/")],
+    prediction: Annotated[
+        str, typer.Option(help="epsilon or v_prediction; auto: tries out which of them the network predicts")
+    ] = "auto",
+    check: Annotated[bool, typer.Option("--check/--no-check", help="whether the network is tried out at all")] = True,
+) -> None:
+    """Turn a StableSR checkpoint into a folder of safetensors, for the adapter's option `weights`."""
+    from rewardsr.adapters.stablesr import import_checkpoint
+
+    found = import_checkpoint(source, output, prediction, check)
+    typer.echo(f"{output}: predicts {found}; use it with --adapter stablesr --base SD-2.1 --option weights={output}")
+
+
 @app.command()
 def push(
     run: Annotated[Path, typer.Argument(help="folder of a finished run")],

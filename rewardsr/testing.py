@@ -29,7 +29,8 @@ def tiny_pipeline(folder: Path | str, seed: int = 0, autoencoder: str = "kl", fa
         folder: where to; made if need be.
         seed: of the weights.
         autoencoder: "kl" (AutoencoderKL, f=4, 4 channels) or "dc" (AutoencoderDC, f=4, without a posterior).
-        family: "sd", or "upscaler", which diffusers' StableDiffusionUpscalePipeline loads.
+        family: "sd", "upscaler", which diffusers' StableDiffusionUpscalePipeline loads, or "stablesr", whose folder
+            holds StableSR's own networks as well.
 
     Returns:
         The folder.
@@ -44,6 +45,8 @@ def tiny_pipeline(folder: Path | str, seed: int = 0, autoencoder: str = "kl", fa
         # diffusers' upscaler knows one scaling factor only, and sets it.
         components["vae"] = _tiny_autoencoder(autoencoder, scaling_factor=0.08333 if family == "upscaler" else 0.5)
         components["text_encoder"] = _tiny_text_encoder()
+        if family == "stablesr":
+            components["struct_encoder"] = _tiny_struct_encoder(components["unet"])
     tokenizer = write_tokenizer(folder / "tokenizer")
     if family == "upscaler":  # diffusers' pipeline asks for more files: how long prompts are, and which class is what
         components["tokenizer"] = tokenizer
@@ -59,7 +62,7 @@ def _tiny_schedulers(family: str) -> dict[str, Any]:
     """The schedulers of a family, by the name of their folder, as its released pipelines have them."""
     import diffusers
 
-    if family == "sd":
+    if family in ("sd", "stablesr"):
         options = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
         return {"scheduler": diffusers.DDPMScheduler(**options)}
     if family == "upscaler":
@@ -68,7 +71,7 @@ def _tiny_schedulers(family: str) -> dict[str, Any]:
             **options, prediction_type="v_prediction", set_alpha_to_one=False, steps_offset=1
         )
         return {"scheduler": ddim, "low_res_scheduler": diffusers.DDPMScheduler(**options)}
-    raise ValueError(f"unknown family '{family}': expected sd or upscaler")
+    raise ValueError(f"unknown family '{family}': expected sd, upscaler or stablesr")
 
 
 def _tiny_unet(family: str) -> Any:
@@ -86,6 +89,21 @@ def _tiny_unet(family: str) -> Any:
         norm_num_groups=4,
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=2,
+    )
+
+
+def _tiny_struct_encoder(unet: Any) -> Any:
+    """The encoder of a tiny StableSR; its features modulate the UNet from now on."""
+    from rewardsr.adapters._sft import StructEncoder, add_modulation
+
+    add_modulation(unet, features=8, hidden=8)
+    return StructEncoder(
+        out_channels=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        attention=(True, False),
+        heads=2,
+        norm_num_groups=4,
     )
 
 

@@ -33,8 +33,7 @@ def adain(sr: Tensor, reference: Tensor) -> Tensor:
     Returns:
         (B, 3, H, W) in [0, 1].
     """
-    (sr_mean, sr_std), (mean, std) = _statistics(sr), _statistics(reference)
-    return ((sr - sr_mean) / sr_std * std + mean).clamp(0, 1)
+    return _restyled(sr, reference).clamp(0, 1)
 
 
 def wavelet(sr: Tensor, reference: Tensor) -> Tensor:
@@ -184,6 +183,11 @@ def _targets(inputs: list[Path], output: Path, overwrite: bool) -> list[Path]:
 def _check_color_fix(color_fix: str) -> None:
     if color_fix not in COLOR_FIXES:
         raise UserError(f"unknown colour fix '{color_fix}': choose one of {', '.join(COLOR_FIXES)}")
+
+
+def _restyled(sr: Tensor, reference: Tensor) -> Tensor:
+    (sr_mean, sr_std), (mean, std) = _statistics(sr), _statistics(reference)
+    return (sr - sr_mean) / sr_std * std + mean
 
 
 def _statistics(image: Tensor) -> tuple[Tensor, Tensor]:

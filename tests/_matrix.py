@@ -47,6 +47,7 @@ ROWS = (
     Row("seesr, tagger", "seesr", "seesr", {"steps": SAMPLER, "tagger": "taggers:Means"}),
     Row("seesr, files", "seesr", "seesr", {"steps": SAMPLER}, extras=True),
     Row("sd_upscaler", "sd_upscaler", "upscaler", {"steps": SAMPLER}),
+    Row("stablesr", "stablesr", "stablesr", {"steps": SAMPLER}),
 )
 
 # What each trainer gets besides its defaults; the narrow VGG19 is here so that RFSR's style term runs.
@@ -61,6 +62,7 @@ def bases(folder: Path) -> dict[str, str]:
     return {
         "sd": str(tiny_pipeline(folder / "sd")),
         "upscaler": str(tiny_pipeline(folder / "upscaler", family="upscaler")),
+        "stablesr": str(tiny_pipeline(folder / "stablesr", family="stablesr")),
         "seesr": str(DATA / "tiny_seesr"),
     }
 

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from _support import Commands
+from safetensors.torch import load_file, save_file
+
+from rewardsr.testing import tiny_pipeline
 
 pytestmark = pytest.mark.usefixtures("contacted")
 
@@ -61,6 +64,25 @@ def test_base_with_damaged_weights(refused, base, hq_folder, tmp_path) -> None:
         assert "unet" in refused.finetune(base, hq_folder, tmp_path / "run")
     weights.unlink()
     assert "unet" in refused.finetune(base, hq_folder, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("part", "file"), [("unet", "diffusion_pytorch_model"), ("text_encoder", "model")])
+def test_base_that_lacks_a_tensor(refused, base, hq_folder, tmp_path, part, file) -> None:
+    """The libraries would draw it at random, with a warning."""
+    path = base / part / f"{file}.safetensors"
+    state = load_file(path)
+    name = sorted(state)[0]
+    save_file({key: value for key, value in state.items() if key != name}, path, {"format": "pt"})
+    line = refused.finetune(base, hq_folder, tmp_path / "run")
+    assert f"{part}' lacks " in line and name.removeprefix("text_model.") in line
+
+
+def test_base_of_another_family(refused, tiny_seesr, hq_folder, tmp_path) -> None:
+    """The libraries would leave out what plain Stable Diffusion does not have, with a warning."""
+    stablesr = tiny_pipeline(tmp_path / "stablesr", family="stablesr")
+    for folder, name in ((stablesr, ".spade."), (tiny_seesr, ".image_attentions.")):
+        line = refused.finetune(folder, hq_folder, tmp_path / "run")
+        assert "is no plain UNet2DConditionModel" in line and name in line
 
 
 def test_base_whose_parts_do_not_fit(refused, base, hq_folder, tmp_path) -> None:

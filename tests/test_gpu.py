@@ -208,7 +208,7 @@ def test_memory_that_runs_out_names_what_helps(tiny_base, hq_folder, tmp_path, m
 
 # ---- several steps, and gradients through the decoder ----
 
-KINDS = ("sd_upscaler", "seesr")
+KINDS = ("sd_upscaler", "seesr", "stablesr")
 
 
 @pytest.fixture(scope="module")
@@ -216,13 +216,24 @@ def upscaler(tmp_path_factory) -> Path:
     return tiny_pipeline(tmp_path_factory.mktemp("upscaler"), family="upscaler")
 
 
+@pytest.fixture(scope="module")
+def stablesr(tmp_path_factory) -> Path:
+    return tiny_pipeline(tmp_path_factory.mktemp("stablesr"), family="stablesr")
+
+
 @pytest.fixture
-def rfsr(upscaler, tiny_seesr, data):
+def rfsr(upscaler, stablesr, tiny_seesr, data):
     """The method on a tiny sampler of three steps, every term at every step; a `trained` LoRA differs from a fresh."""
 
+    pipelines = {
+        "seesr": (tiny_seesr, {"tagger": "taggers:Means", "guidance": 2.0}),
+        "sd_upscaler": (upscaler, {"guidance": 2.0}),
+        "stablesr": (stablesr, {}),
+    }
+
     def make(kind: str, device: str, dtype: torch.dtype, trained: bool = False, **options: object) -> RFSR:
-        base, more = (tiny_seesr, {"tagger": "taggers:Means"}) if kind == "seesr" else (upscaler, {})
-        made = load_adapter(kind, base, device=device, dtype=dtype, steps=3, guidance=2.0, **more)
+        base, more = pipelines[kind]
+        made = load_adapter(kind, base, device=device, dtype=dtype, steps=3, **more)
         lora.attach(made)
         if trained:
             random = torch.Generator().manual_seed(3)  # on the CPU, so that every device gets the same

@@ -1,0 +1,307 @@
+"""StableSR's networks: from a released checkpoint, or from the folder that one was imported into.
+
+A checkpoint is one file for everything that was trained or kept: `model.diffusion_model.*` (UNet, with the modulation
+as `.spade.`) and `structcond_stage_model.*` (encoder), beside copies of autoencoder and text encoder, which come from
+the base here. A folder has `unet/`, `struct_encoder/` and `scheduler/`, as diffusers would write them.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewardsr.adapters._networks import assemble, load_changed
+from rewardsr.errors import UserError
+from rewardsr.files import read_pickle, read_safetensors, write_folder, write_text
+from rewardsr.quiet import hush
+
+UNET, ENCODER = "model.diffusion_model.", "structcond_stage_model."
+HEAD_WIDTH, GROUPS, ENCODER_HEADS = 64, 32, 4  # which the sizes of tensors do not tell; those of all released networks
+LAST_T = 999
+PREDICTIONS = ("epsilon", "v_prediction")
+EXPECTED = "a folder that `rewardsr import stablesr` has written"
+# Its noise schedule, which is Stable Diffusion's; the times of the sampler include both ends.
+SCHEDULER = {
+    "_class_name": "DDPMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "variance_type": "fixed_small",
+    "clip_sample": False,
+    "timestep_spacing": "linspace",
+}
+
+State = dict[str, Tensor]
+
+
+def read_checkpoint(path: Path, groups: int = GROUPS, head_width: int = HEAD_WIDTH) -> tuple[Any, Any]:
+    """UNet and encoder of a released checkpoint, in float32 on the CPU.
+
+    Args:
+        path: a `.ckpt` (read without running code) or a `.safetensors`.
+        groups: of all group norms.
+        head_width: channels of an attention head of the UNet.
+
+    Raises:
+        UserError: it cannot be read, it is no StableSR checkpoint, or a part of it is missing.
+    """
+    if path.suffix == ".safetensors":
+        content: Any = read_safetensors(path)[0]
+    else:
+        content = read_pickle(path)
+        content = content.get("state_dict", content) if isinstance(content, Mapping) else content
+    if not isinstance(content, Mapping):
+        raise UserError(f"'{path}' is no checkpoint: expected tensors by name")
+    unet, encoder = (
+        {key.removeprefix(prefix): value for key, value in content.items() if str(key).startswith(prefix)}
+        for prefix in (UNET, ENCODER)
+    )
+    _check_kind(path, unet, encoder)
+    unet, encoder = ({key: value.float() for key, value in part.items()} for part in (unet, encoder))
+    hush()
+    try:
+        unet_config, encoder_config = _unet_config(unet, groups, head_width), _encoder_config(encoder, groups)
+        unet, encoder = unet_names(unet, unet_config), encoder_names(encoder, encoder_config)
+    except KeyError as error:
+        raise UserError(f"'{path}' is damaged or incomplete: it has no {error.args[0]}") from error
+    except (IndexError, RuntimeError) as error:
+        raise UserError(f"'{path}' is damaged: a tensor has another shape than StableSR's ({error})") from error
+    from rewardsr.adapters._sft import StructEncoder
+
+    return (
+        assemble("UNet2DConditionModel", unet_config, unet, str(path), _modulate),
+        assemble(StructEncoder, encoder_config, encoder, str(path)),
+    )
+
+
+def _check_kind(path: Path, unet: State, encoder: State) -> None:
+    """Say what a checkpoint lacks to be StableSR's."""
+    spade = any(".spade." in key for key in unet)
+    if not unet:
+        raise UserError(f"'{path}' is no StableSR checkpoint: it has no tensors '{UNET}*'")
+    if not spade:
+        raise UserError(f"'{path}' is a plain Stable Diffusion checkpoint: its UNet has no spade blocks")
+    if not encoder:
+        raise UserError(f"'{path}' is incomplete: it has spade blocks, but no encoder ('{ENCODER}*')")
+    if all(".spade." in key for key in unet):
+        raise UserError(f"'{path}' holds only what StableSR adds to a UNet, as for the web UI: give the whole")
+    for prefix, part in ((UNET, unet), (ENCODER, encoder)):
+        for key, value in part.items():
+            if not isinstance(value, Tensor):
+                raise UserError(f"'{path}' is damaged: {prefix}{key} is no tensor")
+            if not value.isfinite().all():
+                raise UserError(f"'{path}': {prefix}{key} holds values that are not finite")
+
+
+# ---- the networks ----
+
+
+def read_folder(folder: Path) -> tuple[Any, Any]:
+    """UNet and encoder of an imported folder, in float32 on the CPU.
+
+    Raises:
+        UserError: a part is missing or damaged, or has no modulation.
+    """
+    for part in ("unet", "struct_encoder"):
+        if not (folder / part).is_dir():
+            raise UserError(f"'{folder}' has no folder '{part}/': expected {EXPECTED}")
+    hush()
+    from rewardsr.adapters._sft import StructEncoder
+
+    unet = load_changed(folder / "unet", "UNet2DConditionModel", EXPECTED, _modulate)
+    return unet, load_changed(folder / "struct_encoder", StructEncoder, EXPECTED)
+
+
+def import_checkpoint(
+    source: Path,
+    output: Path,
+    prediction: str = "auto",
+    check: bool = True,
+    groups: int = GROUPS,
+    head_width: int = HEAD_WIDTH,
+) -> str:
+    """Write a released checkpoint as a folder of safetensors; whole, or nothing.
+
+    Args:
+        source: the checkpoint.
+        output: new folder.
+        prediction, check: as in `find_prediction`.
+        groups, head_width: as in `read_checkpoint`.
+
+    Returns:
+        What it predicts, "epsilon" or "v_prediction".
+
+    Raises:
+        UserError: as `read_checkpoint` and `find_prediction`, or the folder exists or cannot be written.
+    """
+    if output.exists():
+        raise UserError(f"'{output}' exists already: choose a new folder")
+    unet, encoder = read_checkpoint(source, groups, head_width)
+    found = find_prediction(source, unet, encoder, prediction, check)
+
+    def fill(folder: Path) -> None:
+        unet.save_pretrained(folder / "unet")
+        encoder.save_pretrained(folder / "struct_encoder")
+        config = json.dumps(SCHEDULER | {"prediction_type": found}, indent=2)
+        write_text(folder / "scheduler" / "scheduler_config.json", config)
+
+    write_folder(output, fill)
+    return found
+
+
+def _modulate(unet: Any, state: State) -> None:
+    """Add the modulation as large as the tensors have it."""
+    from rewardsr.adapters._sft import add_modulation
+
+    shared = [value for key, value in state.items() if key.endswith(".spade.mlp_shared.0.weight")]
+    if not shared:
+        raise UserError("no modulation (spade): a plain UNet of Stable Diffusion, not StableSR's")
+    add_modulation(unet, features=shared[0].shape[1], hidden=shared[0].shape[0])
+
+
+# ---- sizes and names ----
+
+
+def _layers(state: State) -> int:
+    """Residual blocks a level: the first downsampling follows them and the first convolution."""
+    places = [int(match[1]) for key in state if (match := re.fullmatch(r"input_blocks\.(\d+)\.0\.op\.weight", key))]
+    if not places:
+        raise KeyError("input_blocks.*.0.op.weight")
+    return min(places) - 1
+
+
+def _levels(state: State, layers: int) -> list[tuple[int, bool]]:
+    """Channels of each level, and whether it has attentions."""
+    count = len({key.split(".")[1] for key in state if key.startswith("input_blocks.")})
+    firsts = range(1, count, layers + 1)
+    return [
+        (
+            state[f"input_blocks.{first}.0.out_layers.3.weight"].shape[0],
+            any(key.startswith(f"input_blocks.{first}.1.") for key in state),
+        )
+        for first in firsts
+    ]
+
+
+def _unet_config(state: State, groups: int, head_width: int) -> dict[str, Any]:
+    layers = _layers(state)
+    levels = _levels(state, layers)
+    key = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+    return {
+        "in_channels": state["input_blocks.0.0.weight"].shape[1],
+        "out_channels": state["out.2.weight"].shape[0],
+        "block_out_channels": [width for width, _ in levels],
+        "layers_per_block": layers,
+        "down_block_types": ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for _, attends in levels],
+        "up_block_types": ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for _, attends in reversed(levels)],
+        "attention_head_dim": [max(1, width // head_width) for width, _ in levels],  # heads, in spite of the name
+        "cross_attention_dim": state[key].shape[1],
+        "use_linear_projection": state["middle_block.1.proj_in.weight"].ndim == 2,
+        "norm_num_groups": groups,
+        "sample_size": 64,
+    }
+
+
+def _encoder_config(state: State, groups: int) -> dict[str, Any]:
+    layers = _layers(state)
+    levels = _levels(state, layers)
+    return {
+        "in_channels": state["input_blocks.0.0.weight"].shape[1],
+        "out_channels": state["fea_tran.0.out_layers.3.weight"].shape[0],
+        "block_out_channels": [width for width, _ in levels],
+        "layers_per_block": layers,
+        "attention": [attends for _, attends in levels],
+        "heads": ENCODER_HEADS,
+        "norm_num_groups": groups,
+    }
+
+
+def unet_names(state: State, config: Mapping[str, Any]) -> State:
+    """The tensors of a released UNet by diffusers' names; `.spade.` keys keep their place in each block."""
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    return convert_ldm_unet_checkpoint({f"{UNET}{key}": value for key, value in state.items()}, dict(config))
+
+
+def encoder_names(state: State, config: Mapping[str, Any]) -> State:
+    """The tensors of a released encoder by the names of `_sft.StructEncoder`."""
+    from diffusers.loaders.single_file_utils import update_unet_resnet_ldm_to_diffusers
+
+    named = unet_names(state, config)  # it is the downward half of a UNet
+    for index in range(len(config["block_out_channels"])):
+        old = f"fea_tran.{index}"
+        keys = [key for key in state if key.startswith(f"{old}.")]
+        update_unet_resnet_ldm_to_diffusers(keys, named, state, {"old": old, "new": f"taps.{index}"})
+    result: State = {}
+    for key, value in named.items():
+        module, _, kind = key.rpartition(".")
+        if module.endswith(".qkv"):
+            # Each head has its queries, keys and values together: (heads, 3, width of a head).
+            parts = value.reshape(config["heads"], 3, -1, *value.shape[1:2]).unbind(1)
+            for name, part in zip(("to_q", "to_k", "to_v"), parts, strict=True):
+                result[f"{module.removesuffix('qkv')}{name}.{kind}"] = part.flatten(0, 1).contiguous()
+        elif ".attentions." in key and module.endswith(".proj_out"):
+            result[f"{module.removesuffix('proj_out')}to_out.0.{kind}"] = value.flatten(1) if value.ndim > 1 else value
+        elif ".attentions." in key:
+            result[key.replace(".norm.", ".group_norm.")] = value
+        else:
+            result[key] = value
+    return result
+
+
+# ---- what a network predicts ----
+
+
+@torch.no_grad()
+def noise_share(unet: Any, encoder: Any) -> float:
+    """How strongly the prediction at the last time follows pure noise, as a slope.
+
+    The best guess of the noise is then the noise itself: 1 for a trained network that predicts it. The velocity
+    sqrt(a) eps - sqrt(1 - a) z0 holds sqrt(a) = 0.07 of it.
+    """
+    from rewardsr.adapters._sft import modulated
+
+    side = 4 * 2 ** (len(unet.config.block_out_channels) - 1)
+    noise = torch.randn(1, unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([LAST_T])
+    text = torch.zeros(1, 77, unet.config.cross_attention_dim)
+    prediction = modulated(unet, encoder(torch.zeros_like(noise), t), noise, t, text).sample
+    return float((prediction * noise).sum() / noise.square().sum())
+
+
+def find_prediction(path: Path, unet: Any, encoder: Any, wanted: str = "auto", check: bool = True) -> str:
+    """What the network of a checkpoint predicts, which the checkpoint does not say: tried out.
+
+    Args:
+        path: of the checkpoint, for messages.
+        unet, encoder: of it.
+        wanted: "epsilon", "v_prediction", or "auto" for what the trial says.
+        check: False takes `wanted` on trust.
+
+    Raises:
+        UserError: the trial contradicts, or it is undecided and `wanted` is "auto".
+    """
+    if wanted not in ("auto", *PREDICTIONS):
+        raise UserError(f"prediction is '{wanted}', expected auto, {' or '.join(PREDICTIONS)}")
+    if not check:
+        if wanted == "auto":
+            raise UserError(f"prediction is 'auto', which needs the trial: name {' or '.join(PREDICTIONS)}")
+        return wanted
+    share = noise_share(unet, encoder)
+    found = PREDICTIONS[0] if 0.75 < share < 1.25 else PREDICTIONS[1] if 0 < share < 0.25 else None
+    if found is None:
+        raise UserError(
+            f"'{path}': its answer to pure noise is {share:.2f} times the noise, expected 1 (epsilon) or 0.07 "
+            "(v_prediction): it is damaged or not trained (import it with --no-check to use it nevertheless)"
+        )
+    if wanted not in ("auto", found):
+        raise UserError(
+            f"'{path}' does not predict {wanted}: its answer to pure noise is {share:.2f} times the noise, "
+            f"as of {found}"
+        )
+    return found
