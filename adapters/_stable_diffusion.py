@@ -223,6 +223,11 @@ class StableDiffusion(ISRAdapter):
             network.eval()
         self.base_model = BaseModel(base, parts.revision, fingerprint(self.networks))
 
+    @property
+    def compression(self) -> int:
+        """How many pixels a latent is wide."""
+        return compression(self.vae)
+
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Self:
         """Move the networks; the text encoder stays where it is until a new prompt turns up."""
         self.device, self.dtype = torch.device(device), dtype

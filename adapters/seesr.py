@@ -185,7 +185,7 @@ class SeeSR(StableDiffusion):
         if self.start_point == "lq":
             latents = self._to_latents(padded, generator)
         else:  # then only their shape matters, and encoding would be for nothing
-            shape = (len(batch), self.vae.config.latent_channels, *(s // self.size_multiple for s in padded.shape[-2:]))
+            shape = (len(batch), self.vae.config.latent_channels, *(s // self.compression for s in padded.shape[-2:]))
             latents = torch.zeros(shape, device=self.device)
         negative = self._text((self.negative_prompt,) * len(batch), len(batch)) if self.guidance != 1 else None
         return Condition(

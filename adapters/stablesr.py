@@ -32,6 +32,7 @@ class StableSR(StableDiffusion):
     """StableSR: a UNet modulated by features of the LQ latents, many steps."""
 
     name = "stablesr"
+    licence = "S-Lab License 1.0 (non-commercial)"  # of the released weights
     noisy_condition = True
 
     @classmethod

@@ -192,6 +192,11 @@ class ISRAdapter(ABC):
         """Whether sampling is a single network call."""
         return len(self.steps) == 1
 
+    @property
+    def compression(self) -> int:
+        """How many pixels a latent is wide; `size_multiple`, unless a family pads to more than that."""
+        return self.size_multiple
+
     # ---- the five hooks, public side ----
 
     def encode(

@@ -1,6 +1,7 @@
 """The model card of a run: what was trained on what, with which gain, how to load it, whose licences apply."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rewardsr.rewards import licence_of
 PICTURE = "samples/validation.png"
 TAGS = ("rewardsr", "super-resolution", "image-super-resolution", "lora", "diffusers")
 UNKNOWN = "unknown"  # what an adapter says of a licence that it cannot know
+HUB_LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")  # how the Hub writes those that it knows
 NOT_ON_HUB = ("local", "live", "embedded")  # revisions of bases that came from elsewhere
 EMBEDDED = "the small pipeline that comes with rewardsr"
 
@@ -39,7 +41,8 @@ def build_card(
         repo: "user/name" that it is published as.
         base_model: Hub id of the base; by default the recipe's, where it came from the Hub.
         datasets: Hub ids of what it was trained on.
-        licence: of the base; by default what the base's own card states, where it is here, else what the adapter does.
+        licence: of the base; by default what the adapter states of its family's weights, else what the base's own card
+            does, where it is here.
 
     Returns:
         Front matter and text, which huggingface_hub's `ModelCard` reads.
@@ -58,8 +61,9 @@ def build_card(
     on_hub = base["revision"] not in NOT_ON_HUB
     base_model = recipe.base if base_model is None and on_hub else base_model
     if licence is None:
-        stated = about.get("licence", UNKNOWN)
-        licence = _licence(recipe.base, base["revision"] if on_hub else None) or (None if stated == UNKNOWN else stated)
+        licence = about.get("licence", UNKNOWN)
+        if licence == UNKNOWN:
+            licence = _licence(recipe.base, base["revision"] if on_hub else None)
     front = _front_matter(recipe, scores, repo, base_model, datasets, licence)
     body = [
         f"# {repo.rpartition('/')[2]}\n",
@@ -67,7 +71,7 @@ def build_card(
         _results(recipe, scores, run),
         _training(recipe, rank, alpha),
         _use(recipe, repo),
-        _licences(recipe, front),
+        _licences(licence),
         _citation(recipe),
         f"## Exact recipe\n\n```yaml\n{to_yaml(recipe)}```\n",
     ]
@@ -89,10 +93,14 @@ def _front_matter(
         "library_name": "diffusers",
         "pipeline_tag": "image-to-image",
         "tags": [*TAGS, recipe.adapter, recipe.trainer],
-        "license": licence or "other",
+        "license": "other",
     }
     if licence is None:
         data["license_name"] = "that-of-the-base-model"
+    elif HUB_LICENCE.fullmatch(licence):
+        data["license"] = licence
+    else:
+        data["license_name"] = re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-")  # the Hub wants an id
     if base_model is not None:
         data |= {"base_model": base_model, "base_model_relation": "adapter"}
     if datasets:
@@ -175,9 +183,11 @@ def _use(recipe: Recipe, repo: str) -> str:
         "## How to load it\n\nIn rewardsr:\n\n```python\nimport rewardsr\n\n"
         f'adapter = rewardsr.load_adapter("{recipe.adapter}", "{recipe.base}"{options})\n'
         f'rewardsr.load_lora(adapter, "{repo}", scale=1.0)\n'
-        'rewardsr.upscale(adapter, ["photo.png"], "out")\n```\n\n'
-        "or into a pipeline in memory, whose networks are shared: `adapter = rewardsr.wrap(pipe)`.\n"
+        'rewardsr.upscale(adapter, ["photo.png"], "out")\n```\n'
     )
+    if recipe.adapter == "stablesr":
+        return text + "\nDiffusers has no pipeline for StableSR: its UNet needs the features of StableSR's encoder.\n"
+    text += "\nor into a pipeline in memory, whose networks are shared: `adapter = rewardsr.wrap(pipe)`.\n"
     if recipe.adapter == "seesr":
         return text + (
             f"\nIn plain diffusers, export it first (`rewardsr export out --run {repo} --format diffusers`): UNet and "
@@ -191,10 +201,10 @@ def _use(recipe: Recipe, repo: str) -> str:
     )
 
 
-def _licences(recipe: Recipe, front: dict[str, Any]) -> str:
-    licence = front["license"] if front["license"] != "other" else "not stated where it was loaded from"
+def _licences(licence: str | None) -> str:
     return (
-        f"## Licences\n\nThe LoRA is derived from its base and falls under the base's licence: {licence}. Rewards have "
+        "## Licences\n\nThe LoRA is derived from its base and falls under the base's licence: "
+        f"{licence or 'not stated where it was loaded from'}. Rewards have "
         "licences of their own, listed above.\n"
     )
 

@@ -64,7 +64,9 @@ def _tiny_schedulers(family: str) -> dict[str, Any]:
 
     if family in ("sd", "stablesr"):
         options = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
-        return {"scheduler": diffusers.DDPMScheduler(**options)}
+        # Random noise, predicted at the last times, would saturate the image; random velocity does not.
+        prediction = "v_prediction" if family == "stablesr" else "epsilon"
+        return {"scheduler": diffusers.DDPMScheduler(**options, prediction_type=prediction)}
     if family == "upscaler":
         options = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "scaled_linear", "clip_sample": False}
         ddim = diffusers.DDIMScheduler(

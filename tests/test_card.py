@@ -66,13 +66,30 @@ def test_the_licence_of_the_bases_card_is_carried_over(run, tiny_base, tmp_path)
         assert ModelCard(build_card(run, "ada/crisp")).data.license == licence
 
 
-def test_else_it_is_the_licence_that_the_adapter_states(run, tiny_base) -> None:
+@pytest.mark.parametrize(
+    ("stated", "licence", "name"),
+    [("mit", "mit", None), ("S-Lab License 1.0 (non-commercial)", "other", "s-lab-license-1.0-non-commercial")],
+)
+def test_what_the_adapter_states_of_its_weights_goes_first(run, tiny_base, tmp_path, stated, licence, name) -> None:
     adapter = load_adapter("osediff", str(tiny_base), noise_t=250)
-    adapter.licence = "mit"
+    adapter.licence = stated
     lora.attach(adapter, rank=2)
     lora.save(adapter, run)
-    assert ModelCard(build_card(run, "ada/crisp")).data.license == "mit"
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "README.md").write_text("---\nlicense: openrail++\n---\n")
+    changed(run, base=str(base))
+    text = build_card(run, "ada/crisp")
+    data = ModelCard(text).data
+    assert (data.license, data.license_name) == (licence, name)
+    assert f"falls under the base's licence: {stated}." in text
     assert ModelCard(build_card(run, "ada/crisp", licence="openrail++")).data.license == "openrail++"
+
+
+def test_stablesr_has_no_pipeline_to_load_it_into(run) -> None:
+    changed(run, adapter="stablesr", adapter_options={})
+    text = build_card(run, "ada/crisp")
+    assert "no pipeline for StableSR" in text and "load_lora_weights" not in text and "rewardsr.wrap" not in text
 
 
 def test_without_validation_it_says_so(run) -> None:

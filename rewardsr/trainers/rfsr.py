@@ -229,7 +229,7 @@ class RFSR:
         z0 = schedule.x0_from_eps(z_t, adapter.predict_eps(z_t, t, condition), t, adapter.alphas_cumprod)
         if self.options.reward_crop is None:
             return adapter.decode(z0, condition)
-        side = self.options.reward_crop // adapter.size_multiple
+        side = self.options.reward_crop // adapter.compression
         parts = [
             z[:, top : top + side, left : left + side]
             for z, (top, left) in zip(z0, group.corner[rows].tolist(), strict=True)
@@ -241,7 +241,7 @@ class RFSR:
         batch, crop = group.batch.rows(rows), self.options.reward_crop
         if crop is None:
             return batch
-        corners = (group.corner[rows] * self.adapter.size_multiple).tolist()
+        corners = (group.corner[rows] * self.adapter.compression).tolist()
 
         def cut(images: Tensor, shrunk: int) -> Tensor:
             side = crop // shrunk
@@ -263,17 +263,17 @@ class RFSR:
 
     def _grid(self) -> int:
         """Windows lie on pixels of both latents and `lq`."""
-        return math.lcm(self.adapter.size_multiple, self.adapter.scale)
+        return math.lcm(self.adapter.compression, self.adapter.scale)
 
     def _corners(self, condition: Condition, draws: Source) -> Tensor:
         """(B, 2) corners of the judged windows, in latent pixels."""
-        crop, multiple = self.options.reward_crop, self.adapter.size_multiple
+        crop, width = self.options.reward_crop, self.adapter.compression
         if crop is None:
             return torch.zeros(len(condition), 2, dtype=torch.int64)
         places = []
         for length in condition.size:
             free = (length - crop) // self._grid() + 1
-            places.append(draw((len(condition), 1), draws, high=free) * (self._grid() // multiple))
+            places.append(draw((len(condition), 1), draws, high=free) * (self._grid() // width))
         return torch.cat(places, 1)
 
 

@@ -194,7 +194,7 @@ def unit_flops(adapter: Any, side: int) -> dict[str, int]:
     from rewardsr import lora
 
     unet, vae, text = adapter.unet, adapter.vae, adapter._text_encoder
-    latent = torch.empty(1, 4, side // adapter.size_multiple, side // adapter.size_multiple, device="meta")
+    latent = torch.empty(1, 4, side // adapter.compression, side // adapter.compression, device="meta")
     words = torch.empty(1, 77, text.config.hidden_size, device="meta")
     time_step = torch.zeros(1, dtype=torch.int64, device="meta")
 

@@ -240,18 +240,34 @@ def test_chunks_give_the_same_gradients(method, steps) -> None:
     assert all(float((ours[name] - theirs[name]).abs().max()) < 1e-4 * scale for name in ours)
 
 
-def test_reward_crop_judges_a_window(method) -> None:
+@pytest.mark.parametrize("padding", [4, 16])
+def test_reward_crop_judges_a_window(method, padding) -> None:
+    """Which a family that pads to more than a latent's four pixels does not change."""
     made = method(1, reward_crop=16)
+    made.adapter.size_multiple = padding
     group = made.prepare(images(6), Draws(0, 0, range(6)))
     assert len({tuple(corner) for corner in group.corner.tolist()}) > 1
     judged = made._judged(group, torch.arange(6))
     assert judged.hq.shape == (6, 3, 16, 16) and judged.lq.shape == (6, 3, 4, 4)
-    top, left = (group.corner[0] * made.adapter.size_multiple).tolist()
+    top, left = (group.corner[0] * 4).tolist()
     assert torch.equal(judged.hq[0], group.batch.hq[0, :, top : top + 16, left : left + 16])
     assert torch.equal(judged.lq[0], group.batch.lq[0, :, top // 4 : top // 4 + 4, left // 4 : left // 4 + 4])
     assert made._image(group, torch.arange(6)).shape == (6, 3, 16, 16)
     found, grads = terms(made, images(6))
     assert found["loss"] > 0 and any(bool(value.any()) for value in grads.values())
+
+
+@torch.no_grad()
+def test_the_window_of_the_output_is_that_of_the_images(method, monkeypatch) -> None:
+    """With a decoder that only enlarges: a real one makes something else of a window at its border."""
+    made = method(1, reward_crop=16)
+    group = made.prepare(images(6), Draws(0, 0, range(6)))
+    monkeypatch.setattr(made.adapter, "_to_image", lambda z: z[:, :3].repeat_interleave(4, 2).repeat_interleave(4, 3))
+    windows = made._image(group, torch.arange(6))
+    made.options = made.options.model_copy(update={"reward_crop": None})
+    whole = made._image(group, torch.arange(6))
+    for index, (top, left) in enumerate((group.corner * 4).tolist()):
+        assert torch.equal(windows[index], whole[index, :, top : top + 16, left : left + 16])
 
 
 # ---- the average ----
