@@ -65,7 +65,7 @@ def assemble(
 
     Args:
         kind: class of the network, or the name of one of diffusers.
-        config: of that class; entries that it does not know are left out.
+        config: of that class; entries that it does not know, a family's own, stay in the network's configuration.
         state: all of its tensors.
         where: they come from, for messages.
         change: adds a family's modules to the bare network, as large as the tensors have them.
@@ -82,6 +82,8 @@ def assemble(
     try:
         with init_empty_weights(include_buffers=False):
             network = network_class.from_config({name: value for name, value in config.items() if name in known})
+            own = {name: value for name, value in config.items() if name not in known and not name.startswith("_")}
+            network.register_to_config(**own)
             if change is not None:
                 change(network, state)
         network.load_state_dict(state, strict=True, assign=True)

@@ -304,6 +304,35 @@ class StableDiffusion(ISRAdapter):
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
 
+class Ancestral(StableDiffusion):
+    """Common ground of families that take many steps of ancestral DDPM, starting near the LQ image.
+
+    Attributes:
+        start_point: "lq" starts from the LQ latents noised as of the last time, whatever the first step is; "noise"
+            from noise alone.
+    """
+
+    noisy_condition = True
+    start_point: str = "lq"
+
+    @property
+    def deterministic(self) -> bool:
+        """Never: it starts from noise, or from LQ latents that are noised."""
+        return False
+
+    def _start(self, condition: Condition, generator: Source | None) -> Tensor:
+        assert generator is not None  # `start` has seen to it
+        noise = draw(condition.latents.shape, generator, device=condition.latents.device)
+        if self.start_point == "noise":
+            return noise
+        return schedule.add_noise(condition.latents, noise, len(self.alphas_cumprod) - 1, self.alphas_cumprod)
+
+    def _advance(self, z: Tensor, eps: Tensor, time: int, following: int, generator: Source | None) -> Tensor:
+        # The originals draw noise for the last step as well, and have no use for it.
+        noise = draw(z.shape, generator, device=z.device) if generator is not None and following >= 0 else None
+        return schedule.ddpm_step(z, eps, time, following, self.alphas_cumprod, noise)
+
+
 def compression(vae: Any) -> int:
     """How many pixels a latent is wide."""
     ratio = getattr(vae, "spatial_compression_ratio", None)

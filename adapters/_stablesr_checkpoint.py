@@ -2,10 +2,9 @@
 
 A checkpoint is one file for everything that was trained or kept: `model.diffusion_model.*` (UNet, with the modulation
 as `.spade.`) and `structcond_stage_model.*` (encoder), beside copies of autoencoder and text encoder, which come from
-the base here. A folder has `unet/`, `struct_encoder/` and `scheduler/`, as diffusers would write them.
+the base here. A folder has `unet/` and `struct_encoder/`, as diffusers writes networks.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,25 +15,15 @@ from torch import Tensor
 
 from rewardsr.adapters._networks import assemble, load_changed
 from rewardsr.errors import UserError
-from rewardsr.files import read_pickle, read_safetensors, write_folder, write_text
+from rewardsr.files import read_pickle, read_safetensors, write_folder
 from rewardsr.quiet import hush
 
 UNET, ENCODER = "model.diffusion_model.", "structcond_stage_model."
 HEAD_WIDTH, GROUPS, ENCODER_HEADS = 64, 32, 4  # which the sizes of tensors do not tell; those of all released networks
 LAST_T = 999
+PREDICTION = "prediction_type"  # in the UNet's configuration, as in that of a scheduler
 PREDICTIONS = ("epsilon", "v_prediction")
 EXPECTED = "a folder that `rewardsr import stablesr` has written"
-# Its noise schedule, which is Stable Diffusion's; the times of the sampler include both ends.
-SCHEDULER = {
-    "_class_name": "DDPMScheduler",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000,
-    "variance_type": "fixed_small",
-    "clip_sample": False,
-    "timestep_spacing": "linspace",
-}
 
 State = dict[str, Tensor]
 
@@ -130,25 +119,23 @@ def import_checkpoint(
     Args:
         source: the checkpoint.
         output: new folder.
-        prediction, check: as in `find_prediction`.
+        prediction, check: as in `note_prediction`.
         groups, head_width: as in `read_checkpoint`.
 
     Returns:
         What it predicts, "epsilon" or "v_prediction".
 
     Raises:
-        UserError: as `read_checkpoint` and `find_prediction`, or the folder exists or cannot be written.
+        UserError: as `read_checkpoint` and `note_prediction`, or the folder exists or cannot be written.
     """
     if output.exists():
         raise UserError(f"'{output}' exists already: choose a new folder")
     unet, encoder = read_checkpoint(source, groups, head_width)
-    found = find_prediction(source, unet, encoder, prediction, check)
+    found = note_prediction(source, unet, encoder, prediction, check)
 
     def fill(folder: Path) -> None:
         unet.save_pretrained(folder / "unet")
         encoder.save_pretrained(folder / "struct_encoder")
-        config = json.dumps(SCHEDULER | {"prediction_type": found}, indent=2)
-        write_text(folder / "scheduler" / "scheduler_config.json", config)
 
     write_folder(output, fill)
     return found
@@ -274,8 +261,8 @@ def noise_share(unet: Any, encoder: Any) -> float:
     return float((prediction * noise).sum() / noise.square().sum())
 
 
-def find_prediction(path: Path, unet: Any, encoder: Any, wanted: str = "auto", check: bool = True) -> str:
-    """What the network of a checkpoint predicts, which the checkpoint does not say: tried out.
+def note_prediction(path: Path, unet: Any, encoder: Any, wanted: str = "auto", check: bool = True) -> str:
+    """Put into the UNet's configuration what it predicts, which a checkpoint does not say: that is tried out.
 
     Args:
         path: of the checkpoint, for messages.
@@ -284,14 +271,19 @@ def find_prediction(path: Path, unet: Any, encoder: Any, wanted: str = "auto", c
         check: False takes `wanted` on trust.
 
     Raises:
-        UserError: the trial contradicts, or it is undecided and `wanted` is "auto".
+        UserError: the trial contradicts or is undecided, or there is none and `wanted` is "auto".
     """
     if wanted not in ("auto", *PREDICTIONS):
         raise UserError(f"prediction is '{wanted}', expected auto, {' or '.join(PREDICTIONS)}")
-    if not check:
-        if wanted == "auto":
-            raise UserError(f"prediction is 'auto', which needs the trial: name {' or '.join(PREDICTIONS)}")
-        return wanted
+    if check:
+        wanted = _tried(path, unet, encoder, wanted)
+    elif wanted == "auto":
+        raise UserError(f"prediction is 'auto', which needs the trial: name {' or '.join(PREDICTIONS)}")
+    unet.register_to_config(**{PREDICTION: wanted})
+    return wanted
+
+
+def _tried(path: Path, unet: Any, encoder: Any, wanted: str) -> str:
     share = noise_share(unet, encoder)
     found = PREDICTIONS[0] if 0.75 < share < 1.25 else PREDICTIONS[1] if 0 < share < 0.25 else None
     if found is None:

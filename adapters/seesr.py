@@ -11,17 +11,16 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from rewardsr import schedule
 from rewardsr.adapter import Batch, Condition
 from rewardsr.adapters._networks import load_changed
 from rewardsr.adapters._stable_diffusion import (
+    Ancestral,
     Parts,
-    StableDiffusion,
     load_parts,
     parts_of,
     times,
 )
-from rewardsr.draws import Source, draw
+from rewardsr.draws import Source
 from rewardsr.errors import UserError
 from rewardsr.hub import fetch
 from rewardsr.plugins import resolve
@@ -30,18 +29,16 @@ from rewardsr.tiling import Tiling
 EMBEDDING = "ram"  # its name in Batch.extras, and in the files beside the images
 TEMPLATE = "{tags}, ,clean, high-resolution, 8k"
 NEGATIVE = "dotted, noise, blur, lowres, smooth"
-START_T = 999  # the LQ latents are noised as of this time, whatever the first step is
 ALIKE = ("in_channels", "block_out_channels", "layers_per_block", "down_block_types", "attention_head_dim")
 
 Tagger = Callable[[Tensor], tuple[Tensor, Sequence[str]]]
 
 
-class SeeSR(StableDiffusion):
+class SeeSR(Ancestral):
     """SeeSR: ControlNet and tag embeddings on Stable Diffusion parts, many steps."""
 
     name = "seesr"
     extras = (EMBEDDING,)
-    noisy_condition = True
 
     @classmethod
     def load(
@@ -172,11 +169,6 @@ class SeeSR(StableDiffusion):
         self._width = _width(self.unet.state_dict())
         self._tagger = None if tagger is None else _make_tagger(tagger)
 
-    @property
-    def deterministic(self) -> bool:
-        """Never: it starts from noise, or from LQ latents that are noised."""
-        return False
-
     def _encode(self, batch: Batch, generator: Source | None) -> Condition:
         image = self.upsample(batch.lq)
         height, width = image.shape[-2:]
@@ -196,13 +188,6 @@ class SeeSR(StableDiffusion):
             control=padded,
             extras={EMBEDDING: tokens},
         )
-
-    def _start(self, condition: Condition, generator: Source | None) -> Tensor:
-        assert generator is not None  # `start` has seen to it
-        noise = draw(condition.latents.shape, generator, device=condition.latents.device)
-        if self.start_point == "noise":
-            return noise
-        return schedule.add_noise(condition.latents, noise, START_T, self.alphas_cumprod)
 
     def _call_unet(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         assert condition.control is not None
@@ -230,11 +215,6 @@ class SeeSR(StableDiffusion):
         )
         made: Tensor = prediction
         return made
-
-    def _advance(self, z: Tensor, eps: Tensor, time: int, following: int, generator: Source | None) -> Tensor:
-        # The original draws noise for the last step as well; its variance there is 1e-20.
-        noise = draw(z.shape, generator, device=z.device) if generator is not None and following >= 0 else None
-        return schedule.ddpm_step(z, eps, time, following, self.alphas_cumprod, noise)
 
     def _look(self, batch: Batch, image: Tensor) -> tuple[Tensor, list[str | None]]:
         """Embeddings (B, tokens, width) and tags: what came with the images, and from the tagger what did not."""

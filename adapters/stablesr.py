@@ -9,18 +9,16 @@ from typing import Any, Literal, Self
 
 from torch import Tensor
 
-from rewardsr import schedule
 from rewardsr.adapter import Batch, Condition
-from rewardsr.adapters._stable_diffusion import Parts, StableDiffusion, load_parts, scheduler_config
+from rewardsr.adapters._stable_diffusion import Ancestral, Parts, check_scheduler, load_parts
 from rewardsr.adapters._stablesr_checkpoint import (
-    LAST_T,
-    SCHEDULER,
-    find_prediction,
+    PREDICTION,
     import_checkpoint,
+    note_prediction,
     read_checkpoint,
     read_folder,
 )
-from rewardsr.draws import Source, draw
+from rewardsr.draws import Source
 from rewardsr.errors import UserError
 from rewardsr.hub import fetch
 from rewardsr.tiling import Tiling
@@ -28,12 +26,11 @@ from rewardsr.tiling import Tiling
 __all__ = ["StableSR", "import_checkpoint", "respaced"]
 
 
-class StableSR(StableDiffusion):
+class StableSR(Ancestral):
     """StableSR: a UNet modulated by features of the LQ latents, many steps."""
 
     name = "stablesr"
     licence = "S-Lab License 1.0 (non-commercial)"  # of the released weights
-    noisy_condition = True
 
     @classmethod
     def load(
@@ -54,9 +51,9 @@ class StableSR(StableDiffusion):
 
         Args:
             base: diffusers folder or Hub id with vae, text encoder, tokenizer and scheduler (Stable Diffusion 2.1).
-            weights: folder or Hub id that `rewardsr import stablesr` has written (`unet/`, `struct_encoder/` and
-                `scheduler/`), or a released checkpoint itself (`.ckpt`, `.safetensors`; slower to load). By default
-                the folders lie in the base.
+            weights: folder or Hub id that `rewardsr import stablesr` has written (`unet/` and `struct_encoder/`), or a
+                released checkpoint itself (`.ckpt`, `.safetensors`; slower to load). By default the folders lie in the
+                base. The UNet's configuration says what it predicts; else the base's scheduler does.
             steps: of the sampler (ancestral DDPM on respaced times).
             start_point: "lq" starts from the LQ latents noised as of t=999, "noise" from noise alone.
             scale: `sr` is this many times `lq`; 1 for inputs already at output size.
@@ -68,10 +65,11 @@ class StableSR(StableDiffusion):
         Raises:
             UserError: anything that cannot be had, read or fitted.
         """
-        unet, encoder, scheduler = _networks(base if weights is None else weights)
+        unet, encoder = _networks(base if weights is None else weights)
         parts = load_parts(base, revision, unet)
-        if scheduler is not None:
-            parts.scheduler = scheduler
+        if PREDICTION in unet.config:
+            parts.scheduler = {**parts.scheduler, PREDICTION: unet.config[PREDICTION]}
+            check_scheduler(parts.scheduler, f"{base if weights is None else weights}/unet")
         return cls(
             parts,
             encoder,
@@ -110,11 +108,6 @@ class StableSR(StableDiffusion):
         self.steps = respaced(steps, len(self.alphas_cumprod))
         self.tiling = None if tile is None else Tiling(tile, tile_overlap, off_centre=tile_weights == "original")
 
-    @property
-    def deterministic(self) -> bool:
-        """Never: it starts from noise, or from LQ latents that are noised."""
-        return False
-
     def _encode(self, batch: Batch, generator: Source | None) -> Condition:
         image = self.upsample(batch.lq)
         height, width = image.shape[-2:]
@@ -123,13 +116,6 @@ class StableSR(StableDiffusion):
             latents=self._to_latents(self.pad(image), generator),
             size=(height, width),
         )
-
-    def _start(self, condition: Condition, generator: Source | None) -> Tensor:
-        assert generator is not None  # `start` has seen to it
-        noise = draw(condition.latents.shape, generator, device=condition.latents.device)
-        if self.start_point == "noise":
-            return noise
-        return schedule.add_noise(condition.latents, noise, LAST_T, self.alphas_cumprod)
 
     def _call_unet(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         from rewardsr.adapters._sft import modulated
@@ -140,11 +126,6 @@ class StableSR(StableDiffusion):
         features = self.struct_encoder(condition.latents.to(self.dtype), t)
         prediction: Tensor = modulated(self.unet, features, z_t, t, condition.text.to(self.dtype)).sample
         return prediction
-
-    def _advance(self, z: Tensor, eps: Tensor, time: int, following: int, generator: Source | None) -> Tensor:
-        # The original draws noise for the last step as well, and does not use it.
-        noise = draw(z.shape, generator, device=z.device) if generator is not None and following >= 0 else None
-        return schedule.ddpm_step(z, eps, time, following, self.alphas_cumprod, noise)
 
 
 def respaced(count: int, times: int) -> tuple[int, ...]:
@@ -165,15 +146,15 @@ def respaced(count: int, times: int) -> tuple[int, ...]:
     return tuple(reversed(taken))
 
 
-def _networks(source: str) -> tuple[Any, Any, dict[str, Any] | None]:
-    """UNet, encoder and, where it brings its own, scheduler of a folder, a Hub id or a checkpoint."""
+def _networks(source: str) -> tuple[Any, Any]:
+    """UNet and encoder of a folder, a Hub id or a checkpoint."""
     path = Path(source).expanduser()
     if path.is_file():
         unet, encoder = read_checkpoint(path)
-        return unet, encoder, SCHEDULER | {"prediction_type": find_prediction(path, unet, encoder)}
-    folder, _ = fetch(source, "weights", ("unet", "struct_encoder", "scheduler"))
-    scheduler = scheduler_config(folder / "scheduler") if (folder / "scheduler").is_dir() else None
-    return *read_folder(folder), scheduler
+        note_prediction(path, unet, encoder)
+        return unet, encoder
+    folder, _ = fetch(source, "weights", ("unet", "struct_encoder"))
+    return read_folder(folder)
 
 
 def _check_fit(base: str, unet: Any, encoder: Any) -> None:

@@ -266,7 +266,7 @@ def import_lora(
 @imports.command("stablesr")
 def import_stablesr(
     source: Annotated[Path, typer.Argument(metavar="CKPT", help="released checkpoint, .ckpt or .safetensors")],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="new folder: unet/, struct_encoder/, scheduler/")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="new folder, with unet/ and struct_encoder/")],
     prediction: Annotated[
         str, typer.Option(help="epsilon or v_prediction; auto: tries out which of them the network predicts")
     ] = "auto",

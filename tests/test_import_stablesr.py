@@ -13,7 +13,7 @@ from _support import Commands, snapshot
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rewardsr import Batch, Draws, UserError, load_adapter
+from rewardsr import Batch, Draws, UserError, formats, load_adapter, lora
 from rewardsr.adapters._stablesr_checkpoint import noise_share, read_checkpoint
 
 pytestmark = pytest.mark.usefixtures("contacted")
@@ -63,10 +63,9 @@ def test_a_checkpoint_becomes_a_folder_that_any_command_takes(kind, commands, ch
     assert answer.code == 0 and f"predicts {kind}" in answer.out, answer.err
     weights = "diffusion_pytorch_model.safetensors"
     assert sorted(name for name in snapshot(out) if not name.endswith("/")) == sorted(
-        [f"{part}/{name}" for part in ("unet", "struct_encoder") for name in ("config.json", weights)]
-        + ["scheduler/scheduler_config.json"]
+        f"{part}/{name}" for part in ("unet", "struct_encoder") for name in ("config.json", weights)
     )
-    assert json.loads((out / "scheduler/scheduler_config.json").read_text())["prediction_type"] == kind
+    assert json.loads((out / "unet/config.json").read_text())["prediction_type"] == kind
     options = ("--adapter", "stablesr", "--base", tiny, "--option", f"weights={out}", "--option", "steps=2")
     answer = commands("upscale", hq_folder, "-o", tmp_path / "sr", *options, "--device", "cpu")
     assert answer.code == 0, answer.err
@@ -94,6 +93,17 @@ def test_the_prediction_decides_what_comes_out(commands, checkpoints, tiny, tmp_
         assert commands("import", "stablesr", checkpoints["neither"], out, "--prediction", kind, "--no-check").code == 0
         images.append(sample(load_adapter("stablesr", tiny, weights=str(out), steps=2)))
     assert float((images[0] - images[1]).abs().max()) > 1e-2
+
+
+def test_merged_networks_predict_what_they_did(commands, checkpoints, tiny, tmp_path) -> None:
+    """Also where the base's own UNet predicts something else: the tiny one's scheduler says epsilon."""
+    assert commands("import", "stablesr", checkpoints["v_prediction"], tmp_path / "stablesr").code == 0
+    adapter = load_adapter("stablesr", tiny, weights=str(tmp_path / "stablesr"), steps=2)
+    before = sample(adapter)
+    lora.attach(adapter)
+    formats.export(adapter, tmp_path / "merged", "merged")
+    again = load_adapter("stablesr", tiny, weights=str(tmp_path / "merged"), steps=2)
+    assert torch.allclose(sample(again), before, atol=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "share"), [("epsilon", EPSILON), ("v_prediction", VELOCITY), ("neither", 0.5)])
@@ -198,12 +208,12 @@ def test_a_folder_that_exists_stays(refused, checkpoints, tmp_path) -> None:
 
 
 def test_nothing_half_written_on_a_full_disk(refused, checkpoints, tmp_path, monkeypatch) -> None:
-    import rewardsr.adapters._stablesr_checkpoint as module
+    from rewardsr.adapters._sft import StructEncoder
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "write_text", full)
+    monkeypatch.setattr(StructEncoder, "save_pretrained", full)
     line = refused("import", "stablesr", checkpoints["epsilon"], tmp_path / "out")
     assert "No space left on device" in line
 
@@ -225,6 +235,11 @@ def test_folders_that_are_no_stablesr(refused, imported, tiny, hq_folder, tmp_pa
     assert "no folder 'struct_encoder/'" in line()
     assert "plain UNet of Stable Diffusion" in line(f"weights={with_plain_unet(imported, tiny, tmp_path)}")
     assert "tile is 60, expected a multiple of 8 latents" in line(f"weights={imported}", "tile=60")
+    config = imported / "unet" / "config.json"
+    whole = config.read_text()
+    config.write_text(json.dumps(json.loads(whole) | {"prediction_type": "sample"}))
+    assert "prediction type 'sample' is not epsilon or v_prediction" in line(f"weights={imported}")
+    config.write_text(whole)
     config = imported / "struct_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"heads": "many"}))
     assert "does not load as StructEncoder" in line(f"weights={imported}")
@@ -238,8 +253,7 @@ def with_plain_unet(imported: Path, tiny: str, tmp_path: Path) -> Path:
     """The imported folder with the UNet of the base."""
     folder = tmp_path / "plain"
     folder.mkdir()
-    for part in ("struct_encoder", "scheduler"):
-        (folder / part).symlink_to(imported / part)
+    (folder / "struct_encoder").symlink_to(imported / "struct_encoder")
     (folder / "unet").symlink_to(Path(tiny) / "unet")
     return folder
 
@@ -261,8 +275,7 @@ def test_an_encoder_of_another_size(imported, tiny, tmp_path) -> None:
     ):
         folder = tmp_path / str(index)
         folder.mkdir()
-        for part in ("unet", "scheduler"):
-            (folder / part).symlink_to(imported / part)
+        (folder / "unet").symlink_to(imported / "unet")
         StructEncoder(**sizes, **options).save_pretrained(folder / "struct_encoder")
         with pytest.raises(UserError, match=says):
             load_adapter("stablesr", tiny, weights=str(folder))

@@ -16,7 +16,6 @@ from rewardsr import load_adapter, schedule
 from rewardsr.adapter import Condition
 from rewardsr.adapters import _stablesr_checkpoint as checkpoint
 from rewardsr.adapters._sft import StructEncoder, add_modulation, modulated
-from rewardsr.adapters._stable_diffusion import times
 from rewardsr.adapters.stablesr import StableSR, import_checkpoint, respaced
 from rewardsr.draws import Replay
 from rewardsr.upscaling import _coarse, _restyled, adain, wavelet
@@ -189,7 +188,13 @@ def test_times_of_the_sampler(data) -> None:
     unlike = recorded.pop("space_timesteps_vs_linspace_mismatch_N")
     for count, kept in recorded.items():
         assert list(respaced(int(count), 1000)) == kept[::-1], count
-    found = [count for count in range(1, 1001) if respaced(count, 1000) != times(checkpoint.SCHEDULER, count)]
+    scheduler = diffusers.DDPMScheduler(timestep_spacing="linspace")
+
+    def linspace(count: int) -> tuple[int, ...]:
+        scheduler.set_timesteps(count)
+        return tuple(scheduler.timesteps.tolist())
+
+    found = [count for count in range(1, 1001) if respaced(count, 1000) != linspace(count)]
     assert found == unlike
 
 
