@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rewardsr import lora, schedule
-from rewardsr.adapter import BaseModel, Condition, ISRAdapter
+from rewardsr.adapter import BaseModel, Batch, Condition, ISRAdapter
 from rewardsr.adapters._networks import load_network, read_part
 from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError
@@ -185,7 +185,7 @@ def check_fit(base: str, parts: Parts) -> None:
 
 
 class StableDiffusion(ISRAdapter):
-    """Common ground of adapters on SD-shaped parts; a family adds `_start`, its times and what it encodes.
+    """Common ground of adapters on SD-shaped parts; a family adds `_start`, its times and what else it encodes.
 
     Its constructor takes in `more` the networks that a family has besides, by component.
 
@@ -272,6 +272,15 @@ class StableDiffusion(ISRAdapter):
         while len(self._embeddings) > CACHED_PROMPTS:  # one prompt an image, over a large set, would fill the card
             del self._embeddings[next(iter(self._embeddings))]
         return text
+
+    def _encode(self, batch: Batch, generator: Source | None) -> Condition:
+        image = self.upsample(batch.lq)
+        height, width = image.shape[-2:]
+        return Condition(
+            text=self._text(batch.prompts, len(batch)),
+            latents=self._to_latents(self.pad(image), generator),
+            size=(height, width),
+        )
 
     def _predict_eps(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         with self._autocast():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rewardsr import schedule
-from rewardsr.adapter import Batch, Condition
+from rewardsr.adapter import Condition
 from rewardsr.adapters._networks import load_network
 from rewardsr.adapters._stable_diffusion import StableDiffusion, check_fit, load_parts, parts_of
 from rewardsr.draws import Source, draw
@@ -129,15 +129,6 @@ class OSEDiff(StableDiffusion):
                 raise UserError(f"{option} is {time}, expected 0 to {len(self.alphas_cumprod) - 1}")
         self.steps, self.noise_t = (net_t,), noise_t
         self.tiling = None if tile is None else Tiling(tile, tile_overlap)
-
-    def _encode(self, batch: Batch, generator: Source | None) -> Condition:
-        image = self.upsample(batch.lq)
-        height, width = image.shape[-2:]
-        return Condition(
-            text=self._text(batch.prompts, len(batch)),
-            latents=self._to_latents(self.pad(image), generator),
-            size=(height, width),
-        )
 
     def _start(self, condition: Condition, generator: Source | None) -> Tensor:
         if self.noise_t is None or generator is None:

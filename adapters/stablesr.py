@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 from torch import Tensor
 
-from rewardsr.adapter import Batch, Condition
+from rewardsr.adapter import Condition
 from rewardsr.adapters._stable_diffusion import Ancestral, Parts, check_scheduler, load_parts
 from rewardsr.adapters._stablesr_checkpoint import (
     PREDICTION,
@@ -18,7 +18,6 @@ from rewardsr.adapters._stablesr_checkpoint import (
     read_checkpoint,
     read_folder,
 )
-from rewardsr.draws import Source
 from rewardsr.errors import UserError
 from rewardsr.hub import fetch
 from rewardsr.tiling import Tiling
@@ -107,15 +106,6 @@ class StableSR(Ancestral):
             raise UserError(f"tile is {tile}, expected a multiple of {self._multiple} latents")
         self.steps = respaced(steps, len(self.alphas_cumprod))
         self.tiling = None if tile is None else Tiling(tile, tile_overlap, off_centre=tile_weights == "original")
-
-    def _encode(self, batch: Batch, generator: Source | None) -> Condition:
-        image = self.upsample(batch.lq)
-        height, width = image.shape[-2:]
-        return Condition(
-            text=self._text(batch.prompts, len(batch)),
-            latents=self._to_latents(self.pad(image), generator),
-            size=(height, width),
-        )
 
     def _call_unet(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         from rewardsr.adapters._sft import modulated
