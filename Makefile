@@ -16,8 +16,8 @@ demo: $(INSTALLED)  ## fine-tune the embedded pipeline end to end
 	@rm -rf demo-output
 	@$(BIN)/rewardsr demo
 
-test: $(INSTALLED)  ## run the tests
-	@$(BIN)/pytest
+test: $(INSTALLED)  ## run the tests, a file at a time on each core
+	@$(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 check: $(INSTALLED)  ## lint, formatting, types
 	@$(BIN)/ruff check --quiet
