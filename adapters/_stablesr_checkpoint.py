@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rewardsr.adapters._networks import assemble, load_changed
 from rewardsr.errors import UserError
-from rewardsr.files import read_pickle, read_safetensors, write_folder
+from rewardsr.files import read_pickle, read_safetensors, write_folder, write_networks
 from rewardsr.quiet import hush
 
 UNET, ENCODER = "model.diffusion_model.", "structcond_stage_model."
@@ -132,12 +132,8 @@ def import_checkpoint(
         raise UserError(f"'{output}' exists already: choose a new folder")
     unet, encoder = read_checkpoint(source, groups, head_width)
     found = note_prediction(source, unet, encoder, prediction, check)
-
-    def fill(folder: Path) -> None:
-        unet.save_pretrained(folder / "unet")
-        encoder.save_pretrained(folder / "struct_encoder")
-
-    write_folder(output, fill)
+    networks = {"unet": unet, "struct_encoder": encoder}
+    write_folder(output, lambda folder: write_networks(networks, folder))
     return found
 
 

@@ -3,7 +3,7 @@
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,19 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         raise UserError(f"cannot write '{path}': {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_networks(networks: Mapping[str, Any], folder: Path) -> None:
+    """Networks of diffusers, each in a folder of its name; to be called from `write_folder`.
+
+    Raises:
+        OSError: as any writing, also where safetensors has an error of its own for it.
+    """
+    for name, network in networks.items():
+        try:
+            network.save_pretrained(folder / name)
+        except SafetensorError as error:  # what a full disk looks like from inside safetensors
+            raise OSError(f"{name}: {error}") from error
 
 
 def is_leftover(path: Path) -> bool:

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rewardsr import lora
 from rewardsr.adapter import ISRAdapter
 from rewardsr.errors import UserError
-from rewardsr.files import read_pickle, read_safetensors, write_folder, write_safetensors
+from rewardsr.files import read_pickle, read_safetensors, write_folder, write_networks, write_safetensors
 
 FORMATS = ("diffusers", "peft", "kohya", "osediff", "merged")
 PEFT_CONFIG, PEFT_WEIGHTS, PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -166,7 +165,7 @@ def export(adapter: ISRAdapter, output: Path | str, form: str) -> Path:
         "peft": lambda path: _write_peft(given, path),
         "kohya": lambda path: _write_kohya(given, path),
         "osediff": lambda path: _write_osediff(given, adapter.released, path),
-        "merged": lambda path: _write_networks(adapter, path),
+        "merged": lambda path: write_networks(adapter.networks, path),
     }
     if form == "merged":
         lora.merge(adapter)
@@ -209,14 +208,6 @@ def load_component(network: nn.Module, path: Path | str) -> None:
     left = [key for key in result.missing_keys if "lora_" in key]
     if result.unexpected_keys or left:
         raise UserError(f"'{path}' does not fit {type(network).__name__}: {(result.unexpected_keys or left)[0]}")
-
-
-def _write_networks(adapter: ISRAdapter, folder: Path) -> None:
-    for component, network in adapter.networks.items():
-        try:
-            network.save_pretrained(folder / component)  # type: ignore[operator]
-        except SafetensorError as error:  # what a full disk looks like from inside safetensors
-            raise OSError(f"{component}: {error}") from error
 
 
 def _write_diffusers(adapter: ISRAdapter, given: Lora, folder: Path) -> None:

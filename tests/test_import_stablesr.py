@@ -10,6 +10,7 @@ import pytest
 import torch
 from _stablesr import ENCODER, UNET, released
 from _support import Commands, snapshot
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -57,7 +58,9 @@ def sample(adapter) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_a_checkpoint_becomes_a_folder_that_any_command_takes(kind, commands, checkpoints, tiny, hq_folder, tmp_path):
+def test_a_checkpoint_becomes_a_folder_that_any_command_takes(
+    kind, commands, checkpoints, tiny, hq_folder, tmp_path
+) -> None:
     out = tmp_path / "stablesr"
     answer = commands("import", "stablesr", checkpoints[kind], out)
     assert answer.code == 0 and f"predicts {kind}" in answer.out, answer.err
@@ -207,11 +210,12 @@ def test_a_folder_that_exists_stays(refused, checkpoints, tmp_path) -> None:
     assert "exists already" in refused("import", "stablesr", checkpoints["epsilon"], tmp_path / "out")
 
 
-def test_nothing_half_written_on_a_full_disk(refused, checkpoints, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_nothing_half_written_on_a_full_disk(error, refused, checkpoints, tmp_path, monkeypatch) -> None:
     from rewardsr.adapters._sft import StructEncoder
 
     def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(StructEncoder, "save_pretrained", full)
     line = refused("import", "stablesr", checkpoints["epsilon"], tmp_path / "out")
