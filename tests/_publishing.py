@@ -2,10 +2,11 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -15,9 +16,11 @@ from hub_server import Hub, serving
 from rewardsr import hub as hubs
 from rewardsr import lora
 from rewardsr.api import load_adapter
+from rewardsr.errors import UserError
 from rewardsr.evaluation import Comparison, Evaluation
 from rewardsr.files import write_text
 from rewardsr.images import write_image
+from rewardsr.publish import Pushed, push
 
 REPO, TOKEN, OTHER = "ada/tiny-sr", "hf_ada", "hf_bob"
 BASE = "stabilityai/stable-diffusion-2-1-base"
@@ -98,3 +101,17 @@ def go_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     hubs.online.cache_clear()
+
+
+def sent(run: Path, **options: Any) -> Pushed:
+    """Push a run with the card above, in silence."""
+    return push(run, REPO, card=CARD, say=lambda line: None, **options)
+
+
+def refusal(call: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+    """The one line that a call is refused with."""
+    with pytest.raises(UserError) as caught:
+        call(*arguments, **options)
+    line = str(caught.value)
+    assert "\n" not in line and len(line) < 400, line
+    return line

@@ -13,21 +13,20 @@ TEXT = 32  # as wide as the text of the tiny Stable Diffusion
 UNET, ENCODER = "model.diffusion_model.", "structcond_stage_model."
 
 
-def released(share: float | None = None, seed: int = 0) -> dict[str, Tensor]:
+def released(share: float) -> dict[str, Tensor]:
     """Tensors of a checkpoint by their released names, beside others that a released one has too.
 
     Args:
-        share: the answer to noise is this many times the noise, whatever else the network is given; None: random.
-        seed: of the weights.
+        share: the answer to noise is this many times the noise, whatever else the network is given.
     """
     import diffusers
 
     from rewardsr.adapters._sft import add_modulation
 
     keymap = json.loads((DATA / "stablesr_keymap.json").read_text())
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         unet = diffusers.UNet2DConditionModel.from_config(
             keymap["unet_config_diffusers"],
             block_out_channels=(32, 64, 96, 96),
@@ -37,8 +36,7 @@ def released(share: float | None = None, seed: int = 0) -> dict[str, Tensor]:
         add_modulation(unet, FEATURES, HIDDEN)
     state = unet.state_dict()
     found = {key: state[ours].clone() for key, ours in keymap["ldm_to_diffusers"].items()}
-    if share is not None:
-        _answer_with_noise(found, share)
+    _answer_with_noise(found, share)
     for key, shape in keymap["structcond_stage_model"].items():
         narrow = [NARROW.get(size, size) for size in shape]
         found[ENCODER + key] = 0.1 * torch.randn(narrow, generator=random) + (len(shape) == 1)

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from _publishing import BASE, CARD, OTHER, REPO, SENT, TOKEN, connected, go_offline, make_run
+from _publishing import BASE, CARD, OTHER, REPO, SENT, TOKEN, connected, go_offline, make_run, refusal, sent
 from _support import snapshot
 from safetensors.torch import load_file, save_file
 
 import rewardsr.hub
 from rewardsr import lora, parcel
-from rewardsr.errors import UserError
 from rewardsr.publish import pull, push, search
 
 
@@ -35,18 +34,6 @@ def run(finished, tmp_path) -> Path:
 def hub(monkeypatch, tmp_path):
     with connected(monkeypatch, tmp_path / "cache") as server:
         yield server
-
-
-def sent(run: Path, **options):
-    return push(run, REPO, card=CARD, say=lambda line: None, **options)
-
-
-def refusal(call, *arguments, **options) -> str:
-    with pytest.raises(UserError) as caught:
-        call(*arguments, **options)
-    line = str(caught.value)
-    assert "\n" not in line and len(line) < 500, line
-    return line
 
 
 def hashes(files: dict[str, bytes]) -> dict[str, str]:

@@ -10,13 +10,12 @@ from pathlib import Path
 import huggingface_hub
 import huggingface_hub.constants
 import pytest
-from _publishing import BASE, CARD, REPO, SENT, connected, go_offline, make_run
+from _publishing import BASE, CARD, REPO, SENT, connected, go_offline, make_run, refusal, sent
 from _support import snapshot
 
 import rewardsr.hub
 from rewardsr import lora
-from rewardsr.errors import UserError
-from rewardsr.publish import Pushed, pull, push
+from rewardsr.publish import pull, push
 
 ALWAYS = 99
 # Where a push asks for something: the request, and whether the repository is there before.
@@ -51,18 +50,6 @@ def ask(hub, step: str, fault: int | str, times: int = ALWAYS) -> None:
         hub.fail(method, path, status=fault, times=times)
     else:
         hub.fail(method, path, fault, times=times)
-
-
-def sent(run: Path, **options) -> Pushed:
-    return push(run, REPO, card=CARD, say=lambda line: None, **options)
-
-
-def refusal(call, *arguments, **options) -> str:
-    with pytest.raises(UserError) as caught:
-        call(*arguments, **options)
-    line = str(caught.value)
-    assert "\n" not in line and len(line) < 400, line
-    return line
 
 
 def state(hub) -> dict[str, dict[str, str]]:
