@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rewardsr.errors import UserError
-from rewardsr.files import read_safetensors
-from rewardsr.quiet import hush
+from rewardsr.weights import read_safetensors
 
 Change = Callable[[Any, dict[str, Tensor]], None]
 
@@ -140,3 +140,12 @@ def _silenced() -> Iterator[None]:
     finally:
         for library, level in before:
             library.set_verbosity(level)
+
+
+def hush() -> None:
+    """Quieten what loading a pipeline prints: bitsandbytes on a CPU kernel that nobody asked for, progress bars of a
+    second's loading. Warnings and errors of the libraries themselves stay."""
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from rewardsr import lora, schedule
 from rewardsr.adapter import BaseModel, Batch, Condition, ISRAdapter
-from rewardsr.adapters._networks import load_network, read_part
+from rewardsr.adapters._networks import hush, load_network, read_part
 from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError
-from rewardsr.fingerprint import fingerprint
-from rewardsr.hub import fetch
-from rewardsr.quiet import hush
+from rewardsr.hub.fetch import fetch
+from rewardsr.lora.fingerprint import fingerprint
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 CACHED_PROMPTS = 512  # embeddings kept on the device: 160 MB at the width of SD 2.1

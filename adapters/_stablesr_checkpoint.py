@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewardsr.adapters._networks import assemble, load_changed
+from rewardsr.adapters._networks import assemble, hush, load_changed
 from rewardsr.errors import UserError
-from rewardsr.files import read_pickle, read_safetensors, write_folder, write_networks
-from rewardsr.quiet import hush
+from rewardsr.storage import write_folder
+from rewardsr.weights import read_pickle, read_safetensors, write_networks
 
 UNET, ENCODER = "model.diffusion_model.", "structcond_stage_model."
 HEAD_WIDTH, GROUPS, ENCODER_HEADS = 64, 32, 4  # which the sizes of tensors do not tell; those of all released networks

@@ -17,10 +17,10 @@ from rewardsr.adapters._networks import load_network
 from rewardsr.adapters._stable_diffusion import StableDiffusion, check_fit, load_parts, parts_of
 from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError
-from rewardsr.files import read_pickle
-from rewardsr.hub import fetch
-from rewardsr.lora import delta
+from rewardsr.hub.fetch import fetch
+from rewardsr.lora.layers import delta
 from rewardsr.tiling import Tiling
+from rewardsr.weights import read_pickle
 
 # The released checkpoints never set lora_alpha, so peft's default of 8 holds at every rank.
 RELEASED_ALPHA = 8.0

@@ -30,7 +30,7 @@ from rewardsr.adapters._stable_diffusion import (
 )
 from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError
-from rewardsr.hub import fetch
+from rewardsr.hub.fetch import fetch
 from rewardsr.tiling import Tiling
 
 LOW_RES = "low_res_scheduler"  # the part whose schedule the LQ image is noised by

@@ -22,7 +22,7 @@ from rewardsr.adapters._stable_diffusion import (
 )
 from rewardsr.draws import Source
 from rewardsr.errors import UserError
-from rewardsr.hub import fetch
+from rewardsr.hub.fetch import fetch
 from rewardsr.plugins import resolve
 from rewardsr.tiling import Tiling
 

@@ -19,7 +19,7 @@ from rewardsr.adapters._stablesr_checkpoint import (
     read_folder,
 )
 from rewardsr.errors import UserError
-from rewardsr.hub import fetch
+from rewardsr.hub.fetch import fetch
 from rewardsr.tiling import Tiling
 
 __all__ = ["StableSR", "import_checkpoint", "respaced"]

@@ -13,14 +13,15 @@ _WHERE = {
     "Condition": "adapter",
     "Draws": "draws",
     "ISRAdapter": "adapter",
-    "Recipe": "recipe",
+    "Options": "options",
+    "Recipe": "train.recipe",
     "UserError": "errors",
-    "evaluate": "api",
-    "finetune": "api",
-    "load_adapter": "api",
-    "load_lora": "api",
-    "upscale": "api",
-    "wrap": "api",
+    "evaluate": "evaluation.protocol",
+    "finetune": "train.finetune",
+    "load_adapter": "pipelines",
+    "load_lora": "pipelines",
+    "upscale": "evaluation.upscale",
+    "wrap": "pipelines",
 }
 __all__ = ["__version__", *sorted(_WHERE)]
 

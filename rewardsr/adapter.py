@@ -133,7 +133,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class BaseModel:
-    """Which weights an adapter stands on: resolved id or path, revision, and `rewardsr.fingerprint` of the networks."""
+    """Which weights an adapter stands on: resolved id or path, revision, and fingerprint of the networks."""
 
     id: str
     revision: str

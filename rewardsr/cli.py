@@ -110,7 +110,7 @@ def finetune(
     ] = False,
 ) -> None:
     """Train a LoRA for a pipeline with rewards."""
-    from rewardsr.recipe import load_recipe, parse_rewards
+    from rewardsr.train.recipe import load_recipe, parse_rewards
 
     overrides: dict[str, Any] = {
         "adapter": adapter,
@@ -129,10 +129,11 @@ def finetune(
         "trainer_options.reward_crop": reward_crop,
     }
     resolved = load_recipe(None if recipe is None else str(recipe), overrides, assign or [])
-    from rewardsr import api
 
-    result = api.finetune(resolved, resume=resume, dry_run=dry_run)
-    from rewardsr.training import DryRun
+    from rewardsr.train.finetune import finetune as run_recipe
+
+    result = run_recipe(resolved, resume=resume, dry_run=dry_run)
+    from rewardsr.train.dry_run import DryRun
 
     if isinstance(result, DryRun):
         typer.echo(
@@ -146,9 +147,10 @@ def finetune(
     if not result.finished:
         typer.echo(f"stopped after step {result.step}; go on with the same command and --resume")
         raise typer.Exit(130)
-    from rewardsr.lora import FILE_NAME
 
-    typer.echo(f"finished {result.step} steps; LoRA: {result.output / FILE_NAME}")
+    from rewardsr.run_folder import LORA
+
+    typer.echo(f"finished {result.step} steps; LoRA: {result.output / LORA}")
 
 
 @app.command()
@@ -170,11 +172,11 @@ def upscale(
     force_base: Annotated[bool, typer.Option("--force-base", help="load a LoRA of another base")] = False,
 ) -> None:
     """Super-resolve images, with a LoRA or without."""
-    from rewardsr import api
+    from rewardsr.evaluation.upscale import upscale as run_upscale
     from rewardsr.pipelines import open_pipeline
 
     pipeline = open_pipeline(run, adapter, base, option or [], lora or [], strength, device, precision, force_base)
-    api.upscale(
+    run_upscale(
         pipeline,
         inputs,
         output,
@@ -209,13 +211,13 @@ def evaluate(
     """Compare base and tuned pipeline on the same images and noise, with 95 % intervals."""
     if run is None and not lora:
         raise UserError("evaluate compares base and tuned: give --run, or --lora")
-    from rewardsr import api, report
-    from rewardsr.files import write_text
+    from rewardsr.evaluation import protocol, report
     from rewardsr.pipelines import open_pipeline
+    from rewardsr.storage import write_text
 
     pipeline = open_pipeline(run, adapter, base, option or [], lora or [], 1.0, device, precision, force_base)
     names = [name.strip() for name in metrics.split(",") if name.strip()]
-    found = api.evaluate(pipeline, data, names, draws_per_image=draws, seed=seed, limit=limit, prompts=prompts)
+    found = protocol.evaluate(pipeline, data, names, draws_per_image=draws, seed=seed, limit=limit, prompts=prompts)
     typer.echo(report.text(found), nl=False)
     if output is not None:
         write_text(output, found.to_json())
@@ -234,11 +236,11 @@ def export(
     force_base: Annotated[bool, typer.Option("--force-base", help="load a LoRA of another base")] = False,
 ) -> None:
     """Write a LoRA in the form of another program; merged networks serve as an adapter's `weights`."""
-    from rewardsr import formats
+    from rewardsr.lora import exchange
     from rewardsr.pipelines import open_pipeline
 
     pipeline = open_pipeline(run, adapter, base, option or [], lora or [], strength, "cpu", "fp32", force_base)
-    for path in sorted(formats.export(pipeline, output, form).rglob("*")):
+    for path in sorted(exchange.export(pipeline, output, form).rglob("*")):
         if path.is_file():
             typer.echo(path)
 
@@ -252,14 +254,15 @@ def import_lora(
     option: AdapterOption = None,
 ) -> None:
     """Turn a LoRA of another program into one that every command here loads; pickles never run code."""
-    from rewardsr import foreign, formats, lora
+    from rewardsr import lora
+    from rewardsr.lora import exchange, foreign
     from rewardsr.pipelines import open_pipeline
 
     if output.exists():
         raise UserError(f"'{output}' exists already: choose a new folder")
     pipeline = open_pipeline(None, adapter, base, option or [], [], 1.0, "cpu", "fp32", False)
     found = foreign.read_foreign(pipeline, source)
-    formats.place(pipeline, found)
+    exchange.place(pipeline, found)
     typer.echo(f"rank {found.rank}, alpha {found.alpha:g}: {lora.save(pipeline, output)}")
 
 
@@ -292,8 +295,8 @@ def push(
     licence: Annotated[str | None, typer.Option("--license", help="of the base, where its card is not here")] = None,
 ) -> None:
     """Publish a run on the Hugging Face Hub: LoRA, recipe, metrics, pictures and card, in one commit."""
-    from rewardsr import publish
-    from rewardsr.card import build_card
+    from rewardsr.hub import publish
+    from rewardsr.hub.card import build_card
 
     card = build_card(run, repo, base_model, dataset or [], licence)
     pushed = publish.push(
@@ -308,7 +311,7 @@ def pull(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="new folder; else the Hub's cache")] = None,
 ) -> None:
     """Fetch an adapter from the Hub; --run and --lora take the same reference."""
-    from rewardsr.publish import pull as fetch
+    from rewardsr.hub.publish import pull as fetch
 
     typer.echo(fetch(reference, output))
 
@@ -320,7 +323,7 @@ def search(
     limit: Annotated[int, typer.Option(min=1, help="at most so many")] = 20,
 ) -> None:
     """List adapters on the Hub."""
-    from rewardsr.publish import search as find
+    from rewardsr.hub.publish import search as find
 
     for found in find(query, base, limit):
         typer.echo(f"{found.id:<48} {found.downloads:>8} downloads {found.likes:>5} likes  {found.base or ''}")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-from rewardsr.hub import online
+from rewardsr.hub.connection import online
 
 REQUIRED = (
     "torch",

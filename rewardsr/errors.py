@@ -1,4 +1,7 @@
-"""Errors that are the user's to mend."""
+"""Errors that are the user's to mend, and hints at what was meant."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -7,3 +10,10 @@ class UserError(ValueError):
 
 class TrainingError(RuntimeError):
     """Training cannot go on (numbers stopped being finite, say); what was reached so far has been kept."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: "did you mean 'x'?", or all that are known."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known) or 'none'}"

@@ -1,22 +1,186 @@
-"""Pipelines as the commands name them: of a run, or put together from adapter, base, options and LoRA."""
+"""Where every command and the Python API get a pipeline: loaded, taken from memory, or as a run left it."""
 
+import difflib
+import inspect
 import math
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from rewardsr import hub
-from rewardsr import lora as loras
-from rewardsr import recipe as recipes
+import torch
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
+
+from rewardsr import lora
 from rewardsr.adapter import ISRAdapter
-from rewardsr.api import load_adapter
 from rewardsr.errors import UserError
-from rewardsr.formats import load_several
+from rewardsr.hub.fetch import fetch_lora, is_reference
+from rewardsr.lora.exchange import load_several
 from rewardsr.plugins import names, resolve
-from rewardsr.recipe import Recipe
-from rewardsr.setup import RECIPE, choose_device
+from rewardsr.run_folder import RECIPE
+from rewardsr.train import recipe as recipes
+from rewardsr.train.recipe import Recipe
 
 CODE = re.compile(r"[\w.]+:[\w.]+")  # module:Name
+LOADING = {"weights", "revision"}  # options of adapters that a live pipeline has no use for
+
+
+def load_adapter(
+    name: str,
+    base: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> ISRAdapter:
+    """Load a pipeline behind the adapter interface.
+
+    Args:
+        name: registered adapter ("osediff"), or `module:Name`.
+        base: local diffusers folder, Hub id, or "embedded" for the small pipeline that comes along.
+        device: where the networks go.
+        dtype: precision that they compute in; a LoRA stays float32.
+        options: of the adapter's own `load`; osediff: weights, noise_t, net_t, scale, prompt, revision.
+
+    Raises:
+        UserError: unknown adapter or option, or the base cannot be had, read or fitted.
+    """
+    given = {key: value for key, value in adapter_options(name, options).items() if key in options}
+    adapter: ISRAdapter = resolve("adapters", name).load(str(base), **given)
+    return adapter.to(device, dtype)
+
+
+def wrap(pipe: Any, name: str | None = None, **options: Any) -> ISRAdapter:
+    """Put a pipeline that is in memory already behind the adapter interface.
+
+    Its networks are shared, not copied: a LoRA trained or loaded through the adapter works in the pipeline, too. They
+    stay on their device and in their precision, and are frozen.
+
+    Args:
+        pipe: an object with `unet`, `vae`, `text_encoder`, `tokenizer` and `scheduler`, as diffusers' pipelines are.
+        name: registered adapter, or `module:Name`; by default the one that fits.
+        options: of the adapter's own `load`, but for what is loaded from where.
+
+    Raises:
+        UserError: no adapter fits (the known ones are named), several do, or parts or options do not.
+    """
+    kinds = {key: resolve("adapters", key) for key in (names("adapters") if name is None else [name])}
+    fitting = [key for key, kind in kinds.items() if name is not None or _fits(kind, pipe)]
+    if len(fitting) != 1:
+        found = f"these do: {', '.join(fitting)}; give name=" if fitting else f"known: {', '.join(kinds)}"
+        raise UserError(f"expected one adapter that fits {type(pipe).__name__}; {found} (or give name='module:Name')")
+    kind = kinds[fitting[0]]
+    for option in LOADING & options.keys():
+        raise UserError(f"wrap: '{option}' says what to load, and this pipeline is in memory already: leave it out")
+    checked = adapter_options(fitting[0], options)
+    adapter: ISRAdapter = kind.from_pipeline(pipe, **{key: checked[key] for key in options})
+    return adapter
+
+
+def _fits(kind: Any, pipe: Any) -> bool:
+    try:
+        return bool(kind.fits(pipe))
+    except Exception:  # the object may be anything, with any attributes
+        return False
+
+
+def load_lora(
+    target: Any, source: Path | str | Mapping[str, float], scale: float = 1.0, force_base: bool = False
+) -> ISRAdapter:
+    """Load a LoRA, or several, into an adapter or a live pipeline.
+
+    Args:
+        target: an adapter, or a pipeline object, which is wrapped first (see `wrap`) and works with the LoRA as it is.
+        source: file, folder of a run, or "user/name[@revision]" on the Hub; or several of them with their weights.
+        scale: strength, of all.
+        force_base: load although it was trained on other base weights.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        UserError: as `wrap` and `rewardsr.lora.file.load`.
+    """
+    adapter = target if isinstance(target, ISRAdapter) else wrap(target)
+    if isinstance(source, Mapping):
+        from rewardsr.lora.exchange import load_several
+
+        load_several(adapter, [(one, scale * weight) for one, weight in source.items()], force_base)
+    else:
+        lora.load(adapter, source, scale, force_base)
+    return adapter
+
+
+def adapter_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of an adapter's `load`, checked against its signature, defaults filled in.
+
+    Args:
+        name: registered adapter, or `module:Name`.
+        given: what was chosen; values of the right kind may come as text.
+
+    Raises:
+        UserError: unknown adapter, an option that it does not have (the nearest is named), or a value of another type.
+    """
+    kind = resolve("adapters", name)
+    if not callable(getattr(kind, "load", None)):
+        raise UserError(f"adapter '{name}' has no `load(base, ...)`: expected a class like rewardsr.ISRAdapter")
+    parameters = {
+        key: entry
+        for key, entry in inspect.signature(kind.load).parameters.items()
+        if key != "base" and entry.kind not in (entry.VAR_KEYWORD, entry.VAR_POSITIONAL)
+    }
+    chosen = {key: entry.default for key, entry in parameters.items() if entry.default is not entry.empty}
+    for key, value in given.items():
+        if key not in parameters:
+            close = difflib.get_close_matches(key, parameters, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(parameters) or 'none'}"
+            raise UserError(f"adapter '{name}' has no option '{key}': {hint}")
+        try:
+            # A path is as good as its text, and text is what recipes and LoRA files hold.
+            chosen[key] = _type_of(kind.load, key).validate_python(str(value) if isinstance(value, Path) else value)
+        except ValidationError as error:
+            message = error.errors()[0]["msg"]
+            raise UserError(f"adapter '{name}': {key} is {value!r}: {message[:1].lower()}{message[1:]}") from error
+    missing = [key for key in parameters if key not in chosen]
+    if missing:
+        raise UserError(f"adapter '{name}' needs the option '{missing[0]}'")
+    return chosen
+
+
+def _type_of(function: Callable[..., Any], parameter: str) -> TypeAdapter[Any]:
+    """What checks a parameter's values; anything passes where it says no type, or one that cannot be checked."""
+    try:
+        return TypeAdapter(get_type_hints(function).get(parameter, Any))
+    except (NameError, TypeError, PydanticUserError):
+        return TypeAdapter(Any)
+
+
+def choose_device(device: str, precision: str) -> tuple[torch.device, torch.dtype]:
+    """The device, and the precision that the base computes in there.
+
+    Raises:
+        UserError: a device that this machine or this build of torch does not have.
+    """
+    if precision not in ("auto", "fp32", "bf16"):
+        raise UserError(f"unknown precision '{precision}': choose auto, fp32 or bf16")
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        device = next(name for name, there in available.items() if there)
+    if device not in available:
+        raise UserError(f"unknown device '{device}': choose auto, {', '.join(sorted(available))}")
+    if not available[device]:
+        raise UserError(
+            f"device {device} was asked for, but torch {torch.__version__} finds none: use --device cpu, or auto"
+        )
+    chosen = torch.device(device)
+    if device == "cuda":  # each process of a launch has its own
+        import os
+
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(chosen)
+    if precision == "auto":
+        precision = "bf16" if device == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return chosen, torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def open_pipeline(
@@ -24,7 +188,7 @@ def open_pipeline(
     adapter: str,
     base: str | None,
     options: list[str],
-    lora: list[str],
+    loras: list[str],
     strength: float,
     device: str,
     precision: str,
@@ -36,7 +200,7 @@ def open_pipeline(
         run: folder of a run, or "user/name[@revision]" on the Hub; its recipe names adapter, base and options, and its
             LoRA is loaded.
         adapter, base, options: without a run; options are `key=value` strings.
-        lora: LoRA files, folders or Hub references, instead of the run's; `:weight` behind one is its share.
+        loras: LoRA files, folders or Hub references, instead of the run's; `:weight` behind one is its share.
         strength: scale of the LoRA.
         device, precision: as in a recipe.
         force_base: load the LoRA although it belongs to another base.
@@ -51,21 +215,21 @@ def open_pipeline(
     if run is not None:
         if base is not None:
             raise UserError("give --run or --base, not both")
-        folder = hub.fetch_lora(run) if hub.is_reference(run) else Path(run).expanduser()
+        folder = fetch_lora(run) if is_reference(run) else Path(run).expanduser()
         recipe = recipes.load_recipe(str(folder / RECIPE), {}, [])
-        if hub.is_reference(run):
+        if is_reference(run):
             _refuse_code(recipe, run)
         adapter, base, settings = recipe.adapter, recipe.base, dict(recipe.adapter_options)
-        lora = lora or [str(folder)]
+        loras = loras or [str(folder)]
     if base is None:
         raise UserError(
             "say which pipeline: --run FOLDER of a run, or --base with a diffusers folder, a Hub id or 'embedded'"
         )
     settings |= recipes.assignments_of(options, "--option")
     pipeline = load_adapter(adapter, base, device=chosen, dtype=dtype, **settings)
-    parts = [weighted(text) for text in lora]
+    parts = [weighted(text) for text in loras]
     if len(parts) == 1:
-        loras.load(pipeline, parts[0][0], strength * parts[0][1], force_base)
+        lora.load(pipeline, parts[0][0], strength * parts[0][1], force_base)
     elif parts:
         load_several(pipeline, [(source, strength * weight) for source, weight in parts], force_base)
     return pipeline

@@ -4,14 +4,13 @@ A name is looked up among the entry points of its group (`rewardsr.adapters`, `r
 `rewardsr.trainers`); `module:Name` is imported, with the current folder on the path.
 """
 
-import difflib
 import importlib
 import sys
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-from rewardsr.errors import UserError
+from rewardsr.errors import UserError, nearest
 
 
 def names(kind: str) -> list[str]:
@@ -30,8 +29,7 @@ def resolve(kind: str, name: str) -> Any:
         return registered[name].load()
     if ":" in name:
         return _import(kind, name)
-    close = difflib.get_close_matches(name, registered, n=1)
-    hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(sorted(registered)) or 'none'}"
+    hint = nearest(name, sorted(registered))
     raise UserError(f"unknown {kind.removesuffix('s')} '{name}': {hint} (or give module:Name)")
 
 

@@ -154,7 +154,7 @@ def _tiny_text_encoder() -> Any:
 
 def write_images(folder: Path | str, count: int = 4, size: int = 48, seed: int = 0) -> Path:
     """Write PNGs with edges, gradients and texture, for tests that need a data folder; returns the folder."""
-    from rewardsr.images import write_image
+    from rewardsr.data.images import write_image
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,14 +13,14 @@ import pytest
 import torch
 from hub_server import Hub, serving
 
-from rewardsr import hub as hubs
-from rewardsr import lora
-from rewardsr.api import load_adapter
+from rewardsr import lora, run_folder
+from rewardsr.data.images import write_image
 from rewardsr.errors import UserError
-from rewardsr.evaluation import Comparison, Evaluation
-from rewardsr.files import write_text
-from rewardsr.images import write_image
-from rewardsr.publish import Pushed, push
+from rewardsr.evaluation.protocol import Comparison, Evaluation
+from rewardsr.hub import connection
+from rewardsr.hub.publish import Pushed, push
+from rewardsr.pipelines import load_adapter
+from rewardsr.storage import write_text
 
 REPO, TOKEN, OTHER = "ada/tiny-sr", "hf_ada", "hf_bob"
 BASE = "stabilityai/stable-diffusion-2-1-base"
@@ -38,7 +38,7 @@ tags: [rewardsr, super-resolution, lora]
 """
 SENT = {
     "README.md",
-    lora.FILE_NAME,
+    run_folder.LORA,
     "recipe.yaml",
     "metrics.jsonl",
     "samples/validation.json",
@@ -88,11 +88,11 @@ def connected(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
         impatient = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
         for module in ("utils._http", "file_download"):
             monkeypatch.setattr(f"huggingface_hub.{module}.time", impatient)
-        hubs.online.cache_clear()
+        connection.online.cache_clear()
         try:
             yield hub
         finally:
-            hubs.online.cache_clear()
+            connection.online.cache_clear()
             huggingface_hub.utils.close_session()  # whose connections end here
 
 
@@ -100,7 +100,7 @@ def go_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with HF_HUB_OFFLINE=1 from the start."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    hubs.online.cache_clear()
+    connection.online.cache_clear()
 
 
 def sent(run: Path, **options: Any) -> Pushed:

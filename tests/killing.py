@@ -18,8 +18,10 @@ from pathlib import Path
 
 import torch
 
-from rewardsr import cli, load_adapter, recipe, runlog
+from rewardsr import cli, load_adapter, run_folder
 from rewardsr.rewards import build
+from rewardsr.train import log
+from rewardsr.train import recipe as recipes
 
 LIMIT = 80  # attempts
 
@@ -58,7 +60,7 @@ def arm(number: int, report: int) -> None:
 
     for name in ("fsync", "replace", "unlink", "rmdir"):
         wrap(name)
-    whole, runlog.RunLog.write = runlog.RunLog.write, write
+    whole, log.RunLog.write = log.RunLog.write, write
 
 
 def attempt(path: str, number: int | None, delay: float | None) -> str | None:
@@ -91,7 +93,7 @@ def attempt(path: str, number: int | None, delay: float | None) -> str | None:
 def kill_until_finished(path: str, mode: str, chance: random.Random) -> list[tuple[str, int]]:
     """What each attempt died of, and the lines of the log then."""
     deaths = []
-    log = Path(recipe.load_recipe(path, {}, []).output) / runlog.METRICS
+    log = Path(recipes.load_recipe(path, {}, []).output) / run_folder.METRICS
     for number in range(1, LIMIT):
         # The last attempts are left alone, for a loaded machine may never get far within the time.
         delay = chance.uniform(0.5, 2.0) if mode == "random" and number < LIMIT - 5 else None
@@ -105,7 +107,7 @@ def kill_until_finished(path: str, mode: str, chance: random.Random) -> list[tup
 def main() -> None:
     torch.set_num_threads(1)
     at_disk, at_random, seed = sys.argv[1:]
-    content = recipe.load_recipe(at_disk, {}, [])
+    content = recipes.load_recipe(at_disk, {}, [])
     load_adapter(content.adapter, content.base, **content.adapter_options)  # diffusers imports its classes when used
     build("psnr")
     chance = random.Random(int(seed))

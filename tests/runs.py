@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rewardsr import lora
+from rewardsr import run_folder
 from rewardsr.adapter import Batch
 
 MAIN = "runs:Brightness"
@@ -67,7 +67,7 @@ def content(folder: Path, base: str, output: str = "run", **changes: Any) -> dic
 
 def weights(folder: Path) -> dict[str, Tensor]:
     """The LoRA that a run, or a checkpoint, left."""
-    return load_file(folder / lora.FILE_NAME)
+    return load_file(folder / run_folder.LORA)
 
 
 def lines(run: Path) -> list[dict[str, Any]]:

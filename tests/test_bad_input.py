@@ -18,8 +18,8 @@ import torch
 from _support import QUICK, Commands, snapshot
 from PIL import Image
 
-from rewardsr import hub
-from rewardsr.lora import FILE_NAME
+from rewardsr.hub import connection
+from rewardsr.run_folder import LORA
 
 pytestmark = pytest.mark.usefixtures("contacted")
 
@@ -179,7 +179,7 @@ def test_no_space_later_in_a_run(commands: Commands, tiny_base, hq_folder, tmp_p
     assert merged.code == 2 and "error: " in merged.err and "Traceback" not in merged.err, merged.err
     assert not (tmp_path / "merged").exists() and not list(tmp_path.glob(".*"))
     assert snapshot(tmp_path / "whole") == before
-    assert not list((tmp_path / "run" / "checkpoints").iterdir()) and not (tmp_path / "run" / FILE_NAME).exists()
+    assert not list((tmp_path / "run" / "checkpoints").iterdir()) and not (tmp_path / "run" / LORA).exists()
     answer = commands.finetune(tiny_base, hq_folder, tmp_path / "run", "--resume")
     assert answer.code == 0, answer.err
 
@@ -236,10 +236,10 @@ def test_a_hub_base_without_network_fails_at_once(
     if offline == "no connection":
         monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    hub.online.cache_clear()
+    connection.online.cache_clear()
     began = time.monotonic()
     answer = commands.finetune("stabilityai/stable-diffusion-2-1-base", hq_folder, tmp_path / "run")
-    hub.online.cache_clear()
+    connection.online.cache_clear()
     assert time.monotonic() - began < 5
     assert answer.code == 2 and "the Hub cannot be reached" in answer.err and answer.err.count("\n") == 1, answer.err
     assert len(contacted) == (offline == "no connection"), "one look whether there is a connection, no more"
@@ -254,11 +254,11 @@ def test_a_name_that_does_not_resolve_in_time_is_no_connection(monkeypatch) -> N
         raise OSError("no such host")
 
     monkeypatch.setattr(socket, "create_connection", slow)
-    hub.online.cache_clear()
+    connection.online.cache_clear()
     began = time.monotonic()
-    assert not hub.online(timeout=0.2)
+    assert not connection.online(timeout=0.2)
     assert time.monotonic() - began < 1.2
-    hub.online.cache_clear()
+    connection.online.cache_clear()
 
 
 def test_a_hub_id_that_cannot_be_one(refused, hq_folder, tmp_path) -> None:
@@ -281,9 +281,9 @@ def test_a_metric_that_needs_a_download(commands: Commands, contacted, tiny_base
 def test_ctrl_c_before_training_begins_is_no_traceback(tiny_base, hq_folder, tmp_path) -> None:
     """While things load there is nothing to save yet."""
     code = (
-        "import signal, os, time; from rewardsr import cli, setup; "
+        "import signal, os, time; from rewardsr import cli; from rewardsr.train import prepare; "
         # The sleep is what is interrupted: a signal to a process may take a moment to reach its main thread.
-        "setup.open_folders = lambda *_: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60)); cli.main()"
+        "prepare.open_folders = lambda *_: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60)); cli.main()"
     )
     settings = [part for setting in QUICK for part in ("--set", setting)]
     options = ["--base", str(tiny_base), "--data", str(hq_folder), "--output", str(tmp_path / "run")]

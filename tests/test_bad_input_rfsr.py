@@ -19,8 +19,8 @@ from _matrix import write_extras
 from _support import Commands
 from safetensors.torch import load_file, save_file
 
-from rewardsr import hub
 from rewardsr.adapters.seesr import add_image_attentions
+from rewardsr.hub import connection
 
 pytestmark = pytest.mark.usefixtures("contacted")
 
@@ -296,11 +296,11 @@ def test_vgg_weights_that_cannot_be_fetched(
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
     assert commands(*line(tiny_base, hq_folder, tmp_path / "run", "--dry-run")).code == 0  # pays for the imports
-    hub.online.cache_clear()
+    connection.online.cache_clear()
     default = line(tiny_base, hq_folder, tmp_path / "run", "--set", "trainer_options.vgg=null")
     began = time.monotonic()
     answer = commands(*default)
-    hub.online.cache_clear()
+    connection.online.cache_clear()
     assert time.monotonic() - began < 15  # the Hub's client alone would try for 23
     assert answer.code == 2 and answer.err.startswith("error: VGG19") and answer.err.count("\n") == 1, answer.err
     assert "trainer_options.vgg=FILE" in answer.err and "kl_weight=0" in answer.err

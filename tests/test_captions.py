@@ -2,7 +2,7 @@
 
 import pytest
 
-from rewardsr.captions import prompt_folder, resolve_prompts, sidecar_prompt
+from rewardsr.data.captions import prompt_folder, resolve_prompts, sidecar_prompt
 from rewardsr.errors import UserError
 
 

@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import rewardsr
-from rewardsr.images import read_image, write_image
-from rewardsr.lora import FILE_NAME
+from rewardsr.data.images import read_image, write_image
+from rewardsr.run_folder import LORA
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def pictures(folder: Path) -> dict[str, bytes]:
 def test_finetune_leaves_a_run(commands: Commands, tiny_base, hq_folder, tmp_path) -> None:
     answer = commands.finetune(tiny_base, hq_folder, tmp_path / "run", "--validation", hq_folder)
     assert answer.code == 0, answer.err
-    assert str(tmp_path / "run" / FILE_NAME) in answer.out
+    assert str(tmp_path / "run" / LORA) in answer.out
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert set(lines[-1]["validation"]) == {"psnr", "detail", "ssim"}
@@ -89,7 +89,7 @@ def test_options_override_the_recipe_and_set_comes_last(commands: Commands, tiny
 def test_the_resolved_recipe_runs_again_to_the_same_lora(commands: Commands, run, tmp_path) -> None:
     answer = commands("finetune", run / "recipe.yaml", "--output", tmp_path / "again")
     assert answer.code == 0, answer.err
-    one, other = (load_file(folder / FILE_NAME) for folder in (run, tmp_path / "again"))
+    one, other = (load_file(folder / LORA) for folder in (run, tmp_path / "again"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -98,14 +98,14 @@ def test_dry_run_measures_and_writes_nothing(commands: Commands, tiny_base, hq_f
     answer = commands.finetune(tiny_base, hq_folder, tmp_path / "run", "--dry-run")
     assert answer.code == 0, answer.err
     assert "one step:" in answer.out and "peak memory" in answer.out
-    assert f"would save {tmp_path / 'run' / FILE_NAME}" in answer.out
+    assert f"would save {tmp_path / 'run' / LORA}" in answer.out
     assert snapshot(tmp_path) == before
 
 
 def test_dry_run_tells_the_size_of_the_lora(commands: Commands, run, tmp_path) -> None:
     answer = commands("finetune", run / "recipe.yaml", "--dry-run", "--output", tmp_path / "x")
-    told = float(answer.out.split(f"{FILE_NAME} (")[1].split(" MiB")[0])
-    assert abs(told - (run / FILE_NAME).stat().st_size / 2**20) < 0.1
+    told = float(answer.out.split(f"{LORA} (")[1].split(" MiB")[0])
+    assert abs(told - (run / LORA).stat().st_size / 2**20) < 0.1
 
 
 def test_a_run_on_another_device_than_the_one_before(commands: Commands, tiny_base, hq_folder, tmp_path) -> None:

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rewardsr.data import Data, is_paired, open_data
-from rewardsr.degrade import Light
+from rewardsr.data.degradation import Light
+from rewardsr.data.folder import Data, is_paired, open_data
+from rewardsr.data.images import read_image, write_image
 from rewardsr.errors import UserError
-from rewardsr.images import read_image, write_image
 
 LIGHT = Light(scale=4)
 
@@ -175,7 +175,7 @@ def test_prefetch_hands_errors_over(hq_folder) -> None:
 
 def test_cache(hq_folder, monkeypatch) -> None:
     reads: list[Path] = []
-    monkeypatch.setattr("rewardsr.data.read_image", lambda path: (reads.append(path), read_image(path))[1])
+    monkeypatch.setattr("rewardsr.data.folder.read_image", lambda path: (reads.append(path), read_image(path))[1])
     data = open_hq(hq_folder)
     first = data.batch(0, range(10))
     assert len(reads) == 5

@@ -13,9 +13,9 @@ from rewardsr import load_adapter, lora
 from rewardsr.adapter import Batch
 from rewardsr.draws import Draws
 from rewardsr.errors import TrainingError, UserError
-from rewardsr.evaluation import Comparison, Evaluation, bootstrap, evaluate
+from rewardsr.evaluation.protocol import Comparison, Evaluation, bootstrap, compare
+from rewardsr.evaluation.upscale import upscale_tensor
 from rewardsr.rewards.fidelity import PSNR
-from rewardsr.upscaling import upscale_tensor
 
 
 class Brightness:
@@ -131,7 +131,7 @@ def test_worst_images() -> None:
 
 def test_scores_are_of_the_same_noise(adapter) -> None:
     images = batches(3)
-    result = evaluate(adapter, images, {"psnr": PSNR(), "light": Brightness()}, seed=5, draws_per_image=2)
+    result = compare(adapter, images, {"psnr": PSNR(), "light": Brightness()}, seed=5, draws_per_image=2)
     assert result.images == ("0.png", "1.png", "2.png") and list(result.rewards) == ["psnr", "light"]
     for index, batch in enumerate(images):
         before, after = [], []
@@ -145,14 +145,14 @@ def test_scores_are_of_the_same_noise(adapter) -> None:
         assert result.rewards["psnr"].tuned[index] == pytest.approx(sum(after) / 2, abs=1e-5)
     assert result.rewards["psnr"].difference != 0
     assert (
-        evaluate(adapter, images, {"psnr": PSNR()}, seed=5, draws_per_image=2).rewards["psnr"] == result.rewards["psnr"]
+        compare(adapter, images, {"psnr": PSNR()}, seed=5, draws_per_image=2).rewards["psnr"] == result.rewards["psnr"]
     )
 
 
 def test_a_lora_that_does_nothing_makes_no_difference(adapter) -> None:
     lora.set_scale(adapter, 0)
     try:
-        comparison = evaluate(adapter, batches(2), {"psnr": PSNR()}).rewards["psnr"]
+        comparison = compare(adapter, batches(2), {"psnr": PSNR()}).rewards["psnr"]
     finally:
         lora.set_scale(adapter, 1)
     assert comparison.differences == (0, 0) and (comparison.low, comparison.high) == (0, 0)
@@ -164,12 +164,12 @@ def test_another_base_to_compare_with(adapter) -> None:
     def itself(_) -> Iterator[None]:
         yield
 
-    assert evaluate(adapter, batches(2), {"psnr": PSNR()}, base=itself).rewards["psnr"].differences == (0, 0)
+    assert compare(adapter, batches(2), {"psnr": PSNR()}, base=itself).rewards["psnr"].differences == (0, 0)
 
 
 def test_without_noise_one_draw_is_enough(tiny) -> None:
     pipeline = load_adapter("osediff", tiny, scale=4)
-    assert evaluate(pipeline, batches(1), {"psnr": PSNR()}, draws_per_image=5).draws_per_image == 1
+    assert compare(pipeline, batches(1), {"psnr": PSNR()}, draws_per_image=5).draws_per_image == 1
 
 
 def test_images_come_one_at_a_time(adapter) -> None:
@@ -186,13 +186,13 @@ def test_images_come_one_at_a_time(adapter) -> None:
         assert not tuned.requires_grad
         done.append(position)
 
-    evaluate(adapter, stream(), {"light": Brightness()}, on_image=on_image, color_fix="adain")
+    compare(adapter, stream(), {"light": Brightness()}, on_image=on_image, color_fix="adain")
     assert done == [0, 1, 2]
 
 
 def test_json_round_trip(adapter) -> None:
     for count in (1, 3):
-        result = evaluate(adapter, batches(count), {"psnr": PSNR()}, color_fix="wavelet")
+        result = compare(adapter, batches(count), {"psnr": PSNR()}, color_fix="wavelet")
         content = json.loads(result.to_json())
         assert Evaluation.from_dict(content).to_dict() == content
         assert content["color_fix"] == "wavelet" and content["rewards"]["psnr"]["improved"] in (0, 1 / 3, 2 / 3, 1)
@@ -201,16 +201,16 @@ def test_json_round_trip(adapter) -> None:
 
 def test_refused(adapter) -> None:
     with pytest.raises(UserError, match="at least one reward"):
-        evaluate(adapter, batches(1), {})
+        compare(adapter, batches(1), {})
     with pytest.raises(UserError, match="no images"):
-        evaluate(adapter, [], {"psnr": PSNR()})
+        compare(adapter, [], {"psnr": PSNR()})
     with pytest.raises(UserError, match=r"psnr compare.* HQ image, and 0\.png has none"):
-        evaluate(adapter, batches(1, hq=False), {"psnr": PSNR(), "light": Brightness()})
+        compare(adapter, batches(1, hq=False), {"psnr": PSNR(), "light": Brightness()})
     with pytest.raises(ValueError, match="one image, got 2"):
-        evaluate(adapter, [Batch(torch.rand(2, 3, 4, 4))], {"light": Brightness()})
+        compare(adapter, [Batch(torch.rand(2, 3, 4, 4))], {"light": Brightness()})
     with pytest.raises(ValueError, match="at least one draw"):
-        evaluate(adapter, batches(1), {"psnr": PSNR()}, draws_per_image=0)
+        compare(adapter, batches(1), {"psnr": PSNR()}, draws_per_image=0)
     with pytest.raises(ValueError, match=r"shape \(1,\), got \(\)"):
-        evaluate(adapter, batches(1), {"bad": Broken(torch.tensor(1.0))})
+        compare(adapter, batches(1), {"bad": Broken(torch.tensor(1.0))})
     with pytest.raises(TrainingError, match=r"'bad' gave nan for 0\.png \(base\)"):
-        evaluate(adapter, batches(1), {"bad": Broken(torch.tensor([math.nan]))})
+        compare(adapter, batches(1), {"bad": Broken(torch.tensor([math.nan]))})

@@ -6,13 +6,14 @@ import pytest
 import yaml
 from _support import Commands
 
-from rewardsr import Recipe, recipe
-from rewardsr.api import adapter_options, load_adapter
-from rewardsr.lora import FILE_NAME
+from rewardsr import Recipe
+from rewardsr.options import parse
+from rewardsr.pipelines import adapter_options, load_adapter
 from rewardsr.plugins import resolve
 from rewardsr.rewards import build
-from rewardsr.setup import RECIPE
+from rewardsr.run_folder import LORA, RECIPE
 from rewardsr.testing import check_adapter, check_reward
+from rewardsr.train import recipe as recipes
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -47,7 +48,7 @@ def test_they_train_together(commands: Commands, tiny_base, hq_folder, tmp_path)
         rewards="psnr=0.5,custom_reward:Contrast=0.5",
     )
     assert answer.code == 0, answer.err
-    assert (tmp_path / "run" / FILE_NAME).is_file()
+    assert (tmp_path / "run" / LORA).is_file()
     assert "custom_reward:Contrast" in (tmp_path / "run" / "metrics.jsonl").read_text()
     answer = commands("upscale", hq_folder / "000.png", "--run", tmp_path / "run", "-o", tmp_path / "out")
     assert answer.code == 0, answer.err
@@ -57,8 +58,8 @@ def test_they_train_together(commands: Commands, tiny_base, hq_folder, tmp_path)
 def test_recipes_are_valid_to_the_last_key(path) -> None:
     # The demo fills in where its photographs and its output are.
     places = {"data.train": "photographs", "output": "somewhere"} if path.parent.name == "demo" else {}
-    read = recipe.load_recipe(str(path), places, [])
+    read = recipes.load_recipe(str(path), places, [])
     assert isinstance(read, Recipe)
-    recipe.parse(resolve("trainers", read.trainer).Options, read.trainer_options, path.name)
+    parse(resolve("trainers", read.trainer).Options, read.trainer_options, path.name)
     adapter_options(read.adapter, read.adapter_options)
-    assert recipe.parse(Recipe, yaml.safe_load(recipe.to_yaml(read)), RECIPE) == read, "written out it is the same"
+    assert parse(Recipe, yaml.safe_load(recipes.to_yaml(read)), RECIPE) == read, "written out it is the same"

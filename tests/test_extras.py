@@ -11,12 +11,12 @@ from _support import Commands
 from safetensors.torch import load_file, save_file
 
 from rewardsr import Batch, Draws, UserError, load_adapter, lora
-from rewardsr.data import open_data
-from rewardsr.degrade import Light
-from rewardsr.extras import check_extras, read_extras, resolve_extras, stack_extras
-from rewardsr.images import read_image, write_image
+from rewardsr.data.degradation import Light
+from rewardsr.data.extras import check_extras, read_extras, resolve_extras, stack_extras
+from rewardsr.data.folder import open_data
+from rewardsr.data.images import read_image, write_image
+from rewardsr.evaluation.upscale import upscale_tensor
 from rewardsr.testing import write_images
-from rewardsr.upscaling import upscale_tensor
 
 COUNT, LEVELS = 6, 255
 COMMAND = ("--adapter", "seesr", "--option", "steps=2", "--device", "cpu")

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rewardsr import UserError, foreign, formats, load_adapter, lora
+from rewardsr import UserError, load_adapter, lora, run_folder
+from rewardsr.lora import exchange, foreign
 
 TOLERANCE = 1e-5
 
@@ -54,8 +55,8 @@ def exports(tmp_path_factory, tiny, data) -> Path:
     shaken(adapter)
     save_file(given(adapter), root / "input.safetensors")
     save_file({"ours": run(adapter)}, root / "ours.safetensors")
-    for form in formats.FORMATS:
-        formats.export(adapter, root / form, form)
+    for form in exchange.FORMATS:
+        exchange.export(adapter, root / form, form)
     subprocess.run([sys.executable, Path(__file__).with_name("consumers.py"), root], check=True, capture_output=True)
     return root
 
@@ -82,7 +83,7 @@ def test_half_the_strength_is_half_the_weights(exports, tiny, data) -> None:
     assert float((load_file(exports / "outputs.safetensors")["half"] - run(adapter)).abs().max()) <= TOLERANCE
     # Exported at that strength, it is in the file: alpha says so, the tensors stay.
     again = osediff(tiny, data)
-    formats.export(adapter, exports / "weaker", "diffusers")
+    exchange.export(adapter, exports / "weaker", "diffusers")
     lora.load(again, exports / "weaker")
     assert lora.rank_and_alpha(again) == (4, 4.0)
     assert torch.equal(run(again), run(adapter))
@@ -102,10 +103,10 @@ def test_kohya_states_true_alphas(exports) -> None:
 def test_there_and_back(exports, form, tiny, data) -> None:
     adapter = osediff(tiny, data)
     source = exports / form
-    source = {"diffusers": source / lora.FILE_NAME, "peft": source, "kohya": source / "lora.safetensors"}[form]
+    source = {"diffusers": source / run_folder.LORA, "peft": source, "kohya": source / "lora.safetensors"}[form]
     back = foreign.read_foreign(adapter, source)
     assert (back.rank, back.alpha) == (4, 8.0)
-    formats.place(adapter, back)
+    exchange.place(adapter, back)
     assert torch.equal(run(adapter), load_file(exports / "ours.safetensors")["ours"])
 
 
@@ -127,7 +128,7 @@ def test_a_file_with_other_ranks_and_fewer_modules(tmp_path, tiny_base) -> None:
         expected[module] = lora.delta(down, up, (1.0 + rank) / rank)
     save_file(tensors, tmp_path / "some.safetensors")
     before = {name: value.clone() for name, value in adapter.unet.state_dict().items()}
-    formats.place(adapter, foreign.read_foreign(adapter, tmp_path / "some.safetensors"))
+    exchange.place(adapter, foreign.read_foreign(adapter, tmp_path / "some.safetensors"))
     lora.merge(adapter)
     for module in shapes:
         change = adapter.unet.state_dict()[f"{module}.weight"] - before[f"{module}.weight"]
@@ -140,7 +141,7 @@ def test_without_alpha_it_is_the_rank(tmp_path, tiny_base, exports, tiny, data) 
     tensors = load_file(exports / "kohya" / "lora.safetensors")
     save_file({n: v for n, v in tensors.items() if not n.endswith(".alpha")}, tmp_path / "bare.safetensors")
     assert foreign.read_foreign(adapter, tmp_path / "bare.safetensors").alpha == 4
-    save_file(load_file(exports / "diffusers" / lora.FILE_NAME), tmp_path / "headless.safetensors")
+    save_file(load_file(exports / "diffusers" / run_folder.LORA), tmp_path / "headless.safetensors")
     assert foreign.read_foreign(adapter, tmp_path / "headless.safetensors").alpha == 4
 
 
@@ -148,11 +149,11 @@ def test_without_alpha_it_is_the_rank(tmp_path, tiny_base, exports, tiny, data) 
 
 
 def test_several_together_are_the_sum_of_their_weights(tiny_base) -> None:
-    one = formats.lora_of(shaken(load_adapter("osediff", tiny_base, noise_t=250), 1))
-    other = formats.lora_of(shaken(load_adapter("osediff", tiny_base, noise_t=250), 2, rank=2, alpha=3))
+    one = exchange.lora_of(shaken(load_adapter("osediff", tiny_base, noise_t=250), 1))
+    other = exchange.lora_of(shaken(load_adapter("osediff", tiny_base, noise_t=250), 2, rank=2, alpha=3))
     adapter = load_adapter("osediff", tiny_base, noise_t=250)
     before = {name: value.clone() for name, value in adapter.unet.state_dict().items()}
-    formats.place(adapter, formats.combine([(one, 0.7), (other, -0.3)]))
+    exchange.place(adapter, exchange.combine([(one, 0.7), (other, -0.3)]))
     lora.merge(adapter)
     for module in one.pairs["unet"]:
         (a1, b1), (a2, b2) = one.pairs["unet"][module], other.pairs["unet"][module]
@@ -166,11 +167,11 @@ def test_several_together_are_the_sum_of_their_weights(tiny_base) -> None:
 
 def test_each_component_of_seesr_has_its_file_and_its_loader(tiny_seesr, tmp_path) -> None:
     adapter = shaken(load_adapter("seesr", tiny_seesr, steps=2))
-    formats.export(adapter, tmp_path / "out", "diffusers")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {lora.FILE_NAME, "controlnet_lora.safetensors"}
+    exchange.export(adapter, tmp_path / "out", "diffusers")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {run_folder.LORA, "controlnet_lora.safetensors"}
     plain = load_adapter("seesr", tiny_seesr, steps=2)
-    formats.load_component(plain.controlnet, tmp_path / "out" / "controlnet_lora.safetensors")
-    formats.load_component(plain.unet, tmp_path / "out" / lora.FILE_NAME)
+    exchange.load_component(plain.controlnet, tmp_path / "out" / "controlnet_lora.safetensors")
+    exchange.load_component(plain.unet, tmp_path / "out" / run_folder.LORA)
     entry = given(adapter) | {"control": torch.rand(2, 3, 64, 64), "ram": torch.randn(2, 10, 512)}
 
     @torch.no_grad()
@@ -184,9 +185,11 @@ def test_each_component_of_seesr_has_its_file_and_its_loader(tiny_seesr, tmp_pat
 
     assert torch.equal(eps(plain), eps(adapter))
     with pytest.raises(UserError, match="does not fit"):
-        formats.load_component(load_adapter("seesr", tiny_seesr).unet, tmp_path / "out" / "controlnet_lora.safetensors")
+        exchange.load_component(
+            load_adapter("seesr", tiny_seesr).unet, tmp_path / "out" / "controlnet_lora.safetensors"
+        )
     with pytest.raises(UserError, match="kohya"):
-        formats.export(adapter, tmp_path / "kohya", "kohya")
+        exchange.export(adapter, tmp_path / "kohya", "kohya")
     assert not (tmp_path / "kohya").exists()
 
 
@@ -200,10 +203,10 @@ def test_an_autoencoders_lora_has_its_file_and_its_loader(tiny, tmp_path) -> Non
     picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     before = adapter.to_latents(picture)
     shaken(adapter)
-    formats.export(adapter, tmp_path / "out", "diffusers")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {lora.FILE_NAME, "vae_lora.safetensors"}
+    exchange.export(adapter, tmp_path / "out", "diffusers")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {run_folder.LORA, "vae_lora.safetensors"}
     plain = diffusers.AutoencoderKL.from_pretrained(Path(tiny) / "vae")
-    formats.load_component(plain, tmp_path / "out" / "vae_lora.safetensors")
+    exchange.load_component(plain, tmp_path / "out" / "vae_lora.safetensors")
     with torch.no_grad():
         theirs = plain.encode(picture * 2 - 1).latent_dist.mean * plain.config.scaling_factor
         ours = adapter.to_latents(picture)
@@ -216,7 +219,7 @@ def test_a_component_file_with_a_damaged_header_is_refused(tiny_seesr, tmp_path)
     for header in ("{", "{}", "[]"):
         save_file(tensors, tmp_path / "c.safetensors", {lora.DIFFUSERS_HEADER: header})
         with pytest.raises(UserError, match="damaged header"):
-            formats.load_component(network, tmp_path / "c.safetensors")
+            exchange.load_component(network, tmp_path / "c.safetensors")
 
 
 # ---- bad input ----
@@ -225,17 +228,17 @@ def test_a_component_file_with_a_damaged_header_is_refused(tiny_seesr, tmp_path)
 def test_exports_that_cannot_be(tiny_base, tmp_path, data) -> None:
     adapter = load_adapter("osediff", tiny_base, noise_t=250)
     with pytest.raises(UserError, match="carries no rewardsr LoRA"):
-        formats.export(adapter, tmp_path / "out", "peft")
+        exchange.export(adapter, tmp_path / "out", "peft")
     shaken(adapter)
     with pytest.raises(UserError, match="unknown format 'safetensors': choose one of"):
-        formats.export(adapter, tmp_path / "out", "safetensors")
+        exchange.export(adapter, tmp_path / "out", "safetensors")
     with pytest.raises(UserError, match="exists already"):
-        formats.export(adapter, tmp_path, "peft")
+        exchange.export(adapter, tmp_path, "peft")
     with pytest.raises(UserError, match=r"weights=FILE\.pkl"):
-        formats.export(adapter, tmp_path / "out", "osediff")
+        exchange.export(adapter, tmp_path / "out", "osediff")
     adapter.released = str(data / "osediff.pkl")
     with pytest.raises(UserError, match="another size"):
-        formats.export(adapter, tmp_path / "out", "osediff")
+        exchange.export(adapter, tmp_path / "out", "osediff")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -7,14 +7,18 @@ import pytest
 import torch
 
 import rewardsr
-from rewardsr import Batch, Draws, load_adapter, lora, recipe, training
-from rewardsr.lora import FILE_NAME
+from rewardsr import Batch, Draws, load_adapter, lora
+from rewardsr.evaluation.upscale import upscale_tensor
+from rewardsr.options import parse
+from rewardsr.pipelines import choose_device
 from rewardsr.rewards import build
-from rewardsr.setup import choose_device, set_up
+from rewardsr.run_folder import LORA
 from rewardsr.testing import tiny_pipeline
+from rewardsr.train import loop
+from rewardsr.train import recipe as recipes
+from rewardsr.train.prepare import set_up
 from rewardsr.trainers.gdpo import GDPO, GDPOOptions, preference_logit
 from rewardsr.trainers.rfsr import RFSR, RFSROptions
-from rewardsr.upscaling import upscale_tensor
 
 pytestmark = [
     pytest.mark.gpu,
@@ -123,7 +127,7 @@ def test_three_steps_agree_with_the_cpu(tiny_base, hq_folder, tmp_path) -> None:
 def load_lora_tensors(run: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    return load_file(run / FILE_NAME)
+    return load_file(run / LORA)
 
 
 def fresh(base: Path) -> dict[str, torch.Tensor]:
@@ -135,10 +139,10 @@ def fresh(base: Path) -> dict[str, torch.Tensor]:
 
 def test_the_optimiser_is_fused_and_keeps_float32(tiny_base, hq_folder, tmp_path) -> None:
     content = settings(tiny_base, hq_folder, tmp_path / "run", precision="bf16")
-    setup = set_up(recipe.parse(recipe.Recipe, content, "test"))
-    optimiser = training.make_optimiser(setup)
+    setup = set_up(parse(recipes.Recipe, content, "test"))
+    optimiser = loop.make_optimiser(setup)
     assert optimiser.defaults["fused"]
-    metrics, _ = training.step(setup, optimiser, training.State())
+    metrics, _ = loop.step(setup, optimiser, loop.State())
     assert metrics["skipped"] == 0
     for parameter in lora.parameters(setup.adapter).values():
         assert parameter.dtype == torch.float32 and parameter.device.type == "cuda"
@@ -150,16 +154,16 @@ def test_a_resumed_run_ends_where_the_straight_one_does(tiny_base, hq_folder, tm
     """Not bit for bit: some of CUDA's backward kernels add in no fixed order."""
     content = settings(tiny_base, hq_folder, tmp_path / "straight", precision=precision, steps=4, checkpoint_every=2)
     rewardsr.finetune(content)
-    stopping = training.step
+    stopping = loop.step
 
     def stop_after_two(setup, optimiser, state, stopped):
         metrics, _ = stopping(setup, optimiser, state, stopped)
         return metrics, state.step == 2
 
-    monkeypatch.setattr(training, "step", stop_after_two)
+    monkeypatch.setattr(loop, "step", stop_after_two)
     result = rewardsr.finetune({**content, "output": str(tmp_path / "resumed")})
     assert (result.step, result.finished) == (2, False)
-    monkeypatch.setattr(training, "step", stopping)
+    monkeypatch.setattr(loop, "step", stopping)
     result = rewardsr.finetune({**content, "output": str(tmp_path / "resumed")}, resume=True)
     assert result.finished
     assert [line["step"] for line in steps_of(tmp_path / "resumed")] == [1, 2, 3, 4]

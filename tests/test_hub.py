@@ -15,8 +15,9 @@ from _support import snapshot
 from safetensors.torch import load_file, save_file
 
 import rewardsr.hub
-from rewardsr import lora, parcel
-from rewardsr.publish import pull, push, search
+from rewardsr import lora, run_folder
+from rewardsr.hub import parcel
+from rewardsr.hub.publish import pull, push, search
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_what_is_pushed_is_what_is_pulled(hub, run, tmp_path) -> None:
     assert hub.count("POST", "/commit/") == 1 and not model.private
     assert all(any(name in line for line in shown) for name in SENT)
 
-    local = {name: (run / name).read_bytes() for name in (lora.FILE_NAME, "recipe.yaml", "metrics.jsonl")}
+    local = {name: (run / name).read_bytes() for name in (run_folder.LORA, "recipe.yaml", "metrics.jsonl")}
     local |= {
         f"samples/validation{kind}": (run / f"validation/step-00000002{kind}").read_bytes()
         for kind in (".json", ".png")
@@ -65,12 +66,12 @@ def test_what_is_pushed_is_what_is_pulled(hub, run, tmp_path) -> None:
 
 
 def test_a_pulled_lora_loads_like_that_of_the_run(hub, run, tmp_path, tiny_base) -> None:
-    from rewardsr.api import load_adapter
+    from rewardsr.pipelines import load_adapter
 
     push(run, REPO, say=lambda line: None)  # with the card that is made from the run
     adapter = load_adapter("osediff", str(tiny_base), noise_t=250)
     lora.load(adapter, pull(REPO))
-    ours = load_file(run / lora.FILE_NAME)
+    ours = load_file(run / run_folder.LORA)
     assert all(torch.equal(ours[name], tensor) for name, tensor in lora.state_dict(adapter).items())
 
 
@@ -107,7 +108,7 @@ def test_a_pull_request_leaves_main_alone(hub, run, monkeypatch, tmp_path) -> No
     pushed = sent(run, create_pr=True)
     assert model.refs["main"] == main and set(model.files("refs/pr/1")) >= SENT
     assert pushed.url is not None and pushed.url.endswith("/discussions/1")
-    assert (pull(f"{REPO}@refs/pr/1", tmp_path / "proposed") / lora.FILE_NAME).is_file()
+    assert (pull(f"{REPO}@refs/pr/1", tmp_path / "proposed") / run_folder.LORA).is_file()
     assert "not both" in refusal(sent, run, create_pr=True, revision="v2")
 
 
@@ -136,8 +137,8 @@ def test_a_dry_run_contacts_nobody(hub, run, contacted) -> None:
     before, shown = snapshot(run), list[str]()
     pushed = push(run, REPO, card=CARD, dry_run=True, say=shown.append)
     assert pushed.commit is None and not contacted and not hub.requests and snapshot(run) == before
-    size = (run / lora.FILE_NAME).stat().st_size
-    assert any(f"{size:,d} bytes" in line and lora.FILE_NAME in line for line in shown)
+    size = (run / run_folder.LORA).stat().st_size
+    assert any(f"{size:,d} bytes" in line and run_folder.LORA in line for line in shown)
 
 
 @pytest.mark.parametrize("why", ["no token", "switched off"])
@@ -217,23 +218,23 @@ def test_a_card_that_only_the_hub_can_refuse(hub, run) -> None:
 
 
 def test_a_run_that_cannot_be_published(hub, run, monkeypatch, tmp_path) -> None:
-    tensors = load_file(run / lora.FILE_NAME)
-    whole, (name, tensor) = (run / lora.FILE_NAME).read_bytes(), next(iter(tensors.items()))
+    tensors = load_file(run / run_folder.LORA)
+    whole, (name, tensor) = (run / run_folder.LORA).read_bytes(), next(iter(tensors.items()))
 
     def expect(message: str) -> None:
         assert message in refusal(sent, run)
-        (run / lora.FILE_NAME).write_bytes(whole)
+        (run / run_folder.LORA).write_bytes(whole)
 
-    (run / lora.FILE_NAME).write_bytes(whole[:-10])
+    (run / run_folder.LORA).write_bytes(whole[:-10])
     expect("is damaged")
-    save_file(tensors, run / lora.FILE_NAME)
+    save_file(tensors, run / run_folder.LORA)
     expect("not written by rewardsr")
     header = {lora.OUR_HEADER: '{"base": {}}'}
-    save_file(tensors | {name: tensor * torch.nan}, run / lora.FILE_NAME, header)
+    save_file(tensors | {name: tensor * torch.nan}, run / run_folder.LORA, header)
     expect(f"{name} holds values that are not finite")
-    os.truncate(run / lora.FILE_NAME, parcel.LARGEST + 1)  # a hole, not bytes
+    os.truncate(run / run_folder.LORA, parcel.LARGEST + 1)  # a hole, not bytes
     expect("larger than 5 GB")
-    (run / lora.FILE_NAME).unlink()
+    (run / run_folder.LORA).unlink()
     expect("it is not finished")
     (run / "metrics.jsonl").write_text('{"step": 1}\n')
     expect("ends at step 1 of 2")
@@ -252,7 +253,7 @@ def test_pulling_needs_a_place_of_its_own(hub, run, tmp_path) -> None:
     (tmp_path / "full/mine.txt").write_text("mine")
     assert "is not empty" in refusal(pull, REPO, tmp_path / "full")
     (tmp_path / "empty").mkdir()
-    assert (pull(REPO, tmp_path / "empty") / lora.FILE_NAME).is_file()
+    assert (pull(REPO, tmp_path / "empty") / run_folder.LORA).is_file()
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
 
 
@@ -275,22 +276,22 @@ def test_search_without_a_connection(monkeypatch, hub) -> None:
 
 def test_the_card_of_a_base(hub, tmp_path, monkeypatch) -> None:
     model = hub.add(BASE, **{"README.md": b"its card"})
-    assert rewardsr.hub.card_of(BASE, model.refs["main"]) == "its card"
+    assert rewardsr.hub.fetch.card_of(BASE, model.refs["main"]) == "its card"
     go_offline(monkeypatch)
-    assert rewardsr.hub.card_of(BASE, model.refs["main"]) == "its card", "from the cache"
-    assert rewardsr.hub.card_of("someone/else") is None and rewardsr.hub.card_of("no such folder") is None
-    assert rewardsr.hub.card_of(str(tmp_path), "local") is None
+    assert rewardsr.hub.fetch.card_of(BASE, model.refs["main"]) == "its card", "from the cache"
+    assert rewardsr.hub.fetch.card_of("someone/else") is None and rewardsr.hub.fetch.card_of("no such folder") is None
+    assert rewardsr.hub.fetch.card_of(str(tmp_path), "local") is None
     (tmp_path / "README.md").write_text("local card")
-    assert rewardsr.hub.card_of(str(tmp_path), "local") == "local card"
+    assert rewardsr.hub.fetch.card_of(str(tmp_path), "local") == "local card"
 
 
 def test_what_names_a_repository(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/tiny").mkdir(parents=True)
     for text in ("ada/tiny", "ada/tiny@v2", "ada/tiny@refs/pr/3", "a.b/c-d_e"):
-        assert rewardsr.hub.is_reference(text), text
+        assert rewardsr.hub.fetch.is_reference(text), text
     for text in ("runs/tiny", "./tiny", "~/tiny", "/ada/tiny", "a/b/c", "tiny", "loras/x.safetensors", "a b/c", "ada/"):
-        assert not rewardsr.hub.is_reference(text), text
-    assert rewardsr.hub.split_reference("ada/tiny@refs/pr/3") == ("ada/tiny", "refs/pr/3")
-    assert rewardsr.hub.split_reference("ada/tiny") == ("ada/tiny", None)
-    assert "not a Hub id" in refusal(rewardsr.hub.split_reference, "ada/tiny@")
+        assert not rewardsr.hub.fetch.is_reference(text), text
+    assert rewardsr.hub.fetch.split_reference("ada/tiny@refs/pr/3") == ("ada/tiny", "refs/pr/3")
+    assert rewardsr.hub.fetch.split_reference("ada/tiny") == ("ada/tiny", None)
+    assert "not a Hub id" in refusal(rewardsr.hub.fetch.split_reference, "ada/tiny@")

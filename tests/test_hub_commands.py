@@ -5,8 +5,8 @@ import torch
 import yaml
 from _publishing import connected
 
-from rewardsr import load_adapter, load_lora, lora
-from rewardsr.images import read_image
+from rewardsr import load_adapter, load_lora, run_folder
+from rewardsr.data.images import read_image
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_finetune_push_pull_and_use(commands, hub, tiny_base, hq_folder, tmp_pat
     answer = commands("pull", "ada/crisp", "-o", tmp_path / "pulled")
     assert answer.code == 0, answer.err
     pulled = tmp_path / "pulled"
-    assert (pulled / lora.FILE_NAME).read_bytes() == (run / lora.FILE_NAME).read_bytes()
+    assert (pulled / run_folder.LORA).read_bytes() == (run / run_folder.LORA).read_bytes()
     assert commands("pull", "ada/crisp", "-o", tmp_path / "pulled").code == 2
 
     picture = hq_folder / "000.png"
@@ -101,7 +101,7 @@ def test_mistakes_cost_one_line(commands, hub, tiny_base, hq_folder, tmp_path, m
     said = refused("push", run, "ada/crisp")
     assert "no token" in said and "hf upload" in said
     ready = {path.name for path in (run / "hub").iterdir()}
-    assert {"README.md", lora.FILE_NAME, "recipe.yaml"} <= ready and "checkpoints" not in ready
+    assert {"README.md", run_folder.LORA, "recipe.yaml"} <= ready and "checkpoints" not in ready
     assert not (tmp_path / "out").exists()
 
 
@@ -134,7 +134,7 @@ def test_export_and_import_by_command(commands, tiny_base, hq_folder, tmp_path) 
     run = tmp_path / "run"
     assert commands.finetune(tiny_base, hq_folder, run).code == 0
     for form, files in {
-        "diffusers": {lora.FILE_NAME},
+        "diffusers": {run_folder.LORA},
         "kohya": {"lora.safetensors"},
         "peft": {"adapter_config.json", "adapter_model.safetensors"},
     }.items():

@@ -14,8 +14,8 @@ from _publishing import BASE, CARD, REPO, SENT, connected, go_offline, make_run,
 from _support import snapshot
 
 import rewardsr.hub
-from rewardsr import lora
-from rewardsr.publish import pull, push
+from rewardsr import run_folder
+from rewardsr.hub.publish import pull, push
 
 ALWAYS = 99
 # Where a push asks for something: the request, and whether the repository is there before.
@@ -155,15 +155,15 @@ def test_the_client_tries_again_where_the_hub_stumbles(hub, finished, tmp_path) 
     sent(finished)
     ask(hub, "download", "half", times=2)
     folder = pull(REPO, tmp_path / "pulled")
-    assert (folder / lora.FILE_NAME).read_bytes() == (finished / lora.FILE_NAME).read_bytes()
+    assert (folder / run_folder.LORA).read_bytes() == (finished / run_folder.LORA).read_bytes()
 
 
 # Downloads
 
 DOWNLOADS = {
     "ask": ("GET", f"/api/models/{REPO}"),
-    "head": ("HEAD", rf"/resolve/\w+/{lora.FILE_NAME}"),
-    "download": ("GET", rf"/resolve/\w+/{lora.FILE_NAME}"),
+    "head": ("HEAD", rf"/resolve/\w+/{run_folder.LORA}"),
+    "download": ("GET", rf"/resolve/\w+/{run_folder.LORA}"),
 }
 CASES = [(step, fault) for step in DOWNLOADS for fault in (401, 403, 404, 409, 500, 503, "cut")]
 
@@ -183,17 +183,17 @@ def test_a_pull_that_fails_leaves_nothing(hub, finished, tmp_path, step, fault) 
     print(f"{step:10} {fault} | {line} | nothing")
     hub.faults.clear()
     folder = pull(REPO, tmp_path / "pulled")
-    assert (folder / lora.FILE_NAME).read_bytes() == (finished / lora.FILE_NAME).read_bytes()
+    assert (folder / run_folder.LORA).read_bytes() == (finished / run_folder.LORA).read_bytes()
 
 
 def test_a_hub_that_is_slow(hub, finished, tmp_path, monkeypatch) -> None:
     sent(finished)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
-    monkeypatch.setattr(rewardsr.hub, "TIMEOUT", 0.2)
+    monkeypatch.setattr(rewardsr.hub.fetch, "TIMEOUT", 0.2)
     hub.fail("GET", "/resolve/", "slow", seconds=0.5, times=2)
-    assert (pull(REPO, tmp_path / "pulled") / lora.FILE_NAME).is_file(), "tried again"
+    assert (pull(REPO, tmp_path / "pulled") / run_folder.LORA).is_file(), "tried again"
     hub.fail("GET", f"/api/models/{REPO}", "slow", seconds=0.5, times=ALWAYS)
-    assert (pull(REPO) / lora.FILE_NAME).is_file(), "from the cache"
+    assert (pull(REPO) / run_folder.LORA).is_file(), "from the cache"
 
 
 def test_the_cache_serves_without_a_connection(hub, finished, tmp_path, monkeypatch) -> None:
@@ -204,10 +204,10 @@ def test_the_cache_serves_without_a_connection(hub, finished, tmp_path, monkeypa
     go_offline(monkeypatch)
     hub.requests.clear()
     assert pull(f"{REPO}@v2") == folder and pull(f"{REPO}@{first.commit}") == folder
-    assert (pull(f"{REPO}@v2", tmp_path / "pulled") / lora.FILE_NAME).is_file()
+    assert (pull(f"{REPO}@v2", tmp_path / "pulled") / run_folder.LORA).is_file()
     for unseen in (REPO, f"{REPO}@v3", "bob/unseen"):
         assert "nor in the Hub's cache" in refusal(pull, unseen)
-    (folder / lora.FILE_NAME).unlink()
+    (folder / run_folder.LORA).unlink()
     assert "in the Hub's cache" in refusal(pull, f"{REPO}@v2")
     assert not hub.requests
 
@@ -241,8 +241,8 @@ def test_only_a_runs_own_files_are_fetched(hub, finished, tmp_path) -> None:
         ({"osediff.pkl": b"\x80\x04"}, "but 'osediff.pkl': pickles can run code and are refused"),
         ({"pytorch_lora_weights.bin": b"\x80"}, "pickles can run code"),
         ({"other.safetensors": b"x"}, "but 'other.safetensors': not one of ours"),
-        ({lora.FILE_NAME: b"\x80\x04 a pickle by another name"}, "is damaged or not a safetensors file"),
-        ({lora.FILE_NAME: b""}, "is damaged or not a safetensors file"),
+        ({run_folder.LORA: b"\x80\x04 a pickle by another name"}, "is damaged or not a safetensors file"),
+        ({run_folder.LORA: b""}, "is damaged or not a safetensors file"),
     ],
 )
 def test_a_repository_without_a_lora_of_ours(hub, tmp_path, files, message) -> None:
@@ -252,19 +252,19 @@ def test_a_repository_without_a_lora_of_ours(hub, tmp_path, files, message) -> N
 
 
 def test_a_lora_that_was_truncated_before_it_came_to_the_hub(hub, finished) -> None:
-    whole = (finished / lora.FILE_NAME).read_bytes()
-    hub.add(REPO, **{lora.FILE_NAME: whole[:-8]})
+    whole = (finished / run_folder.LORA).read_bytes()
+    hub.add(REPO, **{run_folder.LORA: whole[:-8]})
     assert "is damaged" in refusal(pull, REPO)
-    hub.add(REPO, **{lora.FILE_NAME: whole.replace(b'"rewardsr"', b'"somebody"')})
+    hub.add(REPO, **{run_folder.LORA: whole.replace(b'"rewardsr"', b'"somebody"')})
     assert "not written by rewardsr" in refusal(pull, REPO)
 
 
 def test_a_lora_in_a_subfolder(hub, finished) -> None:
-    whole = (finished / lora.FILE_NAME).read_bytes()
-    hub.add(REPO, **{f"x4/{lora.FILE_NAME}": whole, "x2/README.md": BASE.encode()})
-    assert (rewardsr.hub.fetch_lora(REPO, "x4") / lora.FILE_NAME).read_bytes() == whole
-    assert f"no {lora.FILE_NAME}" in refusal(pull, REPO)
-    assert "leads out" in refusal(rewardsr.hub.fetch_lora, REPO, "../x4")
+    whole = (finished / run_folder.LORA).read_bytes()
+    hub.add(REPO, **{f"x4/{run_folder.LORA}": whole, "x2/README.md": BASE.encode()})
+    assert (rewardsr.hub.fetch.fetch_lora(REPO, "x4") / run_folder.LORA).read_bytes() == whole
+    assert f"no {run_folder.LORA}" in refusal(pull, REPO)
+    assert "leads out" in refusal(rewardsr.hub.fetch.fetch_lora, REPO, "../x4")
 
 
 def test_a_copy_that_does_not_fit_on_the_disk(hub, finished, tmp_path, monkeypatch) -> None:

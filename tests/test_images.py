@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from rewardsr import images
+from rewardsr.data import images
+from rewardsr.data.images import image_size, list_images, read_image, to_uint8, write_image
 from rewardsr.errors import UserError
-from rewardsr.images import image_size, list_images, read_image, to_uint8, write_image
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rewardsr import Batch, Draws, UserError, formats, load_adapter, lora
+from rewardsr import Batch, Draws, UserError, load_adapter, lora
 from rewardsr.adapters._stablesr_checkpoint import noise_share, read_checkpoint
+from rewardsr.lora import exchange
 
 pytestmark = pytest.mark.usefixtures("contacted")
 EPSILON, VELOCITY = 1.0, 0.06  # times the noise: what trained networks answer
@@ -104,7 +105,7 @@ def test_merged_networks_predict_what_they_did(commands, checkpoints, tiny, tmp_
     adapter = load_adapter("stablesr", tiny, weights=str(tmp_path / "stablesr"), steps=2)
     before = sample(adapter)
     lora.attach(adapter)
-    formats.export(adapter, tmp_path / "merged", "merged")
+    exchange.export(adapter, tmp_path / "merged", "merged")
     again = load_adapter("stablesr", tiny, weights=str(tmp_path / "merged"), steps=2)
     assert torch.allclose(sample(again), before, atol=1e-5)
 

@@ -8,10 +8,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rewardsr import Batch, load_adapter, lora
+from rewardsr import Batch, load_adapter, lora, run_folder
 from rewardsr.draws import Draws
 from rewardsr.errors import UserError
-from rewardsr.fingerprint import same_base
+from rewardsr.lora.fingerprint import same_base
 from rewardsr.testing import tiny_pipeline
 
 NOISE = {"noise_t": 250, "net_t": 100, "scale": 1}
@@ -277,7 +277,7 @@ def test_the_lora_stays_float32_on_a_half_precision_base(bases, saved, tmp_path)
     own["unet.conv_in.lora_A.weight"].data += 1e-6
     assert not torch.equal(before, own["unet.conv_in.lora_A.weight"])
     lora.save(adapter, tmp_path)
-    assert {tensor.dtype for tensor in load_file(tmp_path / lora.FILE_NAME).values()} == {torch.float32}
+    assert {tensor.dtype for tensor in load_file(tmp_path / run_folder.LORA).values()} == {torch.float32}
 
 
 def test_a_released_lora_becomes_one_trainable_adapter(tiny, data) -> None:

@@ -13,10 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import rewardsr
-from rewardsr import Draws, UserError, load_adapter, lora, setup
-from rewardsr.data import open_data
+from rewardsr import Draws, UserError, load_adapter, lora, run_folder
+from rewardsr.data.degradation import degradation_for
+from rewardsr.data.folder import open_data
 from rewardsr.plugins import names
-from rewardsr.setup import Setup
+from rewardsr.train import prepare
+from rewardsr.train.prepare import Setup
+from rewardsr.train.recipe import LightRecipe
 
 PAIRS = [(trainer, row) for trainer in TRAINERS for row in ROWS if trainer not in row.refused_by]
 REFUSED = [(trainer, row) for row in ROWS for trainer in row.refused_by]
@@ -35,13 +38,13 @@ def folders(tmp_path_factory) -> dict[str, str]:
 def used(monkeypatch) -> list[Setup]:
     """What the runs of a test worked with; they work as ever."""
     found: list[Setup] = []
-    real = setup.set_up
+    real = prepare.set_up
 
     def noted(recipe: Any) -> Setup:
         found.append(real(recipe))
         return found[-1]
 
-    monkeypatch.setattr(setup, "set_up", noted)
+    monkeypatch.setattr(prepare, "set_up", noted)
     return found
 
 
@@ -124,7 +127,7 @@ def check_base(trained: rewardsr.ISRAdapter, fresh: rewardsr.ISRAdapter) -> None
 
 def check_lora(run: Path, adapter: rewardsr.ISRAdapter, content: dict[str, Any]) -> None:
     """The LoRA of the run is finite, and has left the start that its seed gives it in every part of the pipeline."""
-    tensors = load_file(run / lora.FILE_NAME)
+    tensors = load_file(run / run_folder.LORA)
     lora.attach(adapter, seed=content["seed"])
     start = lora.state_dict(adapter)
     assert tensors.keys() == start.keys()
@@ -139,7 +142,7 @@ def check_lora(run: Path, adapter: rewardsr.ISRAdapter, content: dict[str, Any])
 def check_output(run: Path, adapter: rewardsr.ISRAdapter, content: dict[str, Any]) -> None:
     """The LoRA loads into a fresh pipeline and changes what that makes of an image; without it, nothing has changed."""
     images = content["data"]["train"]
-    degradation = setup.degradation_for(images, rewardsr.recipe.LightRecipe(), adapter.scale)
+    degradation = degradation_for(images, LightRecipe(), adapter.scale)
     data = open_data(images, scale=adapter.scale, crop=CROP, degradation=degradation, extras=adapter.extras)
     batch = data.batch(0, [0])
 

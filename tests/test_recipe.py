@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from rewardsr.errors import UserError
-from rewardsr.recipe import (
+from rewardsr.train.recipe import (
     FREE_ON_RESUME,
     LightRecipe,
     Recipe,

@@ -7,10 +7,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from rewardsr.data.images import read_image
 from rewardsr.errors import UserError
-from rewardsr.evaluation import Comparison, Evaluation
-from rewardsr.images import read_image
-from rewardsr.report import comparison_row, grid, markdown, rows, table, text, write_grid
+from rewardsr.evaluation.protocol import Comparison, Evaluation
+from rewardsr.evaluation.report import comparison_row, grid, markdown, rows, table, text, write_grid
 
 
 @pytest.fixture

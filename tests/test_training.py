@@ -14,15 +14,19 @@ import torch
 from runs import assert_equal_runs, content, leftovers, lines, listing, weights
 from typer.testing import CliRunner
 
-from rewardsr import api, checkpoint, lora
+import rewardsr
+from rewardsr import run_folder
 from rewardsr.cli import app
 from rewardsr.errors import TrainingError, UserError
-from rewardsr.files import write_text
-from rewardsr.recipe import Recipe, parse, to_yaml
-from rewardsr.runlog import RunLog
+from rewardsr.options import parse
+from rewardsr.storage import write_text
 from rewardsr.testing import tiny_pipeline, write_images
+from rewardsr.train import checkpoint
+from rewardsr.train.dry_run import DryRun
+from rewardsr.train.log import RunLog
+from rewardsr.train.loop import learning_rate
+from rewardsr.train.recipe import Recipe, to_yaml
 from rewardsr.trainers import gdpo
-from rewardsr.training import DryRun, learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +35,7 @@ def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("training")
     write_images(made / "images", count=5, size=24)
     tiny_pipeline(made / "base")
-    api.finetune(content(made, str(made / "base"), "straight"))
+    rewardsr.finetune(content(made, str(made / "base"), "straight"))
     return made
 
 
@@ -79,8 +83,8 @@ def test_an_interrupted_run_ends_like_a_straight_one(place, name, at, before, re
     with monkeypatch.context() as patch:
         interrupt(patch, place, name, at, before)
         with pytest.raises(Interrupted):
-            api.finetune(recipe(), resume=True)
-    result = api.finetune(recipe(), resume=True)
+            rewardsr.finetune(recipe(), resume=True)
+    result = rewardsr.finetune(recipe(), resume=True)
     assert (result.step, result.finished) == (12, True)
     assert_equal_runs(folder / "straight", tmp_path / "run")
 
@@ -100,9 +104,9 @@ def test_a_straight_run_trains(folder) -> None:
 
 
 def test_resuming_a_finished_run_changes_nothing(recipe, tmp_path) -> None:
-    api.finetune(recipe(steps=2))
+    rewardsr.finetune(recipe(steps=2))
     before, log = weights(tmp_path / "run"), lines(tmp_path / "run")
-    result = api.finetune(recipe(steps=2), resume=True)
+    result = rewardsr.finetune(recipe(steps=2), resume=True)
     assert (result.step, result.finished) == (2, True)
     assert lines(tmp_path / "run") == log
     assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path / "run").items())
@@ -127,7 +131,7 @@ def test_a_signal_saves_and_leaves(number, recipe, folder, tmp_path, monkeypatch
     assert "stopped after step 6; go on with the same command and --resume" in result.output
     assert signal.getsignal(number) == handler
     assert (tmp_path / "run" / "checkpoints" / "step-00000006").is_dir()  # not due, but saved
-    assert not (tmp_path / "run" / lora.FILE_NAME).exists()
+    assert not (tmp_path / "run" / run_folder.LORA).exists()
     result = CliRunner().invoke(app, ["finetune", path, "--resume"])
     assert result.exit_code == 0
     assert "finished 12 steps" in result.output
@@ -141,7 +145,7 @@ def write_recipe(path, recipe: dict) -> str:
 
 def test_accumulated_passes_equal_a_larger_batch(recipe, tmp_path) -> None:
     for name, changes in (("wide", {"batch_size": 2}), ("deep", {"accumulate": 2})):
-        api.finetune(recipe(steps=3, output=str(tmp_path / name), **changes))
+        rewardsr.finetune(recipe(steps=3, output=str(tmp_path / name), **changes))
     wide, deep = weights(tmp_path / "wide"), weights(tmp_path / "deep")
     assert all(torch.allclose(value, deep[name], atol=2e-5) for name, value in wide.items())
     for ours, theirs in zip(lines(tmp_path / "wide"), lines(tmp_path / "deep"), strict=True):
@@ -156,7 +160,7 @@ def test_several_updates_on_a_group_sample_once(recipe, tmp_path, monkeypatch) -
             gdpo.GDPO, name, lambda *args, name=name, call=original: (calls.append(name), call(*args))[1]
         )
     settings = {"updates_per_group": 3, "steps": 4, "checkpoint_every": 1, "optimiser": {"warmup": 0}}
-    api.finetune(recipe(output=str(tmp_path / "straight"), **settings))
+    rewardsr.finetune(recipe(output=str(tmp_path / "straight"), **settings))
     assert calls == ["prepare", "losses", "losses", "losses"] * 4
     state = json.loads((tmp_path / "straight/checkpoints/step-00000004/state.json").read_text())
     assert (state["step"], state["updates"]) == (4, 12)
@@ -165,8 +169,8 @@ def test_several_updates_on_a_group_sample_once(recipe, tmp_path, monkeypatch) -
     with monkeypatch.context() as patch:
         interrupt(patch, gdpo.GDPO, "losses", 8)
         with pytest.raises(Interrupted):
-            api.finetune(recipe(**settings))
-    api.finetune(recipe(**settings), resume=True)
+            rewardsr.finetune(recipe(**settings))
+    rewardsr.finetune(recipe(**settings), resume=True)
     assert_equal_runs(tmp_path / "straight", tmp_path / "run")
 
 
@@ -192,7 +196,7 @@ SPOILS = {
 @pytest.mark.parametrize("culprit", SPOILS)
 def test_an_update_that_is_not_finite_is_skipped_and_counted(culprit, recipe, tmp_path, monkeypatch) -> None:
     spoil(monkeypatch, SPOILS[culprit], {3, 5, 6})
-    api.finetune(recipe(steps=7, checkpoint_every=1, keep_checkpoints=9, max_skipped=3))
+    rewardsr.finetune(recipe(steps=7, checkpoint_every=1, keep_checkpoints=9, max_skipped=3))
     steps = lines(tmp_path / "run")
     assert [line["skipped"] for line in steps] == [0, 0, 1, 1, 2, 3, 3]
     assert [line["step"] for line in steps if "not_finite" in line] == [3, 5, 6]
@@ -209,9 +213,9 @@ def test_too_many_skipped_in_a_row_stop_the_run_and_name_the_culprit(recipe, tmp
     with monkeypatch.context() as patch:
         spoil(patch, SPOILS["loss"], {3, 5, 6, 7, 8})
         with pytest.raises(TrainingError, match=r"stopped at step 7: 3 updates in a row .*first: loss"):
-            api.finetune(recipe(max_skipped=3))
+            rewardsr.finetune(recipe(max_skipped=3))
     assert (tmp_path / "run" / "checkpoints" / "step-00000007").is_dir()
-    api.finetune(recipe(max_skipped=3), resume=True)
+    rewardsr.finetune(recipe(max_skipped=3), resume=True)
     assert lines(tmp_path / "run")[-1]["skipped"] == 4
 
 
@@ -226,14 +230,14 @@ def test_a_score_that_is_not_finite_stops_the_run_and_checkpoints_stay(recipe, t
 
     monkeypatch.setattr(runs.Brightness, "__call__", score)
     with pytest.raises(TrainingError, match="'runs:Brightness'"):
-        api.finetune(recipe())
+        rewardsr.finetune(recipe())
     assert (tmp_path / "run" / "checkpoints" / "step-00000004").is_dir()
     assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4, 5]
 
 
 def test_validation_scores_the_policy_and_draws_pictures(recipe, folder, tmp_path) -> None:
     recipe = recipe(steps=6, data={"validation": str(folder / "images"), "validation_limit": 2})
-    result = api.finetune(recipe)
+    result = rewardsr.finetune(recipe)
     found = {line["step"]: line["validation"] for line in lines(tmp_path / "run") if "validation" in line}
     assert list(found) == [0, 4, 6]
     assert result.validation == found[6]
@@ -247,7 +251,7 @@ def test_validation_scores_the_policy_and_draws_pictures(recipe, folder, tmp_pat
     table = json.loads((tmp_path / "run" / "validation" / "step-00000006.json").read_text())
     assert table["images"] == ["000.png", "001.png"]
     # Looking does not change what is learnt.
-    api.finetune(recipe | {"data": recipe["data"] | {"validation": None}, "output": str(tmp_path / "blind")})
+    rewardsr.finetune(recipe | {"data": recipe["data"] | {"validation": None}, "output": str(tmp_path / "blind")})
     blind = weights(tmp_path / "blind")
     assert all(torch.equal(value, blind[name]) for name, value in weights(tmp_path / "run").items())
 
@@ -265,19 +269,19 @@ def test_validation_holds_one_image_at_a_time(recipe, folder, tmp_path, monkeypa
 
     monkeypatch.setattr(runs.Brightness, "__call__", score)
     write_images(tmp_path / "many", count=12, size=24)
-    api.finetune(recipe(steps=1, data={"validation": str(tmp_path / "many")}))
+    rewardsr.finetune(recipe(steps=1, data={"validation": str(tmp_path / "many")}))
     assert len(seen) >= 2 * 24
     assert max(alive) <= 2 * 4 + 2  # those of the pictures, and the pair at hand
 
 
 def test_a_dry_run_takes_a_step_and_writes_nothing(recipe, tmp_path) -> None:
-    found = api.finetune(recipe(), dry_run=True)
+    found = rewardsr.finetune(recipe(), dry_run=True)
     assert isinstance(found, DryRun)
     assert found.seconds > 0 and found.peak_gib > 0.05
     assert found.metrics["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert list(tmp_path.iterdir()) == []
-    api.finetune(recipe(steps=1))
-    size = (tmp_path / "run" / lora.FILE_NAME).stat().st_size
+    rewardsr.finetune(recipe(steps=1))
+    size = (tmp_path / "run" / run_folder.LORA).stat().st_size
     (promised, _) = found.would_save.values()
     assert 0 < promised <= size < promised * 1.5
 
@@ -298,7 +302,7 @@ def test_learning_rate() -> None:
 
 
 def test_another_recipe_or_folder_is_refused_and_nothing_changes(recipe, tmp_path) -> None:
-    api.finetune(recipe(steps=2))
+    rewardsr.finetune(recipe(steps=2))
     before = listing(tmp_path)
     for changes, resume, message in (
         ({"steps": 2}, False, "holds a run already.*--resume"),
@@ -308,15 +312,15 @@ def test_another_recipe_or_folder_is_refused_and_nothing_changes(recipe, tmp_pat
         ({"steps": 2, "output": str(tmp_path / "run" / "recipe.yaml")}, True, "is a file"),
     ):
         with pytest.raises(UserError, match=message):
-            api.finetune(recipe(**changes), resume=resume)
+            rewardsr.finetune(recipe(**changes), resume=resume)
     assert listing(tmp_path) == before
-    api.finetune(recipe(steps=2, checkpoint_every=1, max_skipped=2), resume=True)  # these may change
+    rewardsr.finetune(recipe(steps=2, checkpoint_every=1, max_skipped=2), resume=True)  # these may change
 
 
 def test_a_folder_with_no_more_than_a_killed_writers_leftover_is_free(recipe, tmp_path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".recipe.yaml.123.tmp").write_text("base:")
-    api.finetune(recipe(steps=1), resume=True)
+    rewardsr.finetune(recipe(steps=1), resume=True)
     assert leftovers(tmp_path) == []
 
 
@@ -335,10 +339,10 @@ def test_a_full_disk_keeps_the_checkpoint_before(failing, recipe, folder, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
         with pytest.raises(UserError, match=r"cannot write .*No space left on device"):
-            api.finetune(recipe())
+            rewardsr.finetune(recipe())
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
     assert leftovers(tmp_path / "run") == []
-    api.finetune(recipe(), resume=True)
+    rewardsr.finetune(recipe(), resume=True)
     assert_equal_runs(folder / "straight", tmp_path / "run")
 
 
@@ -352,25 +356,25 @@ def test_a_full_disk_under_the_log_is_one_line(tmp_path) -> None:
 
 
 def test_a_damaged_checkpoint_is_named(recipe, tmp_path) -> None:
-    api.finetune(recipe(steps=2))
+    rewardsr.finetune(recipe(steps=2))
     newest = tmp_path / "run" / "checkpoints" / "step-00000002"
     for name, message in (
         ("state.json", "is damaged"),
         ("optimiser.safetensors", "is damaged"),
-        (lora.FILE_NAME, "is damaged"),
+        (run_folder.LORA, "is damaged"),
     ):
         content = (newest / name).read_bytes()
         (newest / name).write_bytes(content[: len(content) // 2])
         with pytest.raises(UserError, match=message):
-            api.finetune(recipe(steps=2), resume=True)
+            rewardsr.finetune(recipe(steps=2), resume=True)
         (newest / name).write_bytes(content)
-    api.finetune(recipe(steps=2), resume=True)
+    rewardsr.finetune(recipe(steps=2), resume=True)
 
 
 def test_tensorboard_gets_every_step_and_the_validation(recipe, folder, tmp_path) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     held_out = {"validation": str(folder / "images"), "validation_limit": 1}
-    api.finetune(recipe(steps=3, validate_every=3, log_with=["tensorboard"], data=held_out))
+    rewardsr.finetune(recipe(steps=3, validate_every=3, log_with=["tensorboard"], data=held_out))
     (events,) = (path.parent for path in (tmp_path / "run").rglob("events.out.*") if path.parent.name == "rewardsr")
     found = event_accumulator.EventAccumulator(str(events)).Reload()
     assert [event.step for event in found.Scalars("loss")] == [1, 2, 3]
@@ -378,8 +382,8 @@ def test_tensorboard_gets_every_step_and_the_validation(recipe, folder, tmp_path
 
 
 def test_another_number_of_processes_is_refused(recipe, tmp_path) -> None:
-    api.finetune(recipe(steps=4))
+    rewardsr.finetune(recipe(steps=4))
     (state,) = (tmp_path / "run" / "checkpoints").glob("step-00000004/state.json")
     state.write_text(json.dumps({**json.loads(state.read_text()), "processes": 2}))
     with pytest.raises(UserError, match="had 2 processes, now there are 1"):
-        api.finetune(recipe(steps=4), resume=True)
+        rewardsr.finetune(recipe(steps=4), resume=True)

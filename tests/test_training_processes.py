@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from runs import assert_equal_runs, content, lines, weights
 
-from rewardsr import api
-from rewardsr.files import write_text
-from rewardsr.recipe import Recipe, parse, to_yaml
+import rewardsr
+from rewardsr.options import parse
+from rewardsr.storage import write_text
 from rewardsr.testing import tiny_pipeline, write_images
+from rewardsr.train.recipe import Recipe, to_yaml
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE)}
@@ -42,8 +43,8 @@ def test_runs_that_are_killed_end_like_straight_ones(folder) -> None:
     """One at every operation on the disk, checkpoints included; one at random moments."""
     looked = {**EVERY, "steps": 6, "data": {"validation": str(folder / "images"), "validation_limit": 1}}
     slow = {**EVERY, "rewards": [{"name": "runs:Brightness", "options": {"pause": 0.25}}]}
-    api.finetune(written(folder, "straight-looked", **looked))
-    api.finetune(written(folder, "straight", **EVERY))
+    rewardsr.finetune(written(folder, "straight-looked", **looked))
+    rewardsr.finetune(written(folder, "straight", **EVERY))
     paths = [written(folder, "disk", **looked), written(folder, "random", **slow)]
     done = subprocess.run(
         [sys.executable, str(HERE / "killing.py"), *paths, "0"],
@@ -70,8 +71,8 @@ def test_the_command_leaves_on_a_signal_and_goes_on(folder) -> None:
     said, _ = first.communicate(timeout=PATIENCE)
     assert first.returncode == 130, said
     assert "go on with the same command and --resume" in said
-    assert api.finetune(path, resume=True).step == 6  # here: the same numbers come from another process
-    api.finetune(written(folder, "straight-6", steps=6))
+    assert rewardsr.finetune(path, resume=True).step == 6  # here: the same numbers come from another process
+    rewardsr.finetune(written(folder, "straight-6", steps=6))
     assert_equal_runs(folder / "straight-6", folder / "command")
 
 
@@ -104,7 +105,7 @@ def test_two_processes_equal_one_with_twice_the_batch(folder) -> None:
     rows = [(seen / str(rank)).read_text().split() for rank in (0, 1)]
     assert rows[1] == ["1", "2", "2", "2"]  # tried once, then a group of one image a step
     assert rows[0].count("2") == 3 and rows[0].count("1") == 5  # and validation, at the start and the end
-    api.finetune(written(folder, "one", batch_size=2, **changes))
+    rewardsr.finetune(written(folder, "one", batch_size=2, **changes))
     one, two = weights(folder / "one"), weights(folder / "two")
     assert max(float((value - two[name]).abs().max()) for name, value in one.items()) <= 1e-5
     assert any(float(value.abs().max()) > 1e-4 for name, value in one.items() if ".lora_B." in name)

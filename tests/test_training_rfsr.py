@@ -14,15 +14,19 @@ from runs import assert_equal_runs, content, leftovers, lines, listing, weights
 from safetensors.torch import load_file, save_file
 from test_training import Interrupted, interrupt
 
-from rewardsr import api, checkpoint, load_adapter, load_lora, lora, losses
-from rewardsr.ema import EMA, decay_at
+import rewardsr
+from rewardsr import load_adapter, load_lora, lora, run_folder
 from rewardsr.errors import UserError
-from rewardsr.files import write_text
-from rewardsr.recipe import Recipe, parse, to_yaml
-from rewardsr.runlog import RunLog
+from rewardsr.options import parse
+from rewardsr.rewards import distances
+from rewardsr.storage import write_text
 from rewardsr.testing import tiny_pipeline, write_images
+from rewardsr.train import checkpoint
+from rewardsr.train.dry_run import DryRun
+from rewardsr.train.log import RunLog
+from rewardsr.train.recipe import Recipe, to_yaml
 from rewardsr.trainers import rfsr
-from rewardsr.training import DryRun
+from rewardsr.trainers.ema import EMA, decay_at
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE)}
@@ -47,8 +51,8 @@ def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("rfsr")
     write_images(made / "images", count=5, size=24)
     tiny_pipeline(made / "base", family="upscaler")
-    api.finetune(written(made, "straight"))
-    api.finetune(written(made, "trained", trainer_options={"ema": 0}, **EVERY))
+    rewardsr.finetune(written(made, "straight"))
+    rewardsr.finetune(written(made, "trained", trainer_options={"ema": 0}, **EVERY))
     return made
 
 
@@ -126,8 +130,8 @@ def test_an_interrupted_run_ends_like_a_straight_one(place, name, at, before, ow
     with monkeypatch.context() as patch:
         interrupt(patch, place, name, at, before)
         with pytest.raises(Interrupted):
-            api.finetune(path, resume=True)
-    result = api.finetune(path, resume=True)
+            rewardsr.finetune(path, resume=True)
+    result = rewardsr.finetune(path, resume=True)
     assert (result.step, result.finished) == (STEPS, True)
     assert_equal_ends(folder / "straight", run)
 
@@ -140,7 +144,7 @@ from rewardsr import load_adapter
 from rewardsr.rewards import build
 torch.set_num_threads(1)
 path, numbers = sys.argv[1], json.loads(sys.argv[2])
-content = killing.recipe.load_recipe(path, {}, [])
+content = killing.recipes.load_recipe(path, {}, [])
 load_adapter(content.adapter, content.base, **content.adapter_options)  # what is imported before a fork is there after
 build("psnr")
 deaths = []
@@ -169,7 +173,7 @@ def test_runs_that_are_killed_end_like_straight_ones(own, folder) -> None:
     assert all(name is not None for name, _ in deaths) and end == [None, []]
     assert {name for name, _ in deaths} >= {"half a line", "fsync", "unlink"}
     unfinished = [set(files) for _, files in deaths]
-    assert any(lora.FILE_NAME in files and "method.safetensors" not in files for files in unfinished)
+    assert any(run_folder.LORA in files and "method.safetensors" not in files for files in unfinished)
     assert any("method.safetensors" in files and "state.json" not in files for files in unfinished)
     assert_equal_ends(folder / "straight", run)
 
@@ -182,15 +186,15 @@ def test_several_updates_on_a_group_roll_out_once(own, monkeypatch) -> None:
         for name in ("prepare", "losses"):
             original = getattr(rfsr.RFSR, name)
             patch.setattr(rfsr.RFSR, name, lambda *args, name=name, call=original: (calls.append(name), call(*args))[1])
-        api.finetune(path)
+        rewardsr.finetune(path)
     assert calls == ["prepare", "losses", "losses"] * 4
     assert int(method_state(straight, 4)["updates"]) == 8
     path, run = own(**settings)
     with monkeypatch.context() as patch:
         interrupt(patch, EMA, "update", 6, False)  # between the two updates on a group there is one average and a half
         with pytest.raises(Interrupted):
-            api.finetune(path)
-    api.finetune(path, resume=True)
+            rewardsr.finetune(path)
+    rewardsr.finetune(path, resume=True)
     assert_equal_runs(straight, run)
     assert equal(method_state(straight, 4), method_state(run, 4))
 
@@ -231,16 +235,16 @@ def test_without_an_average_the_trained_weights_are_shipped(folder) -> None:
 def test_validation_scores_the_average_and_training_goes_on_from_the_trained(own, folder) -> None:
     held_out = {"validation": str(folder / "images"), "validation_limit": 2}
     path, run = own("looked", data=held_out)
-    result = api.finetune(path)
+    result = rewardsr.finetune(path)
     told = json.loads((run / "validation" / f"step-{STEPS:08d}.json").read_text())["rewards"]
     names = ("runs:Brightness", "psnr")
     adapter = load_lora(load_adapter("sd_upscaler", folder / "base", **SAMPLER), run)
-    found = api.evaluate(adapter, folder / "images", names, limit=2)
+    found = rewardsr.evaluate(adapter, folder / "images", names, limit=2)
     for name in names:
         assert told[name]["tuned"] == list(found.rewards[name].tuned), name
         assert result.validation[name]["tuned_mean"] == found.rewards[name].tuned_mean
     lora.load_state_dict(adapter, part(method_state(run, STEPS), "trained/"))
-    trained = api.evaluate(adapter, folder / "images", names, limit=2)
+    trained = rewardsr.evaluate(adapter, folder / "images", names, limit=2)
     for name in names:
         assert all(a != b for a, b in zip(told[name]["tuned"], trained.rewards[name].tuned, strict=True))
     assert equal(weights(run), weights(folder / "straight"))  # looking does not change what is learnt
@@ -249,15 +253,15 @@ def test_validation_scores_the_average_and_training_goes_on_from_the_trained(own
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
 def test_a_skipped_update_does_not_reach_the_average(value, own, monkeypatch) -> None:
     """Bit for bit: even an average that takes in an unchanged LoRA once more would move."""
-    original, calls = losses.structure, []
+    original, calls = distances.structure, []
 
     def structure(*args):
         calls.append(None)
         return original(*args) * (value if len(calls) in (3, 5) else 1)
 
-    monkeypatch.setattr(losses, "structure", structure)
+    monkeypatch.setattr(distances, "structure", structure)
     path, run = own(steps=6, **EVERY)
-    api.finetune(path)
+    rewardsr.finetune(path)
     assert [line["skipped"] for line in lines(run)] == [0, 0, 1, 1, 2, 2]
     assert all(line["not_finite"] == "loss" for line in lines(run) if "not_finite" in line)
     states = [method_state(run, step) for step in range(1, 7)]
@@ -297,12 +301,12 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", list(DAMAGES))
 def test_a_state_of_the_method_that_does_not_fit_is_refused_in_one_line(damage, own) -> None:
     path, run = own(steps=2)
-    api.finetune(path)
+    rewardsr.finetune(path)
     spoil, message = DAMAGES[damage]
     spoil(kept(run, 2) / "method.safetensors")
     before = listing(run / "checkpoints")
     with pytest.raises(UserError, match=message) as caught:
-        api.finetune(path, resume=True)
+        rewardsr.finetune(path, resume=True)
     assert "\n" not in str(caught.value) and "method.safetensors" in str(caught.value)
     assert listing(run / "checkpoints") == before and leftovers(run) == []
 
@@ -320,7 +324,7 @@ def test_chunks_and_accumulated_passes_equal_the_whole_batch(own) -> None:
     made = {}
     for name, changes in runs.items():
         path, made[name] = own(name, steps=3, **STEADY, **changes)
-        api.finetune(path)
+        rewardsr.finetune(path)
     whole = method_state(made["whole"], 3)
     shares = [line["share/structure"] for line in lines(made["whole"])]
     assert any(0 < share < 1 for share in shares)  # rows of one batch stand at different steps
@@ -334,7 +338,7 @@ def test_gradient_checkpointing_gives_the_same_lora(own) -> None:
     states = []
     for name, checkpointing in (("plain", False), ("checkpointed", True)):
         path, run = own(name, steps=6, gradient_checkpointing=checkpointing, **STEADY)
-        api.finetune(path)
+        rewardsr.finetune(path)
         states.append(method_state(run, 6))
     assert gap(*states) <= 1e-5
     start = fresh(Path(run).parent / "base")
@@ -361,7 +365,7 @@ def test_two_processes_equal_one_with_twice_the_batch(own, tmp_path) -> None:
     rows = [(seen / str(rank)).read_text().split() for rank in (0, 1)]
     assert rows[0] == rows[1] == ["1", "2", "1", "1", "1"]  # tried, its gradient tried, then an image a step
     path, one = own("one", steps=3, batch_size=2, trainer_options=windows, **STEADY)
-    api.finetune(path)
+    rewardsr.finetune(path)
     assert gap(method_state(one, 3), method_state(two, 3)) <= 1e-5
     assert gap(weights(one), weights(two)) <= 1e-5
     for ours, theirs in zip(lines(one), lines(two), strict=True):
@@ -378,7 +382,7 @@ def test_a_dry_run_takes_a_step_and_writes_nothing(own, folder, commands) -> Non
     answer = commands("finetune", path, "--dry-run")
     assert answer.code == 0, answer.err
     assert "17612 weights train" in answer.out
-    found = api.finetune(path, dry_run=True)
+    found = rewardsr.finetune(path, dry_run=True)
     assert isinstance(found, DryRun)
     assert found.metrics["loss"] == lines(folder / "straight")[0]["loss"]
     assert listing(run.parent) == before and not run.exists()
@@ -386,8 +390,8 @@ def test_a_dry_run_takes_a_step_and_writes_nothing(own, folder, commands) -> Non
 
 def test_a_dry_run_tells_the_sizes_of_what_a_run_leaves(own, folder) -> None:
     path, _ = own()
-    one, checkpoints = api.finetune(path, dry_run=True).would_save.values()
-    size = (folder / "straight" / lora.FILE_NAME).stat().st_size
+    one, checkpoints = rewardsr.finetune(path, dry_run=True).would_save.values()
+    size = (folder / "straight" / run_folder.LORA).stat().st_size
     assert 0 < one <= size < 1.5 * one
     size = sum(file.stat().st_size for file in kept(folder / "straight", STEPS).iterdir())
     assert 0 < checkpoints <= size < 1.5 * checkpoints  # the average and the trained weights are in there, too

@@ -9,10 +9,11 @@ from _support import picked
 
 from rewardsr import load_adapter
 from rewardsr.adapter import Batch
+from rewardsr.data.images import read_image, write_image
 from rewardsr.draws import Draws
 from rewardsr.errors import UserError
-from rewardsr.images import read_image, write_image
-from rewardsr.upscaling import adain, fix_color, upscale_files, upscale_tensor, wavelet
+from rewardsr.evaluation.colour import adain, fix_color, wavelet
+from rewardsr.evaluation.upscale import upscale_files, upscale_tensor
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from rewardsr.degrade import Light
+from rewardsr.data.degradation import Light
 
 __all__ = [
     "FROZEN",

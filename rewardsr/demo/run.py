@@ -8,16 +8,20 @@ from typing import Any
 
 from torch import Tensor
 
-from rewardsr import api, lora, report
+from rewardsr import lora, run_folder
 from rewardsr.adapter import Batch, ISRAdapter
-from rewardsr.data import open_data
+from rewardsr.data.folder import open_data
+from rewardsr.data.images import read_image
 from rewardsr.demo.photos import write_folders
 from rewardsr.errors import UserError
-from rewardsr.evaluation import Evaluation, evaluate
-from rewardsr.files import write_text
-from rewardsr.images import read_image
-from rewardsr.recipe import Recipe, load_recipe
+from rewardsr.evaluation import report
+from rewardsr.evaluation.protocol import Evaluation
+from rewardsr.evaluation.protocol import compare as compare_on
+from rewardsr.pipelines import load_adapter
 from rewardsr.rewards import build
+from rewardsr.storage import write_text
+from rewardsr.train.finetune import finetune
+from rewardsr.train.recipe import Recipe, load_recipe
 
 RECIPE = Path(__file__).parent / "recipe.yaml"
 DRAWS = 4  # noise draws that each score averages
@@ -45,9 +49,9 @@ def run_demo(output: Path, steps: int | None = None) -> None:
     recipe = demo_recipe(photos, tuned, steps)
     print("recipe:\n" + _indent(RECIPE.read_text()))
     print(f"fine-tuning on {photos / 'train'} ...", flush=True)
-    api.finetune(recipe)
+    finetune(recipe)
     print("control: the same, with the advantages dealt out at random ...", flush=True)
-    api.finetune(_shuffled(recipe, control))
+    finetune(_shuffled(recipe, control))
 
     rows: list[list[report.Cell]] = []
 
@@ -86,7 +90,7 @@ def compare(recipe: Recipe, run: Path, keep: Any = None) -> Evaluation:
     assert recipe.data.validation is not None
     images = open_data(recipe.data.validation, scale=adapter.scale).validation()
     rewards = {name: build(name) for name in METRICS}
-    return evaluate(adapter, images, rewards, seed=1, draws_per_image=DRAWS, on_image=keep)
+    return compare_on(adapter, images, rewards, seed=1, draws_per_image=DRAWS, on_image=keep)
 
 
 def verdict(found: Evaluation, control: Evaluation) -> str:
@@ -107,7 +111,7 @@ def verdict(found: Evaluation, control: Evaluation) -> str:
 
 
 def _adapter(recipe: Recipe) -> ISRAdapter:
-    return api.load_adapter(recipe.adapter, recipe.base, **recipe.adapter_options)
+    return load_adapter(recipe.adapter, recipe.base, **recipe.adapter_options)
 
 
 def _shuffled(recipe: Recipe, run: Path) -> Recipe:
@@ -117,9 +121,9 @@ def _shuffled(recipe: Recipe, run: Path) -> Recipe:
 
 def _in_this_process(recipe: Recipe, run: Path, photos: Path) -> list[Tensor]:
     """What `upscale` should give for the held-out LQ photographs."""
+    from rewardsr.data.images import list_images
     from rewardsr.draws import Draws
-    from rewardsr.images import list_images
-    from rewardsr.upscaling import upscale_tensor
+    from rewardsr.evaluation.upscale import upscale_tensor
 
     adapter = _adapter(recipe)
     lora.load(adapter, run)
@@ -145,7 +149,7 @@ def _in_a_fresh_process(run: Path, photos: Path, output: Path, expected: list[Te
 def _where(output: Path) -> str:
     lines = {
         "before/after picture": output / "before_after.png",
-        "LoRA": output / "run" / lora.FILE_NAME,
+        "LoRA": output / "run" / run_folder.LORA,
         "metrics of every step": output / "run" / "metrics.jsonl",
         "tables, per image": output / "tuned.json",
         "upscaled photographs": output / "upscaled",

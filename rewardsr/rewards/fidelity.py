@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rewardsr.adapter import Batch
 from rewardsr.errors import UserError
-from rewardsr.losses import structure
+from rewardsr.rewards.distances import structure
 
 
 def luma(image: Tensor) -> Tensor:

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rewardsr import hub
 from rewardsr.adapter import Batch
 from rewardsr.errors import UserError
-from rewardsr.files import read_pickle, read_safetensors
+from rewardsr.hub import connection
+from rewardsr.weights import read_pickle, read_safetensors
 
 WEIGHTS = ("THUDM/ImageReward", "ImageReward.pt")  # on the Hub: repository, file
 VOCABULARY = ("google-bert/bert-base-uncased", "vocab.txt")
@@ -340,7 +340,7 @@ def _from_hub(option: str, repository: str, file: str) -> Path:
         return Path(hf_hub_download(repository, file, local_files_only=True))
     what = f"reward 'imagereward': {file} of {repository} (its {option})"
     instead = f"take a local file with options: {{{option}: PATH}}"
-    if not hub.online():
+    if not connection.online():
         raise UserError(
             f"{what} is not in the Hub's cache, and there is no connection (or HF_HUB_OFFLINE is set) to fetch it: "
             f"connect once, or {instead}"

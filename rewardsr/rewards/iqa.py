@@ -21,9 +21,10 @@ from urllib.error import URLError
 import torch
 from torch import Tensor, nn
 
-from rewardsr import hub, plugins
+from rewardsr import plugins
 from rewardsr.adapter import Batch
 from rewardsr.errors import UserError
+from rewardsr.hub import connection
 from rewardsr.rewards.fidelity import target
 
 LICENCE = "PolyForm-Noncommercial-1.0.0 (pyiqa)"
@@ -241,7 +242,7 @@ def _from_cache_or_download(metric: str, options: dict[str, Any]) -> Any:
     except Exception as error:  # what a missing file looks like depends on the metric
         if not asked and not isinstance(error, OSError):
             raise UserError(f"metric '{metric}' cannot be built: {_line(error)}") from error
-        if not hub.online():
+        if not connection.online():
             wanted = f" ({asked[-1].rsplit('/', 1)[-1]})" if asked else ""
             raise UserError(
                 f"metric '{metric}': its weights{wanted} are in no cache here, and there is no connection "

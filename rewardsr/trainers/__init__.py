@@ -1,0 +1,1 @@
+"""Training methods: what is sampled and what is learnt from it."""

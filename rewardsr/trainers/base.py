@@ -1,4 +1,4 @@
-"""What a training method is: `prepare` looks, `losses` learns. The loop that runs it is in `rewardsr.training`."""
+"""What a training method is: `prepare` looks, `losses` learns. The loop that runs it is in `rewardsr.train.loop`."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext

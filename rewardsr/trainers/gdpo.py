@@ -12,13 +12,14 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from rewardsr import lora, schedule
 from rewardsr.adapter import Batch, Condition, ISRAdapter
 from rewardsr.draws import Replay, Source, draw
 from rewardsr.errors import TrainingError, UserError
+from rewardsr.options import Options
 from rewardsr.rewards.attribute import texture_share
 from rewardsr.rewards.base import Reward
 from rewardsr.trainers.base import Loss
@@ -30,10 +31,8 @@ TIE = 1e-6  # combined rewards lie in [0, 1]: a spread below this is rounding, a
 FLAT = 1e-3  # a quarter of an 8-bit level: a group that differs by less has nothing to choose from
 
 
-class GDPOOptions(BaseModel):
+class GDPOOptions(Options):
     """Options of GDPO; the defaults are the paper's."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     group_size: int = Field(6, ge=2, description="outputs per LQ image (G)")
     beta: float = Field(5000.0, gt=0, description="strength of the preference; large values saturate sooner")

@@ -13,27 +13,28 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
-from rewardsr import lora, losses, schedule
+from rewardsr import lora, schedule
 from rewardsr.adapter import Batch, Condition, ISRAdapter
 from rewardsr.draws import Source, draw
-from rewardsr.ema import EMA
 from rewardsr.errors import TrainingError, UserError
+from rewardsr.options import Options
+from rewardsr.rewards import distances
 from rewardsr.rewards.base import Reward
+from rewardsr.rewards.vgg import VGG19
+from rewardsr.trainers import rfsr
 from rewardsr.trainers.base import Loss
-from rewardsr.vgg import VGG19
+from rewardsr.trainers.ema import EMA
 
 Window = tuple[int, int]
 SMALLEST = 16  # pixels that VGG19 halves four times
 FINE = 2**24  # a uniform number is a whole one below this, divided by it
 
 
-class RFSROptions(BaseModel):
+class RFSROptions(Options):
     """Options of RFSR; the defaults are the paper's. Windows are (first, last) step of the sampler, counted from 0."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     structure_weight: float = Field(5e-4, ge=0, description="of the low-frequency structure term; 0 switches it off")
     structure_window: Window | None = Field(None, description="steps it acts on; None: the first 2/5 (0-19 of 50)")
@@ -186,7 +187,7 @@ class RFSR:
         if "structure" in self.windows:
             assert batch.hq is not None
             inside = self._inside("structure", group.step[rows]).to(sr.device)
-            distance = losses.structure(sr, batch.hq, self.options.structure_level)
+            distance = distances.structure(sr, batch.hq, self.options.structure_level)
             terms["structure"] = self.options.structure_weight * (distance * inside).mean()
         if "reward" in self.windows:
             inside = self._inside("reward", group.step[rows])
@@ -206,7 +207,7 @@ class RFSR:
             return dict.fromkeys(self.rewards, nothing)
         judged, part = sr[inside.to(sr.device)], batch.rows(inside)
         return {
-            name: self.weights[name] * losses.hinge(reward(judged, part).float(), self.options.margin).sum() / len(sr)
+            name: self.weights[name] * rfsr.hinge(reward(judged, part).float(), self.options.margin).sum() / len(sr)
             for name, reward in self.rewards.items()
         }
 
@@ -218,7 +219,7 @@ class RFSR:
         with torch.no_grad(), lora.reference(self.adapter):
             # All rows, as the policy had them: in another batch shape equal weights would differ in the last bits.
             reference = self._vgg(self._image(group, rows)[inside.to(sr.device)])
-        distance = losses.style_distance(self._vgg(sr[inside.to(sr.device)]), reference)
+        distance = distances.style_distance(self._vgg(sr[inside.to(sr.device)]), reference)
         return self.options.kl_weight * distance.sum() / len(sr)
 
     def _image(self, group: Group, rows: Tensor) -> Tensor:
@@ -308,3 +309,8 @@ def windows(options: RFSROptions, steps: int, rewarded: bool) -> dict[str, Windo
     if not found.keys() & {"structure", "reward"}:
         raise UserError("rfsr has nothing to train on: give a reward a positive weight, or set structure_weight")
     return found
+
+
+def hinge(scores: Tensor, margin: float) -> Tensor:
+    """relu(margin - score) (B,): a reward counts until it reaches the margin."""
+    return (margin - scores).relu()

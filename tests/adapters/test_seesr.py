@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rewardsr
-from rewardsr import Batch, Draws, UserError, formats, load_adapter, lora
+from rewardsr import Batch, Draws, UserError, load_adapter, lora
 from rewardsr.adapters.seesr import _load, add_image_attentions
+from rewardsr.lora import exchange
 from rewardsr.testing import check_adapter
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -110,7 +111,7 @@ def test_merged_networks_load_as_weights(tiny_seesr, tmp_path) -> None:
             parameter.add_(0.02)
     batch = Batch(image(), extras={"ram": tokens()})
     tuned = sample(adapter, batch)
-    formats.export(adapter, tmp_path / "merged", "merged")
+    exchange.export(adapter, tmp_path / "merged", "merged")
     again = load_adapter("seesr", tiny_seesr, weights=tmp_path / "merged", steps=2)
     assert float((sample(again, batch) - tuned).abs().max()) < 1e-4
 

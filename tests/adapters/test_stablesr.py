@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rewardsr import Batch, Draws, UserError, formats, load_adapter, lora
+from rewardsr import Batch, Draws, UserError, load_adapter, lora
 from rewardsr.adapters._sft import ModulatedBlock, modulated
 from rewardsr.adapters.stablesr import respaced
+from rewardsr.lora import exchange
 from rewardsr.testing import check_adapter, tiny_pipeline
 
 
@@ -119,7 +120,7 @@ def test_a_saved_lora_loads_and_merged_networks_load_as_weights(folder, tmp_path
     fresh = load_adapter("stablesr", folder, steps=2)
     lora.load(fresh, tmp_path / "lora")
     assert torch.equal(sample(fresh, image()), tuned)
-    formats.export(adapter, tmp_path / "merged", "merged")
+    exchange.export(adapter, tmp_path / "merged", "merged")
     again = load_adapter("stablesr", folder, weights=tmp_path / "merged", steps=2)
     assert float((sample(again, image()) - tuned).abs().max()) < 1e-4
 

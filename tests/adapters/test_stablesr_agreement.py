@@ -18,7 +18,7 @@ from rewardsr.adapters import _stablesr_checkpoint as checkpoint
 from rewardsr.adapters._sft import StructEncoder, add_modulation, modulated
 from rewardsr.adapters.stablesr import StableSR, import_checkpoint, respaced
 from rewardsr.draws import Replay
-from rewardsr.upscaling import _coarse, _restyled, adain, wavelet
+from rewardsr.evaluation.colour import _coarse, _restyled, adain, wavelet
 
 # The released networks have 32 groups and heads of 64 channels, which the sizes of tensors do not tell.
 TINY = {"groups": 8, "head_width": 8}

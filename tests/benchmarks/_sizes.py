@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from rewardsr.adapters import _stable_diffusion as family
+from rewardsr.adapters._networks import hush
 from rewardsr.adapters.osediff import OSEDiff
-from rewardsr.quiet import hush
 
 PARAMETERS = {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840}  # of SD 2.1-base
 LENGTH = 77  # tokens of a prompt

@@ -4,7 +4,7 @@
     python tests/benchmarks/gdpo_step.py --size sd21 --device cuda --batch 1 --compile
     python tests/benchmarks/gdpo_step.py --size sd21 --count-only      (operations only: any CPU, no memory)
 
-Networks have random weights, which changes no cost. The step is the real one, `rewardsr.training.step`, with its
+Networks have random weights, which changes no cost. The step is the real one, `rewardsr.train.loop.step`, with its
 calls wrapped. Operations are counted by torch (2 per multiply-add; convolutions and matrix products) on the meta
 device; those of rewards are not counted, and their time is listed apart.
 """
@@ -22,12 +22,15 @@ from _meter import PARTS, REST, REWARDS, Meter, floor, matmul_rate, medians, on_
 from _sizes import PARAMETERS, images, parameter_counts, pipeline
 from accelerate import Accelerator
 
-from rewardsr import lora, recipe, training
+from rewardsr import lora
 from rewardsr.adapter import Batch
-from rewardsr.checkpoint import State
 from rewardsr.draws import Draws
+from rewardsr.options import parse
 from rewardsr.rewards import build
-from rewardsr.setup import Setup
+from rewardsr.train import loop
+from rewardsr.train import recipe as recipes
+from rewardsr.train.checkpoint import State
+from rewardsr.train.prepare import Setup
 from rewardsr.trainers.gdpo import GDPO, GDPOOptions
 
 SCALE = 4
@@ -105,7 +108,7 @@ def count(chosen: argparse.Namespace) -> tuple[dict[str, int], dict[str, int], d
 
 
 def real_setup(chosen: argparse.Namespace) -> tuple[Setup, torch.dtype]:
-    """A run's set-up as `rewardsr.setup` would make it, on networks that were never in a file."""
+    """A run's set-up as `rewardsr.train.prepare` would make it, on networks that were never in a file."""
     device = torch.device(chosen.device)
     bf16 = chosen.precision == "bf16" or (chosen.precision == "auto" and device.type == "cuda")
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -130,7 +133,7 @@ def real_setup(chosen: argparse.Namespace) -> tuple[Setup, torch.dtype]:
     }
     method = GDPO(adapter, {name: build(name) for name in names}, dict.fromkeys(names, 1.0), options_of(chosen))
     return Setup(
-        recipe=recipe.parse(recipe.Recipe, content, "benchmark"),
+        recipe=parse(recipes.Recipe, content, "benchmark"),
         accelerator=Accelerator(cpu=device.type == "cpu"),
         adapter=adapter,
         method=method,
@@ -144,14 +147,14 @@ def real_setup(chosen: argparse.Namespace) -> tuple[Setup, torch.dtype]:
 def measure(chosen: argparse.Namespace, setup: Setup) -> SimpleNamespace:
     """Seconds of undisturbed steps, and by part; memory at its peak, in all and by part."""
     device, adapter, method = torch.device(chosen.device), setup.adapter, setup.method
-    optimiser, state = training.make_optimiser(setup), State()
+    optimiser, state = loop.make_optimiser(setup), State()
     cuda = device.type == "cuda"
 
     def step() -> float:
         if cuda:
             torch.cuda.synchronize(device)
         began = time.perf_counter()
-        training.step(setup, optimiser, state)
+        loop.step(setup, optimiser, state)
         if cuda:
             torch.cuda.synchronize(device)
         return time.perf_counter() - began
@@ -173,7 +176,7 @@ def measure(chosen: argparse.Namespace, setup: Setup) -> SimpleNamespace:
     with watched(adapter, method, meter):
         for _ in range(chosen.steps):
             meter.begin()
-            training.step(setup, optimiser, state)
+            loop.step(setup, optimiser, state)
             runs.append(meter.end())
     return SimpleNamespace(warm_up=warm_up, whole=whole, peak=peak, parts=medians(runs), peaks=meter.peak)
 

@@ -22,12 +22,13 @@ sys.path.insert(0, str(TESTS))  # where the rows are, and the tagger that one of
 
 from _matrix import CROP, ROWS, SAMPLER, TRAINERS, Row, bases, recipe  # noqa: E402
 
-from rewardsr import recipe as recipes  # noqa: E402
-from rewardsr import training  # noqa: E402
-from rewardsr.checkpoint import State  # noqa: E402
+from rewardsr.adapters._networks import hush  # noqa: E402
+from rewardsr.options import parse  # noqa: E402
 from rewardsr.plugins import names, resolve  # noqa: E402
-from rewardsr.quiet import hush  # noqa: E402
-from rewardsr.setup import set_up  # noqa: E402
+from rewardsr.train import loop  # noqa: E402
+from rewardsr.train import recipe as recipes  # noqa: E402
+from rewardsr.train.checkpoint import State  # noqa: E402
+from rewardsr.train.prepare import set_up  # noqa: E402
 
 
 def seconds(row: Row, trainer: str, base: str, steps: int) -> float | None:
@@ -36,11 +37,11 @@ def seconds(row: Row, trainer: str, base: str, steps: int) -> float | None:
         return None
     with tempfile.TemporaryDirectory() as folder:
         content = recipe(row, trainer, base, Path(folder), steps=steps + 1)
-        setup = set_up(recipes.parse(recipes.Recipe, content, "benchmark"))
-        optimiser, state, taken = training.make_optimiser(setup), State(), list[float]()
+        setup = set_up(parse(recipes.Recipe, content, "benchmark"))
+        optimiser, state, taken = loop.make_optimiser(setup), State(), list[float]()
         for _ in range(steps + 1):
             began = time.perf_counter()
-            training.step(setup, optimiser, state)
+            loop.step(setup, optimiser, state)
             taken.append(time.perf_counter() - began)
     return statistics.median(taken[1:])
 

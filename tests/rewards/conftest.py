@@ -10,7 +10,7 @@ import torch
 from _imagereward import WORDS, released_state, save
 from torch import Tensor
 
-from rewardsr import hub
+from rewardsr.hub import connection
 from rewardsr.rewards.imagereward import ImageReward
 
 
@@ -30,7 +30,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
     monkeypatch.setattr(socket.socket, "connect", connect)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: connect(socket.socket(), "look-up"))
-    monkeypatch.setattr(hub, "online", lambda timeout=3.0: False)
+    monkeypatch.setattr(connection, "online", lambda timeout=3.0: False)
     monkeypatch.setattr(torch.hub, "_hub_dir", str(cache))
     monkeypatch.setattr(pyiqa.utils.download_util, "DEFAULT_CACHE_DIR", str(cache))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))

@@ -11,8 +11,8 @@ import torch
 from _imagereward import WORDS, batch, images, save
 from torch import Tensor
 
-from rewardsr import hub
 from rewardsr.errors import UserError
+from rewardsr.hub import connection
 from rewardsr.rewards.imagereward import ImageReward
 
 # ---- files ----
@@ -168,7 +168,7 @@ def test_what_is_not_cached_is_fetched(
         fetched.append((repository, file))
         return str(weights if file == "ImageReward.pt" else vocabulary)
 
-    monkeypatch.setattr(hub, "online", lambda timeout=3.0: True)
+    monkeypatch.setattr(connection, "online", lambda timeout=3.0: True)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
     if answers:
         assert ImageReward()(images(), batch()).isfinite().all()

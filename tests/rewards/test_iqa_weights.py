@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from skimage.data import astronaut
 from torch import Tensor
 
-from rewardsr import hub
 from rewardsr.adapter import Batch
 from rewardsr.errors import UserError
+from rewardsr.hub import connection
 from rewardsr.rewards import iqa
 from rewardsr.rewards.iqa import IQA
 
@@ -82,7 +82,9 @@ def test_what_is_not_cached_is_fetched(answers: bool, offline: Path, monkeypatch
     def download(url: str, path: str, **_: Any) -> None:
         if not answers:
             urllib.request.urlopen(url, timeout=1)
-        if hub.online() and urllib.request.urlopen is urlopen:  # the first attempt runs with downloads switched off
+        if (
+            connection.online() and urllib.request.urlopen is urlopen
+        ):  # the first attempt runs with downloads switched off
             fetched.append(url)
             shutil.copy(offline / "server.pth", path)
         else:
@@ -92,7 +94,7 @@ def test_what_is_not_cached_is_fetched(answers: bool, offline: Path, monkeypatch
         raise OSError("the server\nis down")
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    monkeypatch.setattr(hub, "online", lambda timeout=3.0: True)
+    monkeypatch.setattr(connection, "online", lambda timeout=3.0: True)
     monkeypatch.setattr(pyiqa.utils.download_util, "download_url_to_file", download)
     if answers:
         assert IQA("musiq", **SMALL)(photos(), batch()).isfinite().all()

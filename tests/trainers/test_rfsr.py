@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from rewardsr import Batch, Draws, UserError, load_adapter, lora, schedule
-from rewardsr.ema import EMA, decay_at
 from rewardsr.errors import TrainingError
 from rewardsr.rewards import build
 from rewardsr.trainers.base import Stateful
+from rewardsr.trainers.ema import EMA, decay_at
 from rewardsr.trainers.rfsr import RFSR, RFSROptions, windows
 
 
@@ -341,7 +341,7 @@ def test_vgg_offline_is_refused_with_a_way_out(method, monkeypatch, tmp_path, co
 def test_vgg_reads_torchvisions_own_file(data, tmp_path) -> None:
     from safetensors.torch import load_file
 
-    from rewardsr.vgg import VGG19
+    from rewardsr.rewards.vgg import VGG19
 
     state = load_file(data / "vgg19_narrow.safetensors")
     torch.save(state | {"classifier.0.weight": torch.zeros(2, 2)}, tmp_path / "vgg19-dcbb9e9d.pth")

@@ -7,12 +7,13 @@ import pytest
 import torch
 from _support import picked
 
-from rewardsr import Batch, load_adapter, lora, losses
+from rewardsr import Batch, load_adapter, lora
 from rewardsr.draws import Replay
-from rewardsr.ema import average
-from rewardsr.rewards import build
+from rewardsr.rewards import build, distances
+from rewardsr.rewards.vgg import VGG19
+from rewardsr.trainers import rfsr
+from rewardsr.trainers.ema import average
 from rewardsr.trainers.rfsr import FINE, RFSR, RFSROptions
-from rewardsr.vgg import VGG19
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float, what: str, record) -> None:
@@ -91,7 +92,7 @@ def test_gradients_of_the_weights(data, golden, record_property) -> None:
 def test_style_distance_of_the_recorded_step(narrow, golden, record_property) -> None:
     v = golden("rfsr_step")
     image = v["i40.image"].clone().requires_grad_()
-    distance = losses.style_distance(narrow(image), narrow(v["i40.ref_image"]))
+    distance = distances.style_distance(narrow(image), narrow(v["i40.ref_image"]))
     relative(*picked(distance.mean(), v, "i40.kl_fp32_unweighted"), 1e-5, "Gram-KL at 40, relative", record_property)
     distance.mean().backward()
     relative(*picked(image.grad, v, "i40.grad_image"), 1e-4, "its gradient, relative", record_property)
@@ -99,18 +100,18 @@ def test_style_distance_of_the_recorded_step(narrow, golden, record_property) ->
 
 def test_style_distance_and_features(narrow, golden, data, record_property) -> None:
     v, about = golden("rfsr_losses"), json.loads((data / "rfsr_losses.json").read_text())
-    assert about["kl.layer_weights"] == losses.STYLE_WEIGHTS
+    assert about["kl.layer_weights"] == distances.STYLE_WEIGHTS
     image = v["kl.x"].clone().requires_grad_()
     features, target = narrow(image), narrow(v["kl.y"])
-    for layer in losses.STYLE_WEIGHTS:
+    for layer in distances.STYLE_WEIGHTS:
         recorded = picked(features[layer], v, f"kl.feat_x.{layer}")
         relative(*recorded, 1e-5, f"features {layer}, relative", record_property)
-        difference = (losses.gram(features[layer]) - losses.gram(target[layer])).abs().mean()
+        difference = (distances.gram(features[layer]) - distances.gram(target[layer])).abs().mean()
         assert abs(float(difference) - about["kl.layer_l1_fp32"][layer]) <= 1e-5 * about["kl.layer_l1_fp32"][layer]
     for layer in ("conv1_2", "conv5_4"):
-        gram = losses.gram(features[layer])
+        gram = distances.gram(features[layer])
         close(*picked(gram, v, f"kl.gram32_x.{layer}"), 1e-5, f"Gram matrix {layer}", record_property)
-    distance = losses.style_distance(features, target)
+    distance = distances.style_distance(features, target)
     assert distance.shape == (2,)
     relative(*picked(distance.mean(), v, "kl.loss_fp32"), 1e-5, "Gram-KL, relative", record_property)
     distance.mean().backward()
@@ -121,8 +122,8 @@ def test_style_distance_and_features(narrow, golden, data, record_property) -> N
 def test_haar(level, golden, record_property) -> None:
     v = golden("rfsr_losses")
     sr = v["a.x"].clone().requires_grad_()
-    close(*picked(losses.haar_low(sr, level), v, f"a.haar_LL{level}_x"), 1e-5, f"Haar band {level}", record_property)
-    loss = losses.structure(sr, v["a.y"], level)
+    close(*picked(distances.haar_low(sr, level), v, f"a.haar_LL{level}_x"), 1e-5, f"Haar band {level}", record_property)
+    loss = distances.structure(sr, v["a.y"], level)
     relative(*picked(loss.mean(), v, f"a.haar_loss{level}"), 1e-5, f"Haar loss {level}, relative", record_property)
     if level == 3:
         loss.mean().backward()
@@ -132,13 +133,13 @@ def test_haar(level, golden, record_property) -> None:
 def test_hinges(golden, record_property) -> None:
     v = golden("rfsr_losses")
     r = v["hinge.imagereward_r"].flatten().requires_grad_()
-    loss = 5e-6 * losses.hinge(r, 2.0).mean()
+    loss = 5e-6 * rfsr.hinge(r, 2.0).mean()
     loss.backward()
     relative(*picked(loss, v, "hinge.imagereward_loss"), 1e-5, "ImageReward hinge, relative", record_property)
     relative(r.grad, v["hinge.imagereward_grad"].flatten(), 1e-5, "its gradient, relative", record_property)
     # The released code averages CLIPIQA before the hinge; below the margin that is the same.
     q = v["hinge.clipiqa_q"].flatten().requires_grad_()
-    loss = 5e-5 * losses.hinge(q, 2.0).mean()
+    loss = 5e-5 * rfsr.hinge(q, 2.0).mean()
     loss.backward()
     relative(*picked(loss, v, "hinge.clipiqa_loss"), 1e-5, "CLIPIQA hinge, relative", record_property)
     relative(q.grad, v["hinge.clipiqa_grad"].flatten(), 1e-5, "its gradient, relative", record_property)

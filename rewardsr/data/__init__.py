@@ -1,0 +1,1 @@
+"""Images, what lies beside them, and how they are degraded."""

@@ -1,0 +1,1 @@
+"""Running a pipeline on images, scoring it, and showing both."""

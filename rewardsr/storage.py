@@ -1,0 +1,67 @@
+"""Writing so that nothing is ever half-written."""
+
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from rewardsr.errors import UserError
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file in one step: to a temporary name beside it, flushed to the disk, then renamed.
+
+    Raises:
+        UserError: the disk is full, or the place cannot be written to; what was there before is still there.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write '{path}': {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, content: str) -> None:
+    """`write_bytes` of UTF-8 text."""
+    write_bytes(path, content.encode())
+
+
+def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Write a folder in one step: `fill` gets a temporary folder beside `path`, which is then renamed.
+
+    Raises:
+        UserError: the disk is full, or the place cannot be written to; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write '{path}': {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether this is a temporary file or folder of the functions above; they stay where a writer was killed."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed writers left in and below a folder."""
+    for path in [path for path in folder.rglob("*") if is_leftover(path)]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

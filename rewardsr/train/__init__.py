@@ -1,0 +1,1 @@
+"""From a recipe to a LoRA: preparation, the loop, checkpoints, the log."""

@@ -1,0 +1,56 @@
+"""One step of a recipe, taken to measure it."""
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rewardsr import lora, run_folder
+from rewardsr.train.checkpoint import State
+from rewardsr.train.loop import make_optimiser, step
+from rewardsr.train.prepare import Setup
+from rewardsr.trainers.base import Stateful
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What one step of a recipe costs.
+
+    Attributes:
+        seconds: of the step, the first one, which is slower than later ones.
+        peak_gib: most memory that was in use: allocated on CUDA, resident of the process elsewhere.
+        trainable: number of trainable weights.
+        would_save: files that a run would leave, with their sizes in bytes.
+        metrics: of the step.
+    """
+
+    seconds: float
+    peak_gib: float
+    trainable: int
+    would_save: dict[str, int]
+    metrics: dict[str, Any]
+
+
+def rehearse(setup: Setup) -> DryRun:
+    """Take one step and measure it; nothing is written."""
+    metrics, _ = step(setup, make_optimiser(setup), State())
+    device = setup.accelerator.device
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_resident()
+    trainable = sum(parameter.numel() for parameter in lora.parameters(setup.adapter).values())
+    run = setup.recipe.output
+    own = setup.method.state_dict() if isinstance(setup.method, Stateful) else {}
+    in_checkpoint = 12 * trainable + sum(value.nbytes for value in own.values())  # 12: LoRA, and AdamW's two moments
+    would_save = {f"{run}/{run_folder.LORA}": 4 * trainable, f"{run}/{run_folder.CHECKPOINTS}/step-*/": in_checkpoint}
+    return DryRun(metrics["seconds"], peak / 2**30, trainable, would_save, metrics)
+
+
+def _peak_resident() -> int:
+    """Most memory in bytes that this process has had; what it has now where the system does not keep the peak."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return int(psutil.Process().memory_info().rss)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

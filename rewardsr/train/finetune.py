@@ -1,0 +1,50 @@
+"""`rewardsr finetune` as a function."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rewardsr.options import parse
+from rewardsr.storage import remove_leftovers, write_text
+from rewardsr.train import recipe as recipes
+from rewardsr.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from rewardsr.train.dry_run import DryRun
+    from rewardsr.train.loop import Result
+
+
+def finetune(
+    recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = False, dry_run: bool = False
+) -> "Result | DryRun":
+    """Fine-tune a pipeline.
+
+    Args:
+        recipe: a Recipe, a mapping of the same keys, or the path of a YAML file.
+        resume: go on with the run in the recipe's output folder, if there is one.
+        dry_run: take one step, measure it, and write nothing.
+
+    Raises:
+        UserError: anything wrong with the recipe or what it names, before long work begins.
+        TrainingError: training cannot go on; checkpoints stay.
+    """
+    if isinstance(recipe, str | Path):
+        recipe = recipes.load_recipe(str(recipe), {}, [])
+    elif not isinstance(recipe, Recipe):
+        recipe = parse(Recipe, dict(recipe), "recipe")
+    from rewardsr.run_folder import RECIPE
+    from rewardsr.train.dry_run import rehearse
+    from rewardsr.train.loop import train
+    from rewardsr.train.prepare import check_output, set_up
+
+    if not dry_run:
+        check_output(recipe, resume)
+    setup = set_up(recipe)
+    if dry_run:
+        return rehearse(setup)
+    run = Path(recipe.output)
+    setup.accelerator.wait_for_everyone()  # until every process has looked into the folder, nothing may be written
+    if setup.accelerator.is_main_process:
+        remove_leftovers(run)
+        write_text(run / RECIPE, recipes.to_yaml(recipe))
+    return train(setup, run, resume)

@@ -1,0 +1,148 @@
+"""What a run tells: `metrics.jsonl` always, a progress bar, and TensorBoard or Weights & Biases on request."""
+
+import json
+import math
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from rewardsr.errors import UserError
+from rewardsr.run_folder import METRICS
+from rewardsr.storage import write_text
+
+GROUPS = ("reference", "loss")
+SHOWN = ("loss", "implicit_accuracy", "group/pixel_std", "seconds")
+
+
+class RunLog:
+    """The log of one process; all but the main process stay silent.
+
+    Args:
+        run: the run's folder; None logs to the console only (a dry run).
+        steps: of the whole run.
+        start: steps that a resumed run has behind it; later lines of an earlier attempt are dropped.
+        active: whether this is the main process.
+        trackers: "tensorboard", "wandb".
+        config: the resolved recipe, for the trackers.
+    """
+
+    def __init__(
+        self, run: Path | None, steps: int, start: int, active: bool, trackers: list[str], config: dict[str, Any]
+    ) -> None:
+        self._file = run / METRICS if run is not None and active else None
+        self._console = Console(stderr=True, quiet=not active)
+        self._active, self._steps = active, steps
+        self._trackers = _open_trackers(trackers, run, config) if active and run is not None else []
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not active or not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task("train", total=steps, completed=start, status="")
+        if self._file is not None:
+            _keep_until(self._file, start)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        for tracker in self._trackers:
+            tracker.finish()
+
+    def say(self, text: str) -> None:
+        """A line on the console."""
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """One step's line; flushed, so that a killed run keeps it."""
+        if not self._active:
+            return
+        if self._file is not None:
+            try:
+                with self._file.open("a") as file:
+                    file.write(json.dumps(_plain({"step": step, **metrics}), allow_nan=False) + "\n")
+            except OSError as error:
+                raise UserError(f"cannot write '{self._file}': {error.strerror or error}") from error
+        for tracker in self._trackers:
+            tracker.log(flatten(metrics), step=step)
+        status = " ".join(f"{name.split('/')[-1]} {metrics[name]:.3g}" for name in SHOWN if name in metrics)
+        for group in GROUPS:  # rewards of the samples, or terms of the loss: whichever the method has
+            entries = {
+                name.removeprefix(f"{group}/"): metrics[name] for name in metrics if name.startswith(f"{group}/")
+            }
+            if entries:
+                status += f" | {group} {' '.join(f'{name} {value:.4g}' for name, value in entries.items())}"
+        self._progress.update(self._task, completed=step, status=status)
+        if not self._console.is_terminal and step and step % max(1, self._steps // 20) == 0:
+            self.say(f"step {step}/{self._steps} {status}")
+
+
+def flatten(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Nested metrics as `a/b` numbers, as trackers want them."""
+    flat: dict[str, float] = {}
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            flat[prefix + name] = value
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    """The same with null for numbers that are not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _plain(entry) for name, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _keep_until(file: Path, step: int) -> None:
+    """Drop the lines after `step`, and one that was cut off while it was written."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step and step > 0:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    write_text(file, "".join(kept))
+
+
+def _open_trackers(names: list[str], run: Path, config: dict[str, Any]) -> list[Any]:
+    """accelerate's trackers, started."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    opened = []
+    for name in names:
+        kind = LOGGER_TYPE_TO_CLASS[name]
+        tracker = kind(run_name="rewardsr", logging_dir=run) if kind.requires_logging_directory else kind("rewardsr")
+        if hasattr(tracker, "start"):  # recent versions of accelerate do not open a tracker when it is made
+            tracker.start()
+        tracker.store_init_configuration({key: str(value) for key, value in config.items()})
+        opened.append(tracker)
+    return opened
+
+
+def check_trackers(names: list[str]) -> None:
+    """Refuse trackers whose package is absent.
+
+    Raises:
+        UserError: one is.
+    """
+    from importlib.util import find_spec
+
+    for name in names:
+        if find_spec(name) is None:
+            raise UserError(f"log_with {name}: the package is not installed; pip install 'rewardsr[{name}]'")

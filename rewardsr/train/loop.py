@@ -1,0 +1,308 @@
+"""The training loop, the only one: whatever the method, it samples, back-propagates, steps, logs, saves.
+
+It knows nothing of rewards; methods know nothing of files, devices and processes. accelerate is the engine. The
+networks are not wrapped for several processes (calls through an adapter would bypass the wrapper); the LoRA's
+gradients are averaged once a step instead, so every process takes the same step.
+"""
+
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from rewardsr import lora
+from rewardsr.draws import Draws, seed_of
+from rewardsr.errors import TrainingError, UserError
+from rewardsr.train import checkpoint
+from rewardsr.train.checkpoint import State
+from rewardsr.train.log import RunLog
+from rewardsr.train.prepare import Setup
+from rewardsr.train.recipe import Recipe
+from rewardsr.train.validation import Validator
+from rewardsr.trainers.base import Prepared, Stateful, shipped
+
+MEMORY_OPTIONS = ("micro_batch", "reward_crop")  # of methods, where they have them; what helps most comes first
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+        step: steps finished.
+        finished: False where a signal stopped it; resuming goes on from here.
+        output: the run's folder.
+        validation: last scores on the held-out images, by metric.
+    """
+
+    step: int
+    finished: bool
+    output: Path
+    validation: dict[str, Any]
+
+
+def train(setup: Setup, run: Path, resume: bool) -> Result:
+    """Run the recipe of `setup` into the folder `run`.
+
+    Args:
+        setup: everything loaded and checked.
+        run: the run's folder.
+        resume: go on from the newest checkpoint there, if there is one.
+
+    Raises:
+        TrainingError: numbers stopped being finite, or the memory was not enough; checkpoints stay.
+        UserError: a checkpoint does not fit, or the folder cannot be written to.
+    """
+    recipe, accelerator = setup.recipe, setup.accelerator
+    optimiser = make_optimiser(setup)
+    state = checkpoint.resume(run, setup.adapter, setup.method, optimiser) if resume else State()
+    for note in setup.notes:
+        accelerator.print(note)
+    log = RunLog(
+        run,
+        recipe.steps,
+        state.step,
+        accelerator.is_main_process,
+        list(recipe.log_with),
+        recipe.model_dump(mode="json"),
+    )
+    _check_machine(state, log, accelerator.num_processes)
+    validator = Validator(setup, run)
+    save = _saver(setup, run, optimiser, state)
+    with log, _signals() as stopped:
+        if state.step == 0 and validator.active:
+            log.write(0, {"validation": validator.score(0)})
+        stop = False
+        while state.step < recipe.steps and not stop:
+            try:
+                metrics, stop = step(setup, optimiser, state, stopped)
+            except (TrainingError, UserError):
+                # A file that became unreadable, a score that is not finite: what was reached is kept. Not so in the
+                # middle of several updates on a group, nor with several processes, which would wait for this one:
+                # the checkpoint before counts then.
+                whole = state.updates == state.step * recipe.updates_per_group
+                if state.step and whole and accelerator.num_processes == 1:
+                    save()
+                raise
+            last = state.step == recipe.steps or stop
+            if validator.active and (state.step % recipe.validate_every == 0 or state.step == recipe.steps):
+                metrics["validation"] = validator.score(state.step)
+            log.write(state.step, metrics)
+            if last or state.step % recipe.checkpoint_every == 0:
+                save()
+            if state.skipped_in_a_row >= recipe.max_skipped:
+                save()
+                raise TrainingError(
+                    f"stopped at step {state.step}: {state.skipped_in_a_row} updates in a row were not finite "
+                    f"(first: {metrics['not_finite']}); lower optimiser.learning_rate, or look at that reward or tensor"
+                )
+    if accelerator.is_main_process and state.step == recipe.steps:
+        with shipped(setup.method):
+            lora.save(setup.adapter, run)
+    accelerator.wait_for_everyone()
+    return Result(state.step, state.step == recipe.steps, run, validator.latest)
+
+
+def step(
+    setup: Setup, optimiser: torch.optim.Optimizer, state: State, stopped: Callable[[], bool] = lambda: False
+) -> tuple[dict[str, Any], bool]:
+    """One step: sample `accumulate` batches, then `updates_per_group` updates on them.
+
+    Returns:
+        What to log, and whether any process was asked to stop.
+    """
+    recipe, began = setup.recipe, time.perf_counter()
+    _seed_everything(recipe.seed, state.step, setup.accelerator.process_index)
+    metrics: dict[str, Any] = {}
+    try:
+        groups = list(_groups(setup, state.step))
+        for update in range(recipe.updates_per_group):
+            metrics = _update(setup, optimiser, state, groups, update)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(_memory_advice(setup)) from error
+    for group, indices in groups:
+        share = len(indices) / (recipe.batch_size * recipe.accumulate)
+        for name, value in group.metrics.items():
+            metrics[name] = metrics.get(name, 0.0) + value * share
+    state.step += 1
+    averaged, stop = _agree(setup.accelerator, metrics, stopped())
+    averaged |= {"skipped": state.skipped, "seconds": time.perf_counter() - began}
+    return averaged, stop
+
+
+def _memory_advice(setup: Setup) -> str:
+    recipe = setup.recipe
+    options = [name for name in MEMORY_OPTIONS if name in setup.method.Options.model_fields]
+    levers = [f"trainer_options.{name} (now {recipe.trainer_options.get(name)})" for name in options]
+    levers += [f"gradient_checkpointing (now {recipe.gradient_checkpointing})", f"data.crop (now {recipe.data.crop})"]
+    return f"out of memory on {setup.accelerator.device}; what helps most, in this order: {', '.join(levers)}"
+
+
+def make_optimiser(setup: Setup) -> torch.optim.Optimizer:
+    """AdamW over the LoRA, fused on CUDA."""
+    options = setup.recipe.optimiser
+    return torch.optim.AdamW(
+        list(lora.parameters(setup.adapter).values()),
+        lr=options.learning_rate,
+        betas=options.betas,
+        eps=options.eps,
+        weight_decay=options.weight_decay,
+        fused=setup.accelerator.device.type == "cuda",
+    )
+
+
+def learning_rate(recipe: Recipe, update: int) -> float:
+    """Learning rate of update number `update` (from 0): linear warm-up, then constant or cosine to 0."""
+    options, total = recipe.optimiser, recipe.steps * recipe.updates_per_group
+    if update < options.warmup:
+        return options.learning_rate * (update + 1) / options.warmup
+    if options.schedule == "constant":
+        return options.learning_rate
+    progress = (update - options.warmup) / max(1, total - options.warmup)
+    return options.learning_rate * 0.5 * (1 + float(np.cos(np.pi * progress)))
+
+
+def _groups(setup: Setup, at: int) -> Iterator[tuple[Prepared, list[int]]]:
+    """The prepared batches of a step, each with the indices of its samples in the whole batch over all processes."""
+    recipe, accelerator = setup.recipe, setup.accelerator
+    per_pass = recipe.batch_size * accelerator.num_processes
+
+    def stream(turn: int) -> list[int]:
+        """Where this process's samples of a turn stand in the endless stream; turns go on into later steps."""
+        first = (at * recipe.accumulate + turn) * per_pass + accelerator.process_index * recipe.batch_size
+        return list(range(first, first + recipe.batch_size))
+
+    whole = per_pass * recipe.accumulate
+    for turn in range(recipe.accumulate):
+        batch = setup.data.batch(recipe.seed, stream(turn))
+        setup.data.prefetch(recipe.seed, stream(turn + 1))
+        indices = [index - at * whole for index in stream(turn)]
+        draws = Draws(recipe.seed, at, indices, "group")
+        yield setup.method.prepare(batch.to(accelerator.device), draws), indices
+
+
+def _update(
+    setup: Setup, optimiser: torch.optim.Optimizer, state: State, groups: list[tuple[Prepared, list[int]]], update: int
+) -> dict[str, Any]:
+    """Back-propagate the losses of the groups and take one optimiser step, unless something is not finite."""
+    recipe, parameters = setup.recipe, lora.parameters(setup.adapter)
+    optimiser.zero_grad(set_to_none=True)
+    metrics: dict[str, Any] = {}
+    culprit = ""
+    for group, indices in groups:
+        draws = Draws(recipe.seed, state.step, indices, f"update-{update}")
+        for loss in setup.method.losses(group, draws):
+            assert torch.is_grad_enabled(), "a method yielded inside no_grad"
+            (loss.value / recipe.accumulate).backward()
+            for name, value in loss.metrics.items():
+                metrics[name] = metrics.get(name, 0.0) + value * loss.weight / recipe.accumulate
+                if not np.isfinite(value) and not culprit:
+                    culprit = name
+    assert all(p.grad is not None for p in parameters.values()), (
+        "a LoRA tensor got no gradient: was the LoRA switched off?"
+    )
+    gradients = [p.grad for p in parameters.values() if p.grad is not None]
+    if culprit:  # an infinite loss can have a finite gradient: let every process see that this update is void
+        gradients[0].fill_(torch.nan)
+    _average_gradients(setup.accelerator, gradients)
+    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.optimiser.clip)
+    rate = learning_rate(recipe, state.updates)
+    metrics |= {"grad_norm": float(norm), "learning_rate": rate}
+    state.updates += 1
+    if bool(norm.isfinite()):
+        for parameter_group in optimiser.param_groups:
+            parameter_group["lr"] = rate
+        optimiser.step()
+        if isinstance(setup.method, Stateful):
+            setup.method.after_update()
+        state.skipped_in_a_row = 0
+    else:
+        bad = (
+            f"gradient of {name}"
+            for name, p in parameters.items()
+            if p.grad is not None and not p.grad.isfinite().all()
+        )
+        metrics["not_finite"] = culprit or next(bad, "norm of the gradient")
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+    return metrics
+
+
+def _average_gradients(accelerator: Accelerator, gradients: list[Tensor]) -> None:
+    """Average over the processes, in one call."""
+    if accelerator.num_processes == 1:
+        return
+    flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def _agree(accelerator: Accelerator, metrics: dict[str, Any], stop: bool) -> tuple[dict[str, Any], bool]:
+    """Metrics averaged over the processes, and whether any of these was asked to stop."""
+    if accelerator.num_processes == 1:
+        return metrics, stop
+    numbers = sorted(name for name, value in metrics.items() if isinstance(value, float))
+    mine = torch.tensor(
+        [*[metrics[name] for name in numbers], float(stop)], dtype=torch.float64, device=accelerator.device
+    )
+    mean = accelerator.reduce(mine, "mean").tolist()
+    return metrics | dict(zip(numbers, mean, strict=False)), mean[-1] > 0
+
+
+def _saver(setup: Setup, run: Path, optimiser: torch.optim.Optimizer, state: State) -> Callable[[], None]:
+    def save() -> None:
+        if setup.accelerator.is_main_process:
+            checkpoint.save(run, setup.adapter, setup.method, optimiser, state, setup.recipe.keep_checkpoints)
+        setup.accelerator.wait_for_everyone()
+
+    return save
+
+
+def _seed_everything(seed: int, at: int, process: int) -> None:
+    """Seed the global generators from the step: what third-party rewards draw is then equal after a resume, too."""
+    mixed = seed_of(seed, at, "global", process)
+    torch.manual_seed(mixed)
+    random.seed(mixed)
+    np.random.seed(mixed % 2**32)
+
+
+def _check_machine(state: State, log: RunLog, processes: int) -> None:
+    """Refuse another number of processes than the run began with, and warn of another number of threads."""
+    if state.processes not in (0, processes):
+        raise UserError(f"the run had {state.processes} processes, now there are {processes}: resume it with as many")
+    state.processes = processes
+    threads = torch.get_num_threads()
+    if state.threads not in (0, threads):
+        log.say(f"warning: the run used {state.threads} CPU threads, now {threads}: it will differ in the last bits")
+    state.threads = threads
+
+
+@contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """Inside, SIGINT and SIGTERM only leave word, so that the step is finished and saved; a second one ends it."""
+    received: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    # Handlers can be set in the main thread only; elsewhere (a notebook's worker) signals stay as they are.
+    if threading.current_thread() is threading.main_thread():
+        previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

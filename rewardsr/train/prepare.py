@@ -1,0 +1,201 @@
+"""From a recipe to everything that training needs, cheap checks first: bad input is refused before any long work."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+
+from rewardsr import lora
+from rewardsr.adapter import Batch, ISRAdapter
+from rewardsr.data.degradation import degradation_for
+from rewardsr.data.folder import Data, open_data
+from rewardsr.errors import UserError
+from rewardsr.options import parse
+from rewardsr.pipelines import adapter_options, choose_device, load_adapter
+from rewardsr.plugins import resolve
+from rewardsr.rewards import build
+from rewardsr.rewards.base import Reward
+from rewardsr.rewards.probe import probe_gradient
+from rewardsr.run_folder import RECIPE
+from rewardsr.storage import is_leftover
+from rewardsr.train import recipe as recipes
+from rewardsr.train.log import check_trackers
+from rewardsr.train.recipe import Recipe
+from rewardsr.trainers.base import Method
+
+DECODE_UP_TO = 2000  # training images; decoding more of them beforehand would itself be long work
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run works with.
+
+    Attributes:
+        recipe: resolved and checked.
+        accelerator: processes and device.
+        adapter: the pipeline with our LoRA attached.
+        method: the trainer.
+        data: training images.
+        validation: held-out images, if any.
+        metrics: rewards and guards, by name; all are logged at validation.
+        notes: what the user should know before it begins.
+    """
+
+    recipe: Recipe
+    accelerator: Accelerator
+    adapter: ISRAdapter
+    method: Method
+    data: Data
+    validation: Data | None
+    metrics: dict[str, Reward]
+    notes: tuple[str, ...]
+
+
+def set_up(recipe: Recipe) -> Setup:
+    """Load and check everything, in the order of what it costs.
+
+    Raises:
+        UserError: anything in the recipe that cannot be had or does not fit.
+    """
+    check_trackers(list(recipe.log_with))
+    device, dtype = choose_device(recipe.device, recipe.precision)
+    accelerator = _accelerator(device)
+    method_kind = resolve("trainers", recipe.trainer)
+    if not hasattr(method_kind, "Options"):
+        raise UserError(f"trainer '{recipe.trainer}' is no training method (see rewardsr.trainers.base.Method)")
+    options = parse(method_kind.Options, recipe.trainer_options, "trainer_options")
+    # Known before the pipeline is loaded, so that the data can be checked first.
+    scale = adapter_options(recipe.adapter, recipe.adapter_options).get("scale", 4)
+    extras = getattr(resolve("adapters", recipe.adapter), "extras", ())
+    train, validation = open_folders(recipe, scale, extras)
+    rewards = {entry.name: build(entry.name, **entry.options) for entry in recipe.rewards}
+    guards = {name: build(name) for name in recipe.guards if name not in rewards}
+    notes = [f"device {device}, base in {str(dtype).removeprefix('torch.')}, LoRA in float32"]
+    if len(train) <= DECODE_UP_TO:
+        train.check()
+    else:
+        notes.append(
+            f"{len(train)} training images: headers were checked, a damaged file stops the run when its turn comes"
+        )
+    if validation is not None:
+        validation.check()
+    sample = _judged(train.batch(recipe.seed, [0]).to(device), getattr(options, "reward_crop", None), scale)
+    _try_metrics(rewards | guards, sample)
+    steering = {entry.name: entry.weight for entry in recipe.rewards if entry.weight > 0}
+    if getattr(method_kind, "differentiates", False):
+        for name in steering:
+            probe_gradient(name, rewards[name], sample)
+    adapter = load_adapter(recipe.adapter, recipe.base, device=device, dtype=dtype, **recipe.adapter_options)
+    if adapter.scale != scale:  # an adapter whose scale is no option of its `load`
+        train, validation = open_folders(recipe, adapter.scale, extras)
+    with torch.no_grad():
+        adapter.encode(train.batch(recipe.seed, [0]))  # says what the family misses of the images
+        for batch in () if validation is None else validation.validation(1, recipe.seed, recipe.data.crop):
+            adapter.encode(batch)
+    _attach(adapter, recipe)
+    if recipe.gradient_checkpointing:
+        notes += [
+            f"gradient checkpointing: {name} cannot, and goes without"
+            for name in adapter.enable_gradient_checkpointing()
+        ]
+    method = method_kind(adapter, {name: rewards[name] for name in steering}, steering, options)
+    if hasattr(method, "check_size"):
+        method.check_size((recipe.data.crop, recipe.data.crop))
+    return Setup(recipe, accelerator, adapter, method, train, validation, rewards | guards, tuple(notes))
+
+
+def _judged(batch: Batch, window: int | None, scale: int) -> Batch:
+    """What a method's rewards see of a training crop: all of it, or a window where the method has `reward_crop`."""
+    assert batch.hq is not None
+    if window is None:
+        return batch
+    if window > min(batch.hq.shape[-2:]):
+        raise UserError(
+            f"trainer_options.reward_crop is {window}, but data.crop is {batch.hq.shape[-1]}: lower the former"
+        )
+    small = window // scale
+    return replace(batch, hq=batch.hq[..., :window, :window], lq=batch.lq[..., :small, :small])
+
+
+def _try_metrics(metrics: dict[str, Reward], batch: Batch) -> None:
+    """Score one crop against itself, so that a metric that cannot score such images says so before training."""
+    assert batch.hq is not None
+    for name, metric in metrics.items():
+        try:
+            with torch.no_grad():
+                scores = metric(batch.hq, batch)
+        except UserError:
+            raise
+        except Exception as error:  # a metric may be a stranger's
+            raise UserError(f"reward '{name}' fails on a training crop: {type(error).__name__}: {error}") from error
+        if tuple(scores.shape) != (len(batch),):
+            raise UserError(
+                f"reward '{name}' gave {tuple(scores.shape)} for {len(batch)} images, expected one score each"
+            )
+
+
+def open_folders(recipe: Recipe, scale: int, extras: Sequence[str] = ()) -> tuple[Data, Data | None]:
+    """Training and held-out images; folders of pairs are taken as they are, HQ folders are degraded.
+
+    Args:
+        recipe: of the run.
+        scale: HQ is this many times LQ.
+        extras: names of the tensors beside the images that the adapter takes.
+    """
+    folder = recipe.data
+    train = open_data(
+        folder.train,
+        scale=scale,
+        crop=folder.crop,
+        degradation=degradation_for(folder.train, folder.degradation, scale),
+        prompts=folder.prompts,
+        extras=extras,
+        flips=folder.flip,
+    )
+    if folder.validation is None:
+        return train, None
+    held_out = degradation_for(folder.validation, folder.degradation, scale)
+    return train, open_data(folder.validation, scale=scale, degradation=held_out, prompts=folder.prompts, extras=extras)
+
+
+def check_output(recipe: Recipe, resume: bool) -> None:
+    """Refuse a folder that holds something else than the run to be resumed.
+
+    Raises:
+        UserError: it does; or the recipe of the run there is another one.
+    """
+    run = Path(recipe.output)
+    if run.exists() and not run.is_dir():
+        raise UserError(f"output '{run}' is a file")
+    if not run.exists() or all(is_leftover(entry) for entry in run.iterdir()):
+        return
+    if not (run / RECIPE).is_file():
+        raise UserError(f"output '{run}' is not empty and holds no run: choose another folder")
+    if not resume:
+        raise UserError(
+            f"output '{run}' holds a run already: choose another folder, or continue that one with --resume"
+        )
+    other = recipes.load_recipe(str(run / RECIPE), {}, [])
+    different = recipes.differences(recipe, other)
+    if different:
+        raise UserError(
+            f"the run in '{run}' has another recipe (differs in: {', '.join(different)}); resume it unchanged"
+        )
+
+
+def _accelerator(device: torch.device) -> Accelerator:
+    """accelerate has one state a process: a second run there, on another device, needs a fresh one."""
+    if PartialState._shared_state and PartialState().device.type != device.type:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=device.type == "cpu")
+
+
+def _attach(adapter: ISRAdapter, recipe: Recipe) -> None:
+    """Our LoRA: a fresh one, or one to start from."""
+    if recipe.lora.init is None:
+        lora.attach(adapter, recipe.lora.rank, recipe.lora.alpha, recipe.seed)
+    else:
+        lora.load(adapter, recipe.lora.init)
