@@ -12,6 +12,7 @@ from rewardsr.adapters.stable_diffusion import load_parts
 from rewardsr.rewards.detail import Detail
 from rewardsr.rewards.fidelity import PSNR
 from rewardsr.testing import check_adapter, check_reward, tiny_pipeline
+from rewardsr.testing.flow import TinyFlow
 
 
 @pytest.fixture
@@ -35,8 +36,8 @@ class WrongLatents(OSEDiff):
 
 
 class HalfPrecision(OSEDiff):
-    def _predict(self, z_t, t, condition):
-        return super()._predict(z_t, t, condition).half()
+    def predict(self, z_t, t, condition):
+        return super().predict(z_t, t, condition).half()
 
 
 class NotFinite(OSEDiff):
@@ -94,6 +95,46 @@ class ChangesWithLora(OSEDiff):
         return super()._predict(z_t, t, condition) + 0.01 * lora.attached(self)
 
 
+class OwnSchedule(OSEDiff):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.schedule = 999
+
+
+class UnknownEncoder(OSEDiff):
+    encoders = ("image_encoder",)
+
+
+class RisingSteps(OSEDiff):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.steps = (100, 200)
+
+
+class NoisyEnd(OSEDiff):
+    def transition(self, z, prediction, t, t_next):
+        return super().transition(z, prediction, t, t_next)[0], 0.1
+
+
+class DiesInBFloat16(OSEDiff):
+    def _predict(self, z_t, t, condition):
+        if self.dtype == torch.bfloat16:
+            raise NotImplementedError("no kernel for bfloat16")
+        return super()._predict(z_t, t, condition)
+
+
+class OverflowsInBFloat16(OSEDiff):
+    def _predict(self, z_t, t, condition):
+        return super()._predict(z_t, t, condition) * (1e30 if self.dtype == torch.bfloat16 else 1) * 1e30
+
+
+class RoundsTheLora(OSEDiff):
+    def to(self, device, dtype):
+        super().to(device, dtype)
+        self.unet.to(dtype)
+        return self
+
+
 class Raises(OSEDiff):
     def _to_image(self, z0):
         raise ZeroDivisionError("of all things")
@@ -115,6 +156,13 @@ class Raises(OSEDiff):
         (SaysNoisy, "deterministic is False, but other draws give the same start"),
         (NoRangeCheck, "accepts images in [-1, 1]"),
         (ChangesWithLora, "a fresh LoRA changes the output"),
+        (OwnSchedule, "schedule is int, expected a rewardsr.schedule.Schedule"),
+        (UnknownEncoder, "encoders names 'image_encoder', which is none of networks"),
+        (RisingSteps, "steps are (100, 200), expected times that fall"),
+        (NoisyEnd, "transition: the last step, to z0, draws noise"),
+        (DiesInBFloat16, "in bfloat16: raised NotImplementedError: no kernel for bfloat16"),
+        (OverflowsInBFloat16, "in bfloat16: predict: gave values that are not finite"),
+        (RoundsTheLora, "in bfloat16: to: the LoRA is in torch.bfloat16, expected float32 always"),
         (Raises, "raised ZeroDivisionError: of all things"),
     ],
     ids=lambda entry: entry.__name__ if isinstance(entry, type) else "says",
@@ -139,6 +187,46 @@ def test_the_built_in_adapter_passes(tmp_path, autoencoder, options) -> None:
     adapter = OSEDiff.load(str(folder), **options)
     check_adapter(adapter)
     assert lora.attached(adapter) and all(p.grad is None for p in lora.parameters(adapter).values())
+
+
+class EncoderToo(OSEDiff):
+    """A LoRA on the encoder as well, as methods with a learnt encoding have it."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.trainable = {"unet": self.unet, "vae": self.vae}
+        self.lora_targets |= {"vae": ["encoder.conv_in", "encoder.conv_out"]}
+
+
+class CutEncoding(EncoderToo):
+    @torch.no_grad()
+    def _encode(self, batch, generator):
+        return super()._encode(batch, generator)
+
+
+def test_a_lora_on_the_encoder_is_reached_through_the_encoding(parts) -> None:
+    adapter = EncoderToo(parts, "tiny", noise_t=250)
+    check_adapter(adapter)
+    assert any(name.startswith("vae.") for name in lora.parameters(adapter))
+
+
+def test_a_lora_on_the_encoder_that_the_encoding_cuts_off_is_caught(parts) -> None:
+    with pytest.raises(AssertionError, match=r"no gradient reaches 4 LoRA tensors \(first: vae\."):
+        check_adapter(CutEncoding(parts, "tiny", noise_t=250))
+
+
+@pytest.mark.parametrize("options", [{}, {"guidance": 3.0}, {"steps": 1}, {"scale": 1, "shift": 1.0}], ids=str)
+def test_a_flow_adapter_written_from_the_contract_alone_passes(tmp_path, options) -> None:
+    check_adapter(TinyFlow.load(str(tiny_pipeline(tmp_path / "flow", family="flow")), **options))
+
+
+def test_a_check_leaves_the_base_as_it_was(parts) -> None:
+    adapter = OSEDiff(parts, "tiny", noise_t=250)
+    before = {name: value.clone() for name, value in adapter.unet.state_dict().items()}
+    check_adapter(adapter)
+    after = {name.replace(".base_layer.", "."): value for name, value in adapter.unet.state_dict().items()}
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert (adapter.device, adapter.dtype) == (torch.device("cpu"), torch.float32)
 
 
 # ---- rewards ----

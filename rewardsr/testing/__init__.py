@@ -1,0 +1,12 @@
+"""For authors of adapters, rewards and trainers, and for our own tests: tiny real pipelines, and checks that say what
+is wrong.
+
+`Replay` gives back recorded noise where a test must follow a recorded run. `rewardsr.testing.flow` is a whole adapter
+written from the contract alone.
+"""
+
+from rewardsr.draws import Replay
+from rewardsr.testing.checks import check_adapter, check_reward
+from rewardsr.testing.networks import tiny_pipeline, write_images
+
+__all__ = ["Replay", "check_adapter", "check_reward", "tiny_pipeline", "write_images"]
