@@ -69,7 +69,7 @@ def test_at_full_noise_a_flow_prediction_still_gives_z0_and_learns(latents) -> N
 
 @pytest.mark.parametrize(("name", "t"), PLACES)
 def test_times_of_rows_are_as_exact_as_a_number_for_all(name, t, latents) -> None:
-    schedule, (z_t, z0, prediction) = SCHEDULES[name], latents
+    schedule, (z_t, _, prediction) = SCHEDULES[name], latents
     rows = schedule.times([t] * len(z_t))
     assert rows.dtype == schedule.dtype
     one = float(rows[0]) if name == "flow" else t  # in float32, as the tensor has it

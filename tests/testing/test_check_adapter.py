@@ -1,6 +1,4 @@
-"""The checks that plug-in authors run find what they are there to find, and say it."""
-
-from pathlib import Path
+"""`check_adapter` finds what it is there to find, and says it."""
 
 import pytest
 import torch
@@ -9,9 +7,7 @@ from torch import Tensor
 from rewardsr import Batch, lora
 from rewardsr.adapters.osediff import OSEDiff
 from rewardsr.adapters.stable_diffusion import load_parts
-from rewardsr.rewards.detail import Detail
-from rewardsr.rewards.fidelity import PSNR
-from rewardsr.testing import check_adapter, check_reward, tiny_pipeline
+from rewardsr.testing import check_adapter, tiny_pipeline
 from rewardsr.testing.flow import TinyFlow
 
 
@@ -19,9 +15,6 @@ from rewardsr.testing.flow import TinyFlow
 def parts(tiny_base):
     """Loaded anew each time: a check leaves a LoRA behind."""
     return load_parts(str(tiny_base))
-
-
-# ---- adapters ----
 
 
 class WrongSize(OSEDiff):
@@ -229,76 +222,6 @@ def test_a_check_leaves_the_base_as_it_was(parts) -> None:
     assert (adapter.device, adapter.dtype) == (torch.device("cpu"), torch.float32)
 
 
-# ---- rewards ----
-
-
-class Mean(PSNR):
-    def __call__(self, sr, batch):
-        return super().__call__(sr, batch).mean()
-
-
-class Integers(PSNR):
-    def __call__(self, sr, batch):
-        return super().__call__(sr, batch).round().long()
-
-
-class Infinite(PSNR):
-    def __call__(self, sr, batch):
-        return super().__call__(sr, batch) / 0
-
-
-class Relative(PSNR):
-    def __call__(self, sr, batch):
-        scores = super().__call__(sr, batch)
-        return scores - scores.mean()
-
-
-class Detached(Detail):
-    def __call__(self, sr, batch):
-        return super().__call__(sr.detach(), batch)
-
-
-class Rounded(Detail):
-    """Gradients are there, and all zero."""
-
-    def __call__(self, sr, batch):
-        return super().__call__((sr * 255).round() / 255, batch)
-
-
-class Breaks(PSNR):
-    def __call__(self, sr, batch):
-        raise ZeroDivisionError("of all things")
-
-
-class OtherKind(PSNR):
-    kind = "taste"
-
-
-@pytest.mark.parametrize(
-    ("kind", "says"),
-    [
-        (Mean, "score: gave (), expected (3,)"),
-        (Integers, "score: gave torch.int64, expected float32"),
-        (Infinite, "score: gave values that are not finite"),
-        (Relative, "a score depends on the other images of its batch"),
-        (Detached, "its gradient is zero, not finite or cut"),
-        (Rounded, "its gradient is zero, not finite or cut"),
-        (Breaks, "raised ZeroDivisionError: of all things"),
-        (OtherKind, "kind is 'taste'"),
-    ],
-    ids=lambda entry: entry.__name__ if isinstance(entry, type) else "says",
-)
-def test_a_broken_reward_is_caught(kind, says) -> None:
-    with pytest.raises(AssertionError) as caught:
-        check_reward(kind())
-    assert says in str(caught.value), caught.value
-
-
-def test_a_reward_that_lacks_an_attribute_is_told_which() -> None:
-    with pytest.raises(AssertionError, match="attribute 'licence' is missing"):
-        check_reward(type("Bare", (), {"name": "bare", "differentiable": False, "needs_hq": False})())
-
-
 def test_all_problems_are_listed_at_once(parts) -> None:
     class TwoFaults(CutDecoder):
         def _to_latents(self, image, generator):
@@ -307,14 +230,3 @@ def test_all_problems_are_listed_at_once(parts) -> None:
     with pytest.raises(AssertionError) as caught:
         check_adapter(TwoFaults(parts, "tiny", noise_t=250))
     assert "to_image: gradients" in str(caught.value) and "to_latents: gradients" in str(caught.value)
-
-
-# ---- what tests are made of ----
-
-
-def test_tiny_pipelines_are_small_and_the_same_every_time(tmp_path) -> None:
-    one, other = (tiny_pipeline(tmp_path / name, seed=3) for name in ("one", "other"))
-    sizes = [path.stat().st_size for path in Path(one).rglob("*") if path.is_file()]
-    assert sum(sizes) < 2_000_000
-    weights = "unet/diffusion_pytorch_model.safetensors"
-    assert (one / weights).read_bytes() == (other / weights).read_bytes()
