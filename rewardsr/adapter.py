@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from rewardsr.batch import Batch, Condition
 from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError
+from rewardsr.options import Options
 from rewardsr.schedule import Coefficient, Schedule, Time
 from rewardsr.tiling import Tiling
 
@@ -44,6 +45,7 @@ class ISRAdapter(ABC):
 
     Attributes:
         name: registered name of the family.
+        Options: what users can set, a subclass of `rewardsr.Options`.
         scale: `sr` is this many times `lq`; 1 for inputs already at output size.
         size_multiple: the upsampled image is padded (replicate) to a multiple of this many pixels.
         schedule: how latents are noised, and what the network's predictions mean.
@@ -65,6 +67,7 @@ class ISRAdapter(ABC):
     """
 
     name: ClassVar[str] = ""
+    Options: ClassVar[type[Options]] = Options
     scale: int
     size_multiple: int
     schedule: Schedule
@@ -183,6 +186,25 @@ class ISRAdapter(ABC):
 
     # ---- what every adapter must also say ----
 
+    @classmethod
+    @abstractmethod
+    def load(cls, base: str, options: Any) -> Self:
+        """An adapter on a local diffusers folder or a Hub id, in float32 on the CPU.
+
+        Args:
+            base: folder or Hub id.
+            options: an instance of the adapter's `Options`.
+
+        Raises:
+            UserError: anything that cannot be had, read or fitted.
+        """
+
+    @classmethod
+    def scale_of(cls, options: Any) -> int | None:
+        """`scale` as far as the options tell it before anything is loaded; None: only the loaded pipeline knows."""
+        scale: int | None = getattr(options, "scale", None)
+        return scale
+
     @property
     def deterministic(self) -> bool:
         """Whether sampling draws no noise, so that a group of samples would be copies of one."""
@@ -202,7 +224,7 @@ class ISRAdapter(ABC):
         return False
 
     @classmethod
-    def from_pipeline(cls, pipe: Any, **options: Any) -> Self:
+    def from_pipeline(cls, pipe: Any, options: Any) -> Self:
         """An adapter on the networks of a live pipeline object: shared, not copied, and left where they are.
 
         Raises:

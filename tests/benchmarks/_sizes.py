@@ -111,7 +111,7 @@ def pipeline(size: str, device: torch.device, dtype: torch.dtype, fingerprint: b
     original = family.fingerprint
     family.fingerprint = original if fingerprint else lambda networks: "none"
     try:
-        adapter = OSEDiff(parts, f"random weights of size {size}", noise_t=250, net_t=100)
+        adapter = OSEDiff(parts, f"random weights of size {size}", OSEDiff.Options(noise_t=250, net_t=100))
     finally:
         family.fingerprint = original
     return adapter if device.type == "meta" else adapter.to(device, dtype)
