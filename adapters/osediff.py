@@ -41,9 +41,9 @@ class OSEDiff(StableDiffusion):
             "merged in float32), or a folder or Hub id with merged `unet/` and, where it was trained, `vae/`",
         )
         noise_t: int | None = Field(
-            None, description="the latents are noised as of this time (GDPO-SR: 250); none: not at all (OSEDiff)"
+            None, description="the latents are noised as of this time (GDPO-SR: 250); null: not at all (OSEDiff)"
         )
-        net_t: int | None = Field(None, description="time that the UNet is told; none: 100 with noise_t, 999 without")
+        net_t: int | None = Field(None, description="time that the UNet is told; null: 100 with noise_t, 999 without")
 
     options: Options
 

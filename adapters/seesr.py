@@ -36,12 +36,12 @@ class SeeSR(Ancestral):
         """Options of SeeSR; its `prompt` are the tags of images that bring none, where there is no tagger."""
 
         weights: str | None = Field(
-            None, description="folder or Hub id with SeeSR's `unet/` and `controlnet/`; none: those of the base"
+            None, description="folder or Hub id with SeeSR's `unet/` and `controlnet/`; null: those of the base"
         )
         tagger: str | None = Field(
             None,
             description="looks at images that bring no embeddings: `module:Name`, or a name of the entry-point group "
-            "`rewardsr.taggers` (below)",
+            "`rewardsr.taggers`",
         )
         steps: Steps = 50
         guidance: Guidance = 5.5
@@ -271,13 +271,9 @@ def _layers(network: nn.Module, wanted: Callable[[str], bool]) -> tuple[str, ...
 
 def _check_alike(base: str, unet: Any, controlnet: Any) -> None:
     for key in ALIKE:
-        one, other = (getattr(network.config, key, None) for network in (unet, controlnet))
-        same = (
-            list(one) == list(other)
-            if isinstance(one, list | tuple) and isinstance(other, list | tuple)
-            else one == other
-        )
-        if not same:
+        values = (getattr(network.config, key, None) for network in (unet, controlnet))
+        one, other = (tuple(value) if isinstance(value, list) else value for value in values)
+        if one != other:
             raise UserError(f"'{base}': UNet and ControlNet do not fit each other: {key} is {one} and {other}")
     widths = [_width(network.state_dict()) for network in (unet, controlnet)]
     if widths[0] != widths[1]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rewardsr import options
 from rewardsr.adapter import BaseModel, Batch, Condition, ISRAdapter
-from rewardsr.adapters._networks import hush, load_network, read_part
+from rewardsr.adapters._networks import load_network, read_part
 from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError
 from rewardsr.hub.fetch import fetch
@@ -35,7 +35,7 @@ UNET_TARGETS = (
 Scale = Annotated[int, Field(ge=1, description="`sr` is this many times `lq`; 1 for inputs already at output size")]
 Steps = Annotated[int, Field(ge=1, description="of the sampler")]
 Guidance = Annotated[float, Field(ge=1, description="classifier-free guidance scale; 1: none")]
-Tile = Annotated[int | None, Field(description="side in latents: larger images are sampled in tiles; none: never")]
+Tile = Annotated[int | None, Field(description="latents larger than tile x tile are sampled in tiles; null: never")]
 TileOverlap = Annotated[int, Field(description="of neighbouring tiles, in latents")]
 
 
@@ -72,7 +72,6 @@ def load_parts(base: str, revision: str | None = None, unet: Any = None) -> Part
     for part in needed:
         if not (folder / part).is_dir():
             raise UserError(f"base '{base}' has no folder '{part}/': expected a diffusers pipeline folder")
-    hush()
     from transformers import CLIPTextModel, CLIPTokenizer
 
     scheduler = scheduler_config(folder / "scheduler")

@@ -37,7 +37,7 @@ class StableSR(Ancestral):
         weights: str | None = Field(
             None,
             description="folder or Hub id that `rewardsr import stablesr` has written, or a released checkpoint itself "
-            "(`.ckpt`, `.safetensors`; slower); none: `unet/` and `struct_encoder/` of the base",
+            "(`.ckpt`, `.safetensors`; slower); null: `unet/` and `struct_encoder/` of the base",
         )
         steps: Steps = 200
         tile: Tile = 64

@@ -16,7 +16,6 @@ class Mixed(StableDiffusion):
     """Spherical mix of LQ latents and noise, then one step at t=200."""
 
     name = "mixed"
-
     steps, noise_t = (200,), 200
 
     class Options(StableDiffusion.Options):

@@ -9,8 +9,9 @@ Tensors at every public boundary:
 
 `rewardsr.batch` has what goes in (`Batch`) and what denoising is conditioned on (`Condition`).
 
-An adapter writes five hooks (`_encode`, `_start`, `_predict`, `_to_latents`, `_to_image`); their public namesakes check
-what they are given, call them in the adapter's precision, and give float32 back.
+An adapter declares its `Options`, says how to `load`, and writes five hooks (`_encode`, `_start`, `_predict`,
+`_to_latents`, `_to_image`); their public namesakes check what they are given, call them in the adapter's precision, and
+give float32 back.
 """
 
 from abc import ABC, abstractmethod
@@ -226,6 +227,10 @@ class ISRAdapter(ABC):
     @classmethod
     def from_pipeline(cls, pipe: Any, options: Any) -> Self:
         """An adapter on the networks of a live pipeline object: shared, not copied, and left where they are.
+
+        Args:
+            pipe: any object with the networks that the family needs.
+            options: an instance of the adapter's `Options`; what it says of loading has no meaning here.
 
         Raises:
             UserError: the family takes no live pipelines, or the parts do not fit each other.

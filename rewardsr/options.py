@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 from pathlib import PurePath
-from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -63,13 +64,18 @@ def describe(model: type[Options]) -> list[Option]:
 
 
 def _in_words(annotation: Any) -> str:
+    """A type as recipes have it: "int or null", "lq or noise"."""
     if get_origin(annotation) is Literal:
         return " or ".join(map(str, get_args(annotation)))
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(map(_in_words, get_args(annotation)))
+    if annotation is NoneType:
+        return "null"
     return annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
 
 
 def _default(value: Any) -> str:
-    return "none" if value is None else repr(value) if value == "" else str(value)
+    return "null" if value is None else repr(value) if value == "" else str(value)
 
 
 def _explain(model: type[BaseModel], loc: tuple[int | str, ...], kind: str, message: str, value: Any) -> str:

@@ -138,7 +138,7 @@ def options_table(name: str) -> str:
     """The options of an adapter as a Markdown table, as adapters/README.md has it."""
     rows = [("option", "type", "default", "meaning"), ("---",) * 4]
     rows += [(f"`{o.name}`", o.type, f"`{o.default}`", o.description) for o in describe(adapter_class(name).Options)]
-    return "".join(f"| {' | '.join(cell.replace('|', 'or') for cell in row)} |\n" for row in rows)
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def choose_device(device: str, precision: str) -> tuple[torch.device, torch.dtype]:

@@ -217,7 +217,7 @@ def test_all_problems_are_listed_at_once(parts) -> None:
             return super()._to_latents(image, generator).detach()
 
     with pytest.raises(AssertionError) as caught:
-        check_adapter(TwoFaults(parts, "tiny", noise_t=250))
+        check_adapter(TwoFaults(parts, "tiny", TwoFaults.Options(noise_t=250)))
     assert "to_image: gradients" in str(caught.value) and "to_latents: gradients" in str(caught.value)
 
 
