@@ -235,7 +235,7 @@ def noise_share(unet: Any, encoder: Any) -> float:
     """How strongly the prediction at the last time follows pure noise, as a slope.
 
     The best guess of the noise is then the noise itself: 1 for a trained network that predicts it. The velocity
-    sqrt(a) eps - sqrt(1 - a) z0 holds sqrt(a) = 0.07 of it.
+    sqrt(a) e - sqrt(1 - a) z0 (progressive distillation, appendix D) holds sqrt(a) = 0.07 of it.
     """
     from rewardsr.adapters._sft import modulated
 

@@ -59,13 +59,13 @@ class SeeSR(Ancestral):
     @classmethod
     def load(cls, base: str, options: Options) -> Self:
         """Load the pipeline, in float32 on the CPU."""
-        source = options.weights or base
-        folder, _ = fetch(source, "weights", tuple(_KINDS))
+        source = base if options.weights is None else options.weights
+        folder, _ = fetch(source, "weights", tuple(_KINDS), options.revision if options.weights is None else None)
         for part in _KINDS:
             if not (folder / part).is_dir():
                 raise UserError(f"'{source}' has no folder '{part}/': expected SeeSR's unet/ and controlnet/")
         unet, controlnet = (_load(folder / part, kind) for part, kind in _KINDS.items())
-        identity = base if source == base else f"{base} + {source}"
+        identity = base if options.weights is None else f"{base} + {source}"
         return cls(load_parts(base, options.revision, unet), identity, options, controlnet)
 
     @classmethod
@@ -102,7 +102,7 @@ class SeeSR(Ancestral):
     def _encode(self, batch: Batch, generator: Source | None) -> Condition:
         image = self.upsample(batch.lq)
         height, width = image.shape[-2:]
-        tokens, tags = self._look(batch, image)
+        tokens, tags = self._embeddings_and_tags(batch, image)
         padded = self.pad(image)
         if self.options.start_point == "lq":
             latents = self.to_latents(image, generator)
@@ -123,30 +123,15 @@ class SeeSR(Ancestral):
         assert condition.control is not None
         z_t, text, control = (value.to(self.dtype) for value in (z_t, condition.text, condition.control))
         tokens = condition.extras[EMBEDDING].to(self.dtype)
+        seen = {"encoder_hidden_states": text, "return_dict": False}
+        strength = self.options.conditioning_scale
         down, middle = _attend(
-            self.controlnet,
-            tokens,
-            z_t,
-            t,
-            encoder_hidden_states=text,
-            controlnet_cond=control,
-            conditioning_scale=self.options.conditioning_scale,
-            return_dict=False,
+            self.controlnet, tokens, z_t, t, controlnet_cond=control, conditioning_scale=strength, **seen
         )
-        (prediction,) = _attend(
-            self.unet,
-            tokens,
-            z_t,
-            t,
-            encoder_hidden_states=text,
-            down_block_additional_residuals=down,
-            mid_block_additional_residual=middle,
-            return_dict=False,
-        )
-        made: Tensor = prediction
-        return made
+        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        return _attend(self.unet, tokens, z_t, t, **residuals, **seen)[0]
 
-    def _look(self, batch: Batch, image: Tensor) -> tuple[Tensor, list[str | None]]:
+    def _embeddings_and_tags(self, batch: Batch, image: Tensor) -> tuple[Tensor, list[str | None]]:
         """Embeddings (B, tokens, width) and tags: what came with the images, and from the tagger what did not."""
         tokens = batch.extras.get(EMBEDDING)
         tags: list[str | None] = [None] * len(batch) if batch.prompts is None else list(batch.prompts)
@@ -208,26 +193,27 @@ def add_image_attentions(network: Any, width: int) -> None:
     for block in (*network.down_blocks, network.mid_block, *getattr(network, "up_blocks", ())):
         if not hasattr(block, "attentions"):
             continue
-        twins = [_twin(text, width) for text in block.attentions]
+        twins = [_as_wide(text, width) for text in block.attentions]
         block.image_attentions = nn.ModuleList(twins)
         for text, image in zip(block.attentions, twins, strict=True):
 
-            def look(module: nn.Module, given: Any, result: Any, image: nn.Module = image) -> Any:
+            def attend_to_image(module: nn.Module, given: Any, result: Any, image: nn.Module = image) -> Any:
                 return image(result[0], encoder_hidden_states=network.image_tokens, return_dict=False)
 
-            text.register_forward_hook(look)
+            text.register_forward_hook(attend_to_image)
     network.image_tokens = None
     network.register_to_config(use_image_cross_attention=True)
 
 
-def _twin(text: Any, width: int) -> Any:
+def _as_wide(text: Any, width: int) -> Any:
+    """A new attention of the same configuration that attends to tokens of this width."""
     # Past `from_config`, which takes arguments that were given by position for defaults, and leaves them out.
     own = {name: value for name, value in text.config.items() if not name.startswith("_")}
     return type(text)(**{**own, "cross_attention_dim": width})
 
 
 def _attend(network: Any, tokens: Tensor, *arguments: Any, **options: Any) -> Any:
-    """Call a network with image embeddings: one of ours, or SeeSR's own class, which takes them as an argument."""
+    """Call a network, ours or SeeSR's own class, with image embeddings (B, tokens, width)."""
     if not hasattr(network, "image_tokens"):
         return network(*arguments, image_encoder_hidden_states=tokens, **options)
     network.image_tokens = tokens

@@ -23,9 +23,9 @@ from rewardsr.tiling import Tiling
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 CACHED_PROMPTS = 512  # embeddings kept on the device: 160 MB at the width of SD 2.1
+BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 # Every convolution and every attention and feed-forward projection of the UNet, as OSEDiff and GDPO-SR adapt them;
 # no time embeddings, norms or biases.
-BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 UNET_TARGETS = (
     *("conv_in", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "conv_out"),
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
@@ -319,7 +319,7 @@ class StableDiffusion(ISRAdapter):
 
 
 class Ancestral(StableDiffusion):
-    """Common ground of families that take many steps of ancestral DDPM, starting near the LQ image."""
+    """Common ground of families that take many steps of ancestral DDPM (eq. 6 and 7), starting near the LQ image."""
 
     class Options(StableDiffusion.Options):
         """Options of SeeSR and StableSR."""

@@ -47,13 +47,13 @@ class StableSR(Ancestral):
     @classmethod
     def load(cls, base: str, options: Options) -> Self:
         """Load the pipeline. The UNet's configuration says what it predicts; else the base's scheduler does."""
-        source = options.weights or base
-        unet, encoder = _networks(source)
+        source = base if options.weights is None else options.weights
+        unet, encoder = _networks(source, options.revision if options.weights is None else None)
         parts = load_parts(base, options.revision, unet)
         if PREDICTION in unet.config:
             parts.scheduler = {**parts.scheduler, PREDICTION: unet.config[PREDICTION]}
             check_scheduler(parts.scheduler, f"{source}/unet")
-        return cls(parts, base if source == base else f"{base} + {source}", options, encoder)
+        return cls(parts, base if options.weights is None else f"{base} + {source}", options, encoder)
 
     def __init__(self, parts: Parts, base: str, options: Options, encoder: Any) -> None:
         super().__init__(parts, base, options, options.scale, {"struct_encoder": encoder})
@@ -72,8 +72,7 @@ class StableSR(Ancestral):
         if height % self._multiple or width % self._multiple:
             raise ValueError(f"predict: latents are {height} x {width}, expected multiples of {self._multiple}")
         features = self.struct_encoder(condition.latents.to(self.dtype), t)
-        prediction: Tensor = modulated(self.unet, features, z_t.to(self.dtype), t, condition.text.to(self.dtype)).sample
-        return prediction
+        return modulated(self.unet, features, z_t.to(self.dtype), t, condition.text.to(self.dtype)).sample
 
 
 def respaced(count: int, times: int) -> tuple[int, ...]:
@@ -94,14 +93,14 @@ def respaced(count: int, times: int) -> tuple[int, ...]:
     return tuple(reversed(taken))
 
 
-def _networks(source: str) -> tuple[Any, Any]:
+def _networks(source: str, revision: str | None) -> tuple[Any, Any]:
     """UNet and encoder of a folder, a Hub id or a checkpoint."""
     path = Path(source).expanduser()
     if path.is_file():
         unet, encoder = read_checkpoint(path)
         note_prediction(path, unet, encoder)
         return unet, encoder
-    folder, _ = fetch(source, "weights", ("unet", "struct_encoder"))
+    folder, _ = fetch(source, "weights", ("unet", "struct_encoder"), revision)
     return read_folder(folder)
 
 

@@ -176,15 +176,7 @@ def upscale(
     from rewardsr.pipelines import open_run
 
     pipeline, _ = open_run(
-        run,
-        adapter=adapter,
-        base=base,
-        options=option or [],
-        loras=lora or [],
-        strength=strength,
-        device=device,
-        precision=precision,
-        force_base=force_base,
+        run, adapter, base, option, lora, strength=strength, device=device, precision=precision, force_base=force_base
     )
     run_upscale(
         pipeline,
@@ -225,16 +217,7 @@ def evaluate(
     from rewardsr.pipelines import open_run
     from rewardsr.storage import write_text
 
-    pipeline, _ = open_run(
-        run,
-        adapter=adapter,
-        base=base,
-        options=option or [],
-        loras=lora or [],
-        device=device,
-        precision=precision,
-        force_base=force_base,
-    )
+    pipeline, _ = open_run(run, adapter, base, option, lora, device=device, precision=precision, force_base=force_base)
     names = [name.strip() for name in metrics.split(",") if name.strip()]
     found = protocol.evaluate(pipeline, data, names, draws_per_image=draws, seed=seed, limit=limit, prompts=prompts)
     typer.echo(report.text(found), nl=False)
@@ -259,15 +242,7 @@ def export(
     from rewardsr.pipelines import open_run
 
     pipeline, _ = open_run(
-        run,
-        adapter=adapter,
-        base=base,
-        options=option or [],
-        loras=lora or [],
-        strength=strength,
-        device="cpu",
-        precision="fp32",
-        force_base=force_base,
+        run, adapter, base, option, lora, strength=strength, device="cpu", precision="fp32", force_base=force_base
     )
     for path in sorted(exchange.export(pipeline, output, form).rglob("*")):
         if path.is_file():
@@ -289,7 +264,7 @@ def import_lora(
 
     if output.exists():
         raise UserError(f"'{output}' exists already: choose a new folder")
-    pipeline, _ = open_run(adapter=adapter, base=base, options=option or [], device="cpu", precision="fp32")
+    pipeline, _ = open_run(None, adapter, base, option, device="cpu", precision="fp32")
     found = foreign.read_foreign(pipeline, source)
     exchange.place(pipeline, found)
     typer.echo(f"rank {found.rank}, alpha {found.alpha:g}: {lora.save(pipeline, output)}")

@@ -171,11 +171,11 @@ def choose_device(device: str, precision: str) -> tuple[torch.device, torch.dtyp
 
 def open_run(
     run: str | None = None,
-    *,
     adapter: str = "osediff",
     base: str | None = None,
-    options: Sequence[str] = (),
-    loras: Sequence[str] = (),
+    options: Sequence[str] | None = None,
+    loras: Sequence[str] | None = None,
+    *,
     strength: float = 1.0,
     device: str = "auto",
     precision: str = "auto",
@@ -217,9 +217,9 @@ def open_run(
         raise UserError(
             "say which pipeline: --run FOLDER of a run, or --base with a diffusers folder, a Hub id or 'embedded'"
         )
-    settings |= recipes.assignments_of(list(options), "--option")
+    settings |= recipes.assignments_of(list(options or ()), "--option")
     pipeline = load_adapter(adapter, base, device=chosen, dtype=dtype, **settings)
-    parts = [weighted(text) for text in loras]
+    parts = [weighted(text) for text in loras or ()]
     if len(parts) == 1:
         lora.load(pipeline, parts[0][0], strength * parts[0][1], force_base)
     elif parts:
