@@ -175,7 +175,11 @@ def _tagged(tagger: Tagger, image: Tensor) -> tuple[Tensor, Sequence[str]]:
 
 def _make_tagger(name: str) -> Tagger:
     made: Any = resolve("taggers", name)
-    tagger: Tagger = made() if isinstance(made, type) else made
+    try:
+        tagger: Tagger = made() if isinstance(made, type) else made
+    except Exception as error:  # a tagger may be a stranger's
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"tagger '{name}' cannot be made without arguments: {reason}") from error
     if not callable(tagger):
         raise UserError(f"tagger '{name}': expected a function, or a class whose instances can be called")
     return tagger

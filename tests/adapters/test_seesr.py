@@ -261,6 +261,7 @@ def test_options_that_cannot_work(tiny_seesr) -> None:
     assert "overlap" in refused(tiny_seesr, tile=8, tile_overlap=8)
     assert "start_point" in refused(tiny_seesr, start_point="lr")
     assert "nowhere" in refused(tiny_seesr, tagger="nowhere:Tagger")
+    assert "cannot be made without arguments: TypeError" in refused(tiny_seesr, tagger="taggers:Demanding")
     assert "did you mean 'tagger'" in refused(tiny_seesr, taggr="taggers:Means")
 
 
