@@ -10,10 +10,12 @@ from rewardsr import lora
 from rewardsr.adapter import ISRAdapter
 from rewardsr.batch import Batch
 from rewardsr.draws import Draws
+from rewardsr.options import Options
 from rewardsr.rewards.base import Reward
 from rewardsr.schedule import Schedule
 
 EQUAL = 1e-4  # rows of a batch against the same rows alone: other summation orders, float32
+NOT_STRICT = "Options is no subclass of rewardsr.Options, which refuses keys that it does not know"
 ATTRIBUTES = ("scale", "size_multiple", "schedule", "steps", "networks", "trainable", "lora_targets", "base_model")
 
 
@@ -85,6 +87,8 @@ def _adapter_problems(adapter: ISRAdapter) -> Iterator[str]:
 
 
 def _attribute_problems(adapter: ISRAdapter) -> Iterator[str]:
+    if not (isinstance(adapter.Options, type) and issubclass(adapter.Options, Options)):
+        yield NOT_STRICT
     schedule, steps = adapter.schedule, tuple(adapter.steps)
     if not isinstance(schedule, Schedule):
         yield f"schedule is {type(schedule).__name__}, expected a rewardsr.schedule.Schedule (VP, Flow)"

@@ -10,13 +10,16 @@ from typing import Self
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
+from pydantic import Field
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from rewardsr import options
 from rewardsr.adapter import BaseModel, ISRAdapter
 from rewardsr.batch import Batch, Condition
 from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError
+from rewardsr.hub.fetch import fetch
 from rewardsr.lora.fingerprint import fingerprint
 from rewardsr.schedule import Flow, shifted
 
@@ -42,60 +45,42 @@ class TinyFlow(ISRAdapter):
     schedule = Flow()
     deterministic = False  # even a single step starts from noise
 
+    class Options(options.Options):
+        """Options of the flow pipeline."""
+
+        steps: int = Field(4, ge=1, description="of Euler's method, from t = 1 on")
+        shift: float = Field(3.0, gt=0, description="of the times towards noise; 1 spaces them evenly")
+        scale: int = Field(4, ge=1, description="`sr` is this many times `lq`")
+        guidance: float = Field(1.0, ge=1, description="classifier-free guidance scale; 1 means none")
+        prompt: str = Field("", description="text for images that bring none")
+        negative_prompt: str = Field("", description="of classifier-free guidance")
+
     @classmethod
-    def load(
-        cls,
-        base: str,
-        *,
-        steps: int = 4,
-        shift: float = 3.0,
-        scale: int = 4,
-        guidance: float = 1.0,
-        prompt: str = "",
-        negative_prompt: str = "",
-    ) -> Self:
-        """Load a folder that `tiny_pipeline` wrote.
+    def load(cls, base: str, options: Options) -> Self:
+        """Load a folder that `tiny_pipeline` wrote."""
+        return cls(fetch(base, "base", PARTS)[0], base, options)
 
-        Args:
-            base: the folder.
-            steps: of Euler's method, from t = 1 on.
-            shift: of the times towards noise; 1 spaces them evenly.
-            scale: `sr` is this many times `lq`.
-            guidance: classifier-free guidance scale; 1 means none.
-            prompt: text for images that bring none.
-            negative_prompt: of classifier-free guidance.
-
-        Raises:
-            UserError: a part is missing.
-        """
-        folder = Path(base).expanduser()
-        for part in PARTS:
-            if not (folder / part).is_dir():
-                raise UserError(f"base '{base}' has no folder '{part}/': write it with rewardsr.testing.tiny_pipeline")
-        adapter = cls()
-        adapter.transformer = SD3Transformer2DModel.from_pretrained(folder / "transformer")
-        adapter.vae = AutoencoderKL.from_pretrained(folder / "vae")
-        adapter.text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
-        adapter.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-        adapter.networks = {"transformer": adapter.transformer, "vae": adapter.vae}
-        for network in (*adapter.networks.values(), adapter.text_encoder):
+    def __init__(self, folder: Path, base: str, options: Options) -> None:
+        lacking = [part for part in PARTS if not (folder / part).is_dir()]
+        if lacking:
+            raise UserError(
+                f"base '{base}' has no folder '{lacking[0]}/': write it with rewardsr.testing.tiny_pipeline"
+            )
+        self.options = options
+        self.transformer = SD3Transformer2DModel.from_pretrained(folder / "transformer")
+        self.vae = AutoencoderKL.from_pretrained(folder / "vae")
+        self.text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        for network in (self.transformer, self.vae, self.text_encoder):
             network.requires_grad_(False).eval()
-        adapter.trainable = {"transformer": adapter.transformer}
-        adapter.lora_targets = {"transformer": TARGETS}
-        adapter.steps = tuple(float(shifted(step / steps, shift)) for step in range(steps, 0, -1))
-        adapter.scale, adapter.guidance = scale, guidance
-        adapter.prompt, adapter.negative_prompt = prompt, negative_prompt
-        adapter.size_multiple = adapter.compression * adapter.transformer.config.patch_size
-        adapter.device, adapter.dtype = torch.device("cpu"), torch.float32
-        adapter.base_model = BaseModel(base, "local", fingerprint(adapter.networks))
-        return adapter
-
-    prompt: str
-    negative_prompt: str
-    transformer: SD3Transformer2DModel
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
+        self.networks = {"transformer": self.transformer, "vae": self.vae}
+        self.trainable = {"transformer": self.transformer}
+        self.lora_targets = {"transformer": TARGETS}
+        self.steps = tuple(float(shifted(k / options.steps, options.shift)) for k in range(options.steps, 0, -1))
+        self.scale, self.guidance = options.scale, options.guidance
+        self.size_multiple = self.compression * self.transformer.config.patch_size
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.base_model = BaseModel(base, "local", fingerprint(self.networks))
 
     @property
     def compression(self) -> int:
@@ -105,12 +90,12 @@ class TinyFlow(ISRAdapter):
     def _encode(self, batch: Batch, generator: Source | None) -> Condition:
         image = self.upsample(batch.lq)
         prompts = batch.prompts if batch.prompts is not None else (None,) * len(batch)
-        text, pooled = self._text([self.prompt if prompt is None else prompt for prompt in prompts])
+        text, pooled = self._text([self.options.prompt if prompt is None else prompt for prompt in prompts])
         condition = Condition(
             text, self.to_latents(image, generator), (image.shape[-2], image.shape[-1]), pooled=pooled
         )
         if self.guidance != 1:
-            negative, negative_pooled = self._text([self.negative_prompt] * len(batch))
+            negative, negative_pooled = self._text([self.options.negative_prompt] * len(batch))
             condition = replace(condition, negative=negative, negative_pooled=negative_pooled)
         return condition
 

@@ -1,5 +1,6 @@
 """`check_adapter` finds what it is there to find, and says it."""
 
+import pydantic
 import pytest
 import torch
 from torch import Tensor
@@ -88,9 +89,20 @@ class ChangesWithLora(OSEDiff):
         return super()._predict(z_t, t, condition) + 0.01 * lora.attached(self)
 
 
+class LooseOptions(OSEDiff):
+    class Options(pydantic.BaseModel):
+        noise_t: int
+        net_t: int | None = None
+        scale: int = 4
+        prompt: str = ""
+
+        def tiling(self):
+            return None
+
+
 class OwnSchedule(OSEDiff):
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
+    def __init__(self, parts, base, options):
+        super().__init__(parts, base, options)
         self.schedule = 999
 
 
@@ -99,8 +111,8 @@ class UnknownEncoder(OSEDiff):
 
 
 class RisingSteps(OSEDiff):
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
+    def __init__(self, parts, base, options):
+        super().__init__(parts, base, options)
         self.steps = (100, 200)
 
 
@@ -149,6 +161,7 @@ class Raises(OSEDiff):
         (SaysNoisy, "deterministic is False, but other draws give the same start"),
         (NoRangeCheck, "accepts images in [-1, 1]"),
         (ChangesWithLora, "a fresh LoRA changes the output"),
+        (LooseOptions, "Options is no subclass of rewardsr.Options"),
         (OwnSchedule, "schedule is int, expected a rewardsr.schedule.Schedule"),
         (UnknownEncoder, "encoders names 'image_encoder', which is none of networks"),
         (RisingSteps, "steps are (100, 200), expected times that fall"),
@@ -185,8 +198,8 @@ def test_the_built_in_adapter_passes(tmp_path, autoencoder, options) -> None:
 class EncoderToo(OSEDiff):
     """A LoRA on the encoder as well, as methods with a learnt encoding have it."""
 
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
+    def __init__(self, parts, base, options):
+        super().__init__(parts, base, options)
         self.trainable = {"unet": self.unet, "vae": self.vae}
         self.lora_targets |= {"vae": ["encoder.conv_in", "encoder.conv_out"]}
 
@@ -198,23 +211,24 @@ class CutEncoding(EncoderToo):
 
 
 def test_a_lora_on_the_encoder_is_reached_through_the_encoding(parts) -> None:
-    adapter = EncoderToo(parts, "tiny", noise_t=250)
+    adapter = EncoderToo(parts, "tiny", EncoderToo.Options(noise_t=250))
     check_adapter(adapter)
     assert any(name.startswith("vae.") for name in lora.parameters(adapter))
 
 
 def test_a_lora_on_the_encoder_that_the_encoding_cuts_off_is_caught(parts) -> None:
     with pytest.raises(AssertionError, match=r"no gradient reaches 4 LoRA tensors \(first: vae\."):
-        check_adapter(CutEncoding(parts, "tiny", noise_t=250))
+        check_adapter(CutEncoding(parts, "tiny", CutEncoding.Options(noise_t=250)))
 
 
 @pytest.mark.parametrize("options", [{}, {"guidance": 3.0}, {"steps": 1}, {"scale": 1, "shift": 1.0}], ids=str)
 def test_a_flow_adapter_written_from_the_contract_alone_passes(tmp_path, options) -> None:
-    check_adapter(TinyFlow.load(str(tiny_pipeline(tmp_path / "flow", family="flow")), **options))
+    base = tiny_pipeline(tmp_path / "flow", family="flow")
+    check_adapter(TinyFlow.load(str(base), TinyFlow.Options(**options)))
 
 
 def test_a_check_leaves_the_base_as_it_was(parts) -> None:
-    adapter = OSEDiff(parts, "tiny", noise_t=250)
+    adapter = OSEDiff(parts, "tiny", OSEDiff.Options(noise_t=250))
     before = {name: value.clone() for name, value in adapter.unet.state_dict().items()}
     check_adapter(adapter)
     after = {name.replace(".base_layer.", "."): value for name, value in adapter.unet.state_dict().items()}

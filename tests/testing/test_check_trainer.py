@@ -200,4 +200,4 @@ def test_the_built_in_trainers_pass(kind, options) -> None:
 @pytest.mark.parametrize(("kind", "options"), [(GDPO, {"group_size": 2}), (RFSR, NARROW)], ids=str)
 def test_the_built_in_trainers_pass_on_a_flow_pipeline(tmp_path, kind, options) -> None:
     base = tiny_pipeline(tmp_path / "flow", family="flow")
-    check_trainer(kind, TinyFlow.load(str(base), guidance=1.5), options=options)
+    check_trainer(kind, TinyFlow.load(str(base), TinyFlow.Options(guidance=1.5)), options=options)
