@@ -1,6 +1,7 @@
 """What the tests of the Hub share: a finished run without training, and the client pointed at a Hub on 127.0.0.1."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -96,6 +97,18 @@ def connected(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
             huggingface_hub.utils.close_session()  # whose connections end here
 
 
+def client_environment(hub: Hub, home: Path) -> dict[str, str]:
+    """Environment of another process that takes this for the Hub, with a cache of its own."""
+    return os.environ | {
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+        "HF_HOME": str(home),
+    }
+
+
 def go_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with HF_HUB_OFFLINE=1 from the start."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -104,8 +117,8 @@ def go_offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sent(run: Path, **options: Any) -> Pushed:
-    """Push a run with the card above, in silence."""
-    return push(run, REPO, card=CARD, say=lambda line: None, **options)
+    """Push a run with the card above."""
+    return push(run, REPO, card=CARD, **options)
 
 
 def refusal(call: Callable[..., Any], *arguments: Any, **options: Any) -> str:

@@ -8,8 +8,7 @@ from _publishing import BASE, make_run
 from huggingface_hub import ModelCard
 
 from rewardsr import UserError, load_adapter, lora
-from rewardsr.hub.card import build_card
-from rewardsr.hub.parcel import check_card
+from rewardsr.hub.card import build_card, check_card
 
 
 @pytest.fixture
