@@ -1,4 +1,4 @@
-"""The model card of a run: `card.md`, filled with what was trained on what, with which gain, and whose licences apply."""
+"""The model card of a run: `card.md`, filled with what was trained on what, with which gain, under which licences."""
 
 import json
 import re
@@ -166,7 +166,7 @@ def _licence_of_base(base: str, revision: str | None) -> str | None:
     if text is None or not text.startswith("---"):
         return None
     try:
-        stated = ModelCard(text, ignore_metadata_errors=True).data.license
+        stated = ModelCard(text, ignore_metadata_errors=True).data.get("license")
     except Exception:  # YAML's or the client's own
         return None
     return stated if isinstance(stated, str) else None

@@ -225,7 +225,7 @@ def _send(api: HfApi, plan: Plan, info: ModelInfo | None) -> Pushed:
     if info is None:
         with _explained(plan, "creating the repository"):
             api.create_repo(plan.repo, private=plan.private)
-        created = f"; this push created the repository ({api.endpoint}/{plan.repo}/settings)"
+        created = f"; it created the repository ({api.endpoint}/{plan.repo}/settings)"
     if plan.revision is not None:
         with _explained(plan, f"looking for the branch '{plan.revision}'", created):
             refs = api.list_repo_refs(plan.repo, include_pull_requests=True)
@@ -238,7 +238,7 @@ def _send(api: HfApi, plan: Plan, info: ModelInfo | None) -> Pushed:
         else:
             with _explained(plan, f"creating the branch '{plan.revision}'", created):
                 api.create_branch(plan.repo, branch=plan.revision)
-            created += f"; this push created the branch '{plan.revision}'"
+            created += f"; it created the branch '{plan.revision}'"
     with _explained(plan, "sending the files", created):
         commit = api.create_commit(
             plan.repo,
@@ -259,7 +259,7 @@ def _explained(plan: Plan, doing: str, created: str = "") -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # the Hub's client raises its own, those of two HTTP libraries, and Python's
-        left = f"'{plan.repo}' is as it was"
+        left = "this push left every branch as it was"
         if doing == "sending the files" and not 400 <= (status_of(error) or 0) < 500:
-            left += ", or has all of them if only the answer was lost: push again"
+            left += ", or sent everything if only the answer was lost: push again"
         raise UserError(f"push to '{plan.repo}' failed while {doing}: {reason(error)}; {left}{created}") from error

@@ -44,13 +44,17 @@ def search(query: str = "", base: str | None = None, limit: int = 20) -> list[Fo
     if not online():
         raise UserError("the Hub cannot be reached (or HF_HUB_OFFLINE is set): connect to search it")
     tags = [TAG] if base is None else [TAG, f"base_model:{base}"]
-    expand = ["tags", "downloads", "likes", "lastModified"]
     try:
+        models = HfApi().list_models(
+            filter=tags,
+            search=query or None,
+            sort="downloads",
+            limit=limit,
+            expand=["tags", "downloads", "likes", "lastModified"],
+        )
         return [
             Found(model.id, _base_of(model.tags or []), model.downloads or 0, model.likes or 0, model.last_modified)
-            for model in HfApi().list_models(
-                filter=tags, search=query or None, sort="downloads", limit=limit, expand=expand
-            )
+            for model in models
         ]
     except Exception as error:  # no connection is requests' error or httpx's, by the version of the Hub's client
         raise UserError(f"the search failed: {reason(error)}") from error

@@ -1,171 +1,33 @@
-"""What goes wrong between here and the Hub: each fault in turn, the line that it gives, and what it leaves behind.
+"""Fetching and finding what others published: each fault in turn, the line that it gives, and what it leaves behind.
 
-`pytest tests/test_hub_faults.py -rP` prints the table.
+`pytest tests/hub/test_fetch.py -rP` prints the table.
 """
 
-import hashlib
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-import huggingface_hub
 import huggingface_hub.constants
 import pytest
-from _publishing import BASE, CARD, REPO, SENT, connected, go_offline, make_run, refusal, sent
+import torch
+from _publishing import BASE, CARD, REPO, SENT, client_environment, go_offline, refusal, sent
 from _support import snapshot
+from safetensors.torch import load_file, save
 
-import rewardsr.hub
 from rewardsr import run_folder
-from rewardsr.hub.publish import pull, push
+from rewardsr.hub import fetch
+from rewardsr.hub.fetch import fetch_lora, pull
+from rewardsr.hub.publish import push
+from rewardsr.hub.search import search
 
 ALWAYS = 99
-# Where a push asks for something: the request, and whether the repository is there before.
 STEPS = {
-    "whoami": ("GET", "/whoami"),
-    "look up": ("GET", f"/api/models/{REPO}$"),
-    "create": ("POST", "/repos/create"),
-    "validate": ("POST", "/validate-yaml"),
-    "preupload": ("POST", "/preupload/"),
-    "LFS batch": ("POST", "/objects/batch"),
-    "LFS PUT": ("PUT", "/storage/"),
-    "LFS verify": ("POST", "/storage/verify"),
-    "commit": ("POST", "/commit/"),
-}
-FAULTS = (401, 403, 404, 409, 500, 503, "cut", "lost")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny_base) -> Path:
-    return make_run(tmp_path_factory.mktemp("runs") / "run", tiny_base)
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with connected(monkeypatch, tmp_path / "cache") as server:
-        yield server
-
-
-def ask(hub, step: str, fault: int | str, times: int = ALWAYS) -> None:
-    method, path = (STEPS | DOWNLOADS)[step]
-    if isinstance(fault, int):
-        hub.fail(method, path, status=fault, times=times)
-    else:
-        hub.fail(method, path, fault, times=times)
-
-
-def state(hub) -> dict[str, dict[str, str]]:
-    """Every branch of every repository with its content."""
-    return {
-        f"{kind} {name} {ref}": {path: hashlib.sha256(data).hexdigest() for path, data in found.files(ref).items()}
-        for (kind, name), found in hub.repositories.items()
-        for ref in found.refs
-    }
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("step", STEPS)
-def test_a_push_that_fails_leaves_the_repository_as_it_was(hub, finished, step, fault) -> None:
-    new = step == "create"
-    if not new:
-        hub.add(REPO, **{"README.md": b"before"})
-    before = state(hub)
-    ask(hub, step, fault)
-    if (step, fault) == ("commit", "lost"):
-        assert sent(finished).commit == hub.model(REPO).refs["main"], "done all the same, and seen to be"
-        assert set(hub.model(REPO).files()) >= SENT
-        print(f"{step:10} {fault} | (no error) | main has the new commit")
-        return
-    line = refusal(sent, finished)
-    assert line.startswith(f"push to '{REPO}' failed")
-    assert (f"({fault}" if isinstance(fault, int) else "no proper answer from the Hub") in line
-    if (step, fault) == ("create", "lost"):
-        assert list(state(hub).values()) == [{".gitattributes": state(hub)[f"model {REPO} main"][".gitattributes"]}]
-        assert f"'{REPO}' was created by this push" in line and f"{hub.url}/{REPO}/settings" in line
-    else:
-        assert state(hub) == before
-        assert line.endswith(("is as it was", "nothing was sent")), line
-    print(
-        f"{step:10} {fault} | {line} | {'main unchanged' if before else 'empty repository' if state(hub) else 'none'}"
-    )
-    hub.faults.clear()
-    assert set(sent(finished).plan.files) and set(hub.model(REPO).files()) >= SENT, "the same push works afterwards"
-
-
-@pytest.mark.parametrize("fault", [403, 503, "cut"])
-@pytest.mark.parametrize("step", ["preupload", "LFS PUT", "commit"])
-def test_a_repository_that_was_made_for_nothing_is_named(hub, finished, step, fault) -> None:
-    ask(hub, step, fault)
-    line = refusal(sent, finished)
-    assert f"'{REPO}' was created by this push and holds nothing of the run" in line
-    assert f"{hub.url}/{REPO}/settings" in line and set(hub.model(REPO).files()) == {".gitattributes"}
-    print(f"{step:10} {fault} | {line} | empty repository")
-    hub.faults.clear()
-    assert not sent(finished).created and set(hub.model(REPO).files()) >= SENT
-
-
-@pytest.mark.parametrize("step", ["preupload", "LFS PUT", "commit"])
-def test_a_branch_that_was_made_for_nothing_is_removed(hub, finished, step) -> None:
-    hub.add(REPO)
-    before = state(hub)
-    ask(hub, step, 403)
-    assert refusal(sent, finished, revision="v2").endswith(f"'{REPO}' is as it was")
-    assert state(hub) == before
-    hub.fail("DELETE", "/branch/", status=503)
-    assert refusal(sent, finished, revision="v2").endswith("as it was but for the branch 'v2', which this push made")
-    assert set(hub.model(REPO).refs) == {"main", "v2"}
-
-
-def test_a_branch_whose_making_was_not_answered(hub, finished) -> None:
-    hub.add(REPO)
-    hub.fail("POST", "/branch/", "lost")
-    assert refusal(sent, finished, revision="v2").endswith(f"'{REPO}' is as it was")
-    assert set(hub.model(REPO).refs) == {"main"}
-    hub.fail("POST", "/branch/", "cut")
-    assert refusal(sent, finished, revision="v2").endswith(f"'{REPO}' is as it was")
-
-
-def test_an_interrupted_push(hub, finished, monkeypatch) -> None:
-    hub.add(REPO)
-    before, said = state(hub), list[str]()
-
-    def interrupt(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        push(finished, REPO, card=CARD, revision="v2", say=said.append)
-    assert state(hub) == before and said[-1] == f"interrupted; '{REPO}' is as it was"
-
-
-def test_a_commit_of_somebody_else_in_between_is_not_overwritten(hub, finished, monkeypatch) -> None:
-    model = hub.add(REPO)
-    prepare = huggingface_hub.HfApi.preupload_lfs_files
-
-    def meanwhile(self, *arguments: object, **options: object) -> None:
-        model.commit("main", {"README.md": b"theirs"}, "theirs")
-        prepare(self, *arguments, **options)
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "preupload_lfs_files", meanwhile)
-    assert "something else was pushed in the meantime (412" in refusal(sent, finished)
-    assert model.files() == {"README.md": b"theirs"}
-
-
-def test_the_client_tries_again_where_the_hub_stumbles(hub, finished, tmp_path) -> None:
-    for step in ("preupload", "LFS batch", "LFS PUT"):
-        ask(hub, step, 503, times=2)
-    sent(finished)
-    ask(hub, "download", "half", times=2)
-    folder = pull(REPO, tmp_path / "pulled")
-    assert (folder / run_folder.LORA).read_bytes() == (finished / run_folder.LORA).read_bytes()
-
-
-# Downloads
-
-DOWNLOADS = {
     "ask": ("GET", f"/api/models/{REPO}"),
     "head": ("HEAD", rf"/resolve/\w+/{run_folder.LORA}"),
     "download": ("GET", rf"/resolve/\w+/{run_folder.LORA}"),
 }
-CASES = [(step, fault) for step in DOWNLOADS for fault in (401, 403, 404, 409, 500, 503, "cut")]
+CASES = [(step, fault) for step in STEPS for fault in (401, 403, 404, 409, 500, 503, "cut")]
 
 
 @pytest.mark.parametrize(
@@ -173,15 +35,19 @@ CASES = [(step, fault) for step in DOWNLOADS for fault in (401, 403, 404, 409, 5
 )
 def test_a_pull_that_fails_leaves_nothing(hub, finished, tmp_path, step, fault) -> None:
     sent(finished)
-    ask(hub, step, fault)
+    hub.fail(*STEPS[step], **({"status": fault} if isinstance(fault, int) else {"kind": fault}), times=ALWAYS)
     line = refusal(pull, REPO, tmp_path / "pulled")
-    assert (
-        REPO in line
-        and (str(fault) in line or not isinstance(fault, int))
-        and not [path for path in tmp_path.iterdir() if path.name != "cache"]
-    )
-    print(f"{step:10} {fault} | {line} | nothing")
+    print(f"{step:10} {fault} | {line}")
+    assert REPO in line and (str(fault) in line or not isinstance(fault, int))
+    assert not [path for path in tmp_path.iterdir() if path.name != "cache"]
     hub.faults.clear()
+    folder = pull(REPO, tmp_path / "pulled")
+    assert (folder / run_folder.LORA).read_bytes() == (finished / run_folder.LORA).read_bytes()
+
+
+def test_a_download_that_breaks_off_is_tried_again(hub, finished, tmp_path) -> None:
+    sent(finished)
+    hub.fail(*STEPS["download"], "half", times=2)
     folder = pull(REPO, tmp_path / "pulled")
     assert (folder / run_folder.LORA).read_bytes() == (finished / run_folder.LORA).read_bytes()
 
@@ -189,7 +55,7 @@ def test_a_pull_that_fails_leaves_nothing(hub, finished, tmp_path, step, fault) 
 def test_a_hub_that_is_slow(hub, finished, tmp_path, monkeypatch) -> None:
     sent(finished)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
-    monkeypatch.setattr(rewardsr.hub.fetch, "TIMEOUT", 0.2)
+    monkeypatch.setattr(fetch, "TIMEOUT", 0.2)
     hub.fail("GET", "/resolve/", "slow", seconds=0.5, times=2)
     assert (pull(REPO, tmp_path / "pulled") / run_folder.LORA).is_file(), "tried again"
     hub.fail("GET", f"/api/models/{REPO}", "slow", seconds=0.5, times=ALWAYS)
@@ -251,20 +117,32 @@ def test_a_repository_without_a_lora_of_ours(hub, tmp_path, files, message) -> N
     assert not (tmp_path / "pulled").exists()
 
 
-def test_a_lora_that_was_truncated_before_it_came_to_the_hub(hub, finished) -> None:
-    whole = (finished / run_folder.LORA).read_bytes()
-    hub.add(REPO, **{run_folder.LORA: whole[:-8]})
-    assert "is damaged" in refusal(pull, REPO)
-    hub.add(REPO, **{run_folder.LORA: whole.replace(b'"rewardsr"', b'"somebody"')})
-    assert "not written by rewardsr" in refusal(pull, REPO)
+def with_value(path: Path, value: torch.Tensor) -> bytes:
+    return save(
+        load_file(path) | {"x": value}, {run_folder.OUR_HEADER: '{"base": {"revision": ""}, "rank": 2, "alpha": 8}'}
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.read_bytes()[:-8], "is damaged"),
+        (lambda path: path.read_bytes().replace(b'"rewardsr"', b'"somebody"'), "was not written by rewardsr"),
+        (lambda path: with_value(path, torch.zeros(1, dtype=torch.bfloat16)), "or not float32"),
+        (lambda path: with_value(path, torch.tensor([torch.inf])), "x holds values that are not finite"),
+    ],
+)
+def test_a_lora_that_was_damaged_before_it_came_to_the_hub(hub, finished, damage, message) -> None:
+    hub.add(REPO, **{run_folder.LORA: damage(finished / run_folder.LORA)})
+    assert message in refusal(pull, REPO)
 
 
 def test_a_lora_in_a_subfolder(hub, finished) -> None:
     whole = (finished / run_folder.LORA).read_bytes()
     hub.add(REPO, **{f"x4/{run_folder.LORA}": whole, "x2/README.md": BASE.encode()})
-    assert (rewardsr.hub.fetch.fetch_lora(REPO, "x4") / run_folder.LORA).read_bytes() == whole
+    assert (fetch_lora(REPO, "x4") / run_folder.LORA).read_bytes() == whole
     assert f"no {run_folder.LORA}" in refusal(pull, REPO)
-    assert "leads out" in refusal(rewardsr.hub.fetch.fetch_lora, REPO, "../x4")
+    assert "leads out" in refusal(fetch_lora, REPO, "../x4")
 
 
 def test_a_copy_that_does_not_fit_on_the_disk(hub, finished, tmp_path, monkeypatch) -> None:
@@ -276,3 +154,90 @@ def test_a_copy_that_does_not_fit_on_the_disk(hub, finished, tmp_path, monkeypat
     monkeypatch.setattr(shutil, "copyfile", full)
     assert "No space left on device" in refusal(pull, REPO, tmp_path / "pulled")
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def test_a_folder_that_is_in_use_is_refused(hub, finished, tmp_path) -> None:
+    sent(finished)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine.txt").write_text("mine")
+    assert "is not empty" in refusal(pull, REPO, tmp_path / "full")
+    (tmp_path / "empty").mkdir()
+    assert (pull(REPO, tmp_path / "empty") / run_folder.LORA).is_file()
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("arguments", [["pull", REPO, "-o", "pulled"], ["search", "tiny"]])
+def test_these_commands_load_nothing_heavy(hub, finished, tmp_path, arguments) -> None:
+    sent(finished)
+    code = f"""if True:
+        import sys
+        from rewardsr.cli import main
+        sys.argv = ["rewardsr", *{arguments}]
+        try:
+            main()
+        except SystemExit as stop:
+            assert not stop.code, stop.code
+        heavy = ("torch", "accelerate", "diffusers", "transformers", "peft", "pyiqa", "kornia")
+        print([name for name in heavy if name in sys.modules])
+        """
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=client_environment(hub, tmp_path / "home"),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    *shown, loaded = done.stdout.splitlines()
+    assert loaded == "[]"
+    assert REPO in shown[0] if arguments[0] == "search" else (tmp_path / "pulled" / run_folder.LORA).is_file()
+
+
+def test_search_finds_by_tag_name_and_base(hub, finished) -> None:
+    sent(finished)
+    push(finished, "ada/other", card=CARD.replace(BASE, "someone/else"))
+    hub.add("bob/llm", **{"README.md": b"---\ntags: [text-generation]\n---\n"})
+    assert {(found.id, found.base) for found in search()} == {(REPO, BASE), ("ada/other", "someone/else")}
+    assert [found.id for found in search("tiny")] == [REPO]
+    assert [found.id for found in search(base="someone/else")] == ["ada/other"]
+    assert len(search(limit=1)) == 1 and not search("nothing like it")
+    assert search("tiny")[0].updated.year == 2025
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"), [({"status": 503}, "the Hub has trouble, try later (503"), ({"kind": "cut"}, "no proper")]
+)
+def test_a_search_that_fails(hub, fault, message) -> None:
+    hub.fail("GET", "/api/models", **fault, times=ALWAYS)
+    line = refusal(search)
+    assert line.startswith("the search failed: ") and message in line
+
+
+def test_search_without_a_connection(monkeypatch, hub) -> None:
+    go_offline(monkeypatch)
+    assert "cannot be reached" in refusal(search)
+    assert not hub.requests
+
+
+def test_the_card_of_a_base(hub, tmp_path, monkeypatch) -> None:
+    model = hub.add(BASE, **{"README.md": b"its card"})
+    assert fetch.card_of(BASE, model.refs["main"]) == "its card"
+    go_offline(monkeypatch)
+    assert fetch.card_of(BASE, model.refs["main"]) == "its card", "from the cache"
+    assert fetch.card_of("someone/else") is None and fetch.card_of("no such folder") is None
+    assert fetch.card_of(str(tmp_path), "local") is None
+    (tmp_path / "README.md").write_text("local card")
+    assert fetch.card_of(str(tmp_path), "local") == "local card"
+
+
+def test_what_names_a_repository(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/tiny").mkdir(parents=True)
+    for text in ("ada/tiny", "ada/tiny@v2", "ada/tiny@refs/pr/3", "a.b/c-d_e"):
+        assert fetch.is_reference(text), text
+    for text in ("runs/tiny", "./tiny", "~/tiny", "/ada/tiny", "a/b/c", "tiny", "loras/x.safetensors", "a b/c", "ada/"):
+        assert not fetch.is_reference(text), text
+    assert fetch.split_reference("ada/tiny@refs/pr/3") == ("ada/tiny", "refs/pr/3")
+    assert fetch.split_reference("ada/tiny") == ("ada/tiny", None)
+    assert "not a Hub id" in refusal(fetch.split_reference, "ada/tiny@")

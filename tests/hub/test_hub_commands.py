@@ -3,16 +3,9 @@
 import pytest
 import torch
 import yaml
-from _publishing import connected
 
 from rewardsr import load_adapter, load_lora, run_folder
 from rewardsr.data.images import read_image
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with connected(monkeypatch, tmp_path / "cache") as served:
-        yield served
 
 
 def test_finetune_push_pull_and_use(commands, hub, tiny_base, hq_folder, tmp_path) -> None:

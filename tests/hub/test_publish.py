@@ -195,7 +195,7 @@ def test_an_invalid_card(hub, finished, card, message) -> None:
 
 def test_a_card_that_only_the_hub_can_refuse(hub, finished) -> None:
     line = refusal(push, finished, REPO, card=CARD.replace("apache-2.0", "no-such-licence"))
-    assert '"license" must be one of' in line and "this push created the repository" in line
+    assert '"license" must be one of' in line and "it created the repository" in line
     assert set(hub.model(REPO).files()) == {".gitattributes"} and not hub.objects
 
 

@@ -53,7 +53,7 @@ def test_a_push_that_fails_leaves_the_repository_as_it_was(hub, finished, step, 
     ask(hub, step, fault)
     line = refusal(sent, finished, **options)
     print(f"{step:10} {fault} | {line}")
-    assert line.startswith(f"push to '{REPO}' failed while ") and f"'{REPO}' is as it was" in line
+    assert line.startswith(f"push to '{REPO}' failed while ") and "left every branch as it was" in line
     assert (f"({fault}" if isinstance(fault, int) else "no proper answer from the Hub") in line
     if fault == "lost" and step in ("create", "branch", "commit"):  # the Hub has done it, whole
         assert all(
@@ -79,7 +79,7 @@ def test_what_was_made_for_the_commit_is_named(hub, finished, step, fault, revis
     ask(hub, step, fault)
     line = refusal(sent, finished, revision=revision)
     made = f"the repository ({hub.url}/{REPO}/settings)" if revision is None else "the branch 'v2'"
-    assert line.endswith(f"; this push created {made}")
+    assert line.endswith(f"; it created {made}")
     assert all(set(files) == {".gitattributes"} for files in state(hub).values())
     hub.faults.clear()
     sent(finished, revision=revision)
