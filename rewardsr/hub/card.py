@@ -7,14 +7,16 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.utils import validate_repo_id
 
 from rewardsr import __version__
 from rewardsr.errors import UserError
 from rewardsr.evaluation.protocol import Evaluation
 from rewardsr.evaluation.report import markdown
-from rewardsr.hub.fetch import EMBEDDED, card_of, check_lora
+from rewardsr.hub.connection import online
+from rewardsr.hub.fetch import EMBEDDED, PIPELINE, check_lora
 from rewardsr.hub.search import TAG
 from rewardsr.rewards import licence_of
 from rewardsr.run_folder import CARD, LORA, RECIPE, SAMPLES, VALIDATION
@@ -54,13 +56,12 @@ def build_card(
     about = check_lora(run / LORA, f"'{run / LORA}'")
     scores = _last_validation(run)
     revision = about["base"]["revision"]
-    on_hub = revision not in NOT_ON_HUB
-    if base_model is None and on_hub:
+    if base_model is None and revision not in NOT_ON_HUB:
         base_model = recipe.base
     if licence is None:
         licence = about.get("licence", UNKNOWN)
         if licence == UNKNOWN:
-            licence = _licence_of_base(recipe.base, revision if on_hub else None)
+            licence = _licence_of_base(recipe.base, revision)
     front = _front_matter(recipe, scores, repo, base_model, datasets, licence)
     text = SECTIONS["card"].substitute(
         name=repo.rpartition("/")[2],
@@ -160,14 +161,16 @@ def _front_matter(
     )
 
 
-def _licence_of_base(base: str, revision: str | None) -> str | None:
+def _licence_of_base(base: str, revision: str) -> str | None:
     """The licence that the base's own card states; None where it has no card here, or none that states one."""
-    text = card_of(base, revision)
-    if text is None or not text.startswith("---"):
-        return None
     try:
-        stated = ModelCard(text, ignore_metadata_errors=True).data.get("license")
-    except Exception:  # YAML's or the client's own
+        if revision in NOT_ON_HUB:
+            path = (PIPELINE if base == EMBEDDED else Path(base).expanduser()) / CARD
+        else:
+            path = Path(hf_hub_download(base, CARD, revision=revision, local_files_only=not online()))
+        _, front, _ = path.read_text().split("---", 2)
+        stated = yaml.safe_load(front)["license"]
+    except Exception:  # no file, no connection, no front matter, not YAML: nothing is stated in all of these
         return None
     return stated if isinstance(stated, str) else None
 

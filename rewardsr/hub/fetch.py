@@ -11,7 +11,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
@@ -86,23 +86,6 @@ def fetch(source: str, what: str, folders: tuple[str, ...], revision: str | None
             local_files_only=not online(),
         )
     return Path(path), Path(path).name
-
-
-def card_of(source: str, revision: str | None = None) -> str | None:
-    """Text of a pipeline's own card, its README.md; None where it has none, or where it cannot be had now.
-
-    Args:
-        source: as for `fetch`.
-        revision: what `fetch` returned as such.
-    """
-    folder = PIPELINE if source == EMBEDDED else Path(source).expanduser()
-    if folder.is_dir():
-        card = folder / CARD
-        return card.read_text(errors="replace") if card.is_file() else None
-    with suppress(Exception):  # a name that is no repository, no such file, no connection: all the same here
-        path = hf_hub_download(source, CARD, revision=revision, local_files_only=not online())
-        return Path(path).read_text(errors="replace")
-    return None
 
 
 def fetch_lora(reference: str, subfolder: str | None = None) -> Path:

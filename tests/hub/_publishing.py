@@ -51,6 +51,8 @@ def make_run(folder: Path, base: Path) -> Path:
     """A run of two steps as training leaves it."""
     adapter = load_adapter("osediff", str(base), noise_t=250)
     lora.attach(adapter, rank=2)
+    for name, parameter in lora.parameters(adapter).items():  # a fresh LoRA changes nothing
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
     lora.save(adapter, folder)
     recipe = {"base": str(base), "rewards": [{"name": "psnr"}], "data": {"train": "images"}, "output": "run"}
     write_text(folder / "recipe.yaml", json.dumps(recipe | {"steps": 2}))

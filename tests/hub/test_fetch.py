@@ -220,17 +220,6 @@ def test_search_without_a_connection(monkeypatch, hub) -> None:
     assert not hub.requests
 
 
-def test_the_card_of_a_base(hub, tmp_path, monkeypatch) -> None:
-    model = hub.add(BASE, **{"README.md": b"its card"})
-    assert fetch.card_of(BASE, model.refs["main"]) == "its card"
-    go_offline(monkeypatch)
-    assert fetch.card_of(BASE, model.refs["main"]) == "its card", "from the cache"
-    assert fetch.card_of("someone/else") is None and fetch.card_of("no such folder") is None
-    assert fetch.card_of(str(tmp_path), "local") is None
-    (tmp_path / "README.md").write_text("local card")
-    assert fetch.card_of(str(tmp_path), "local") == "local card"
-
-
 def test_what_names_a_repository(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/tiny").mkdir(parents=True)
