@@ -102,7 +102,7 @@ def push(
         private: create it private.
         revision: branch to commit to, created if need be; main by default.
         create_pr: open a pull request against main instead of committing to it.
-        dry_run: stop after the list of files; nothing is contacted.
+        dry_run: stop after the list of files; nothing is sent.
         base_model, datasets, licence: for the card, as in `rewardsr.hub.card.build_card`.
         card: text of README.md instead of the one that is made from the run.
 
