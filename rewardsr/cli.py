@@ -295,13 +295,21 @@ def push(
     licence: Annotated[str | None, typer.Option("--license", help="of the base, where its card is not here")] = None,
 ) -> None:
     """Publish a run on the Hugging Face Hub: LoRA, recipe, metrics, pictures and card, in one commit."""
-    from rewardsr.hub import publish
-    from rewardsr.hub.card import build_card
+    from rewardsr.hub.publish import push as publish
 
-    card = build_card(run, repo, base_model, dataset or [], licence)
-    pushed = publish.push(
-        run, repo, private=private, revision=revision, create_pr=create_pr, dry_run=dry_run, card=card, say=typer.echo
+    pushed = publish(
+        run,
+        repo,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        dry_run=dry_run,
+        base_model=base_model,
+        datasets=dataset or [],
+        licence=licence,
     )
+    for line in pushed.plan.lines():
+        typer.echo(line)
     typer.echo("nothing was sent" if pushed.url is None else pushed.url)
 
 
@@ -311,7 +319,7 @@ def pull(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="new folder; else the Hub's cache")] = None,
 ) -> None:
     """Fetch an adapter from the Hub; --run and --lora take the same reference."""
-    from rewardsr.hub.publish import pull as fetch
+    from rewardsr.hub.fetch import pull as fetch
 
     typer.echo(fetch(reference, output))
 
@@ -323,7 +331,7 @@ def search(
     limit: Annotated[int, typer.Option(min=1, help="at most so many")] = 20,
 ) -> None:
     """List adapters on the Hub."""
-    from rewardsr.hub.publish import search as find
+    from rewardsr.hub.search import search as find
 
     for found in find(query, base, limit):
         typer.echo(f"{found.id:<48} {found.downloads:>8} downloads {found.likes:>5} likes  {found.base or ''}")

@@ -13,11 +13,8 @@ from rewardsr.errors import UserError
 from rewardsr.hub import fetch
 from rewardsr.lora.fingerprint import same_base
 from rewardsr.lora.layers import NAME, _detach, _layers, attach, attached, load_state_dict, set_scale, state_dict
-from rewardsr.run_folder import LORA
+from rewardsr.run_folder import DIFFUSERS_HEADER, LORA, OUR_HEADER
 from rewardsr.weights import read_safetensors, write_safetensors
-
-DIFFUSERS_HEADER = "lora_adapter_metadata"  # where diffusers looks for rank and alpha
-OUR_HEADER = "rewardsr"
 
 
 def save(adapter: ISRAdapter, folder: Path | str) -> Path:
