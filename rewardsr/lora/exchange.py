@@ -102,27 +102,6 @@ def combine(parts: Sequence[tuple[Lora, float]]) -> Lora:
     return Lora(pairs, rank, float(rank))
 
 
-def load_several(adapter: ISRAdapter, parts: Sequence[tuple[Path | str, float]], force_base: bool = False) -> None:
-    """Attach several LoRAs as one: they act as the sum of their changes, each times its weight.
-
-    Args:
-        adapter: the pipeline that they were trained on; it carries none yet.
-        parts: file, folder of a run or "user/name[@revision]", and weight, of each.
-        force_base: load although a file says that it was trained on other base weights.
-
-    Raises:
-        UserError: as `rewardsr.lora.file.load`; or they sit on different modules.
-    """
-    read = []
-    for source, weight in parts:
-        path = lora.locate(source)
-        tensors, rank, alpha = lora.read(adapter, path, force_base)
-        if not all(value.isfinite().all() for value in tensors.values()):
-            raise UserError(f"LoRA '{path}' holds values that are not finite")
-        read.append((lora_from(tensors, adapter, rank, alpha, f"LoRA '{path}'"), weight))
-    place(adapter, combine(read))
-
-
 def place(adapter: ISRAdapter, given: Lora) -> None:
     """Attach a LoRA to an adapter that carries none.
 
