@@ -137,16 +137,6 @@ def parameters_of(network: nn.Module, name: str = NAME) -> dict[str, nn.Paramete
 
 
 @contextmanager
-def keep_float32(adapter: ISRAdapter) -> Iterator[None]:
-    """Inside, the networks may be moved to another device and precision: LoRAs go along unrounded, in float32."""
-    own = [parameter for name in names(adapter) for parameter in parameters(adapter, name).values()]
-    exact = [parameter.detach().clone() for parameter in own]
-    yield
-    for parameter, value in zip(own, exact, strict=True):
-        parameter.data = torch.empty_like(parameter, dtype=torch.float32).copy_(value)
-
-
-@contextmanager
 def reference(adapter: ISRAdapter, *off: str) -> Iterator[None]:
     """Inside, these LoRAs (by default the one named "rewardsr") are off and the others as they are.
 

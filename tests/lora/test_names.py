@@ -38,7 +38,7 @@ def output(adapter) -> torch.Tensor:
     """Prediction from the image: through the autoencoder's encoder and the UNet."""
     lq = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     condition = adapter.encode(Batch(lq=lq, prompts=("a cat",)))
-    return adapter.predict_eps(adapter.start(condition, Draws(0, 0, [0])), 100, condition)
+    return adapter.predict(adapter.start(condition, Draws(0, 0, [0])), 100, condition)
 
 
 @pytest.fixture
