@@ -1,6 +1,5 @@
 """LoRAs to other programs and back, in the formats of `rewardsr.lora.formats`."""
 
-import json
 from pathlib import Path
 
 from torch import nn
@@ -8,7 +7,7 @@ from torch import nn
 from rewardsr.adapter import ISRAdapter
 from rewardsr.errors import UserError
 from rewardsr.lora import layers
-from rewardsr.lora.file import DIFFUSERS_HEADER, Lora, put, save
+from rewardsr.lora.file import DIFFUSERS_HEADER, Lora, put, save, settings_of
 from rewardsr.lora.formats import FORMATS
 from rewardsr.lora.layers import NAME
 from rewardsr.storage import write_folder
@@ -101,9 +100,9 @@ def load_component(network: nn.Module, path: Path | str) -> None:
         raise UserError(f"'{path}' is no file of one component, as `rewardsr export --format diffusers` writes it")
     prefix = f"{components.pop()}."
     try:
-        settings = json.loads(header[DIFFUSERS_HEADER])
+        settings = settings_of(Path(path), header)
         rank, alpha, targets = (settings[f"{prefix}{key}"] for key in ("r", "lora_alpha", "target_modules"))
-    except (ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
         raise UserError(f"'{path}' has a damaged header: {error}") from error
     try:
         layers.inject(network, NAME, rank, alpha, 0, targets)

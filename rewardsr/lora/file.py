@@ -91,34 +91,18 @@ def load_several(adapter: ISRAdapter, parts: Sequence[tuple[Path | str, float]],
     """
     paths = [locate(source) for source, _ in parts]
     loras = [read(adapter, path, force_base) for path in paths]
-    for path, one in zip(paths, loras, strict=True):
-        if not all(value.isfinite().all() for value in one.tensors.values()):
-            raise UserError(f"LoRA '{path}' holds values that are not finite")
-    combined = combine([(one, weight) for one, (_, weight) in zip(loras, parts, strict=True)])
-    put(adapter, combined, f"LoRAs {', '.join(map(str, paths))}")
-
-
-def combine(parts: Sequence[tuple[Lora, float]]) -> Lora:
-    """One LoRA that does what several do together: ranks side by side, each B scaled by its weight.
-
-    Args:
-        parts: LoRAs of the same modules, each with its weight.
-
-    Raises:
-        UserError: they sit on different modules.
-    """
-    first = parts[0][0]
-    if any(part.tensors.keys() != first.tensors.keys() for part, _ in parts):
+    first = loras[0]
+    if any(one.tensors.keys() != first.tensors.keys() for one in loras):
         raise UserError("these LoRAs sit on different modules, and cannot be combined")
-    scales = [weight * part.alpha / part.rank for part, weight in parts]
-    tensors = {
-        key: torch.cat([part.tensors[key] for part, _ in parts])
+    scales = [weight * one.alpha / one.rank for one, (_, weight) in zip(loras, parts, strict=True)]
+    tensors = {  # ranks side by side
+        key: torch.cat([one.tensors[key] for one in loras])
         if key.endswith(SUFFIXES["A"])
-        else torch.cat([part.tensors[key] * scale for (part, _), scale in zip(parts, scales, strict=True)], 1)
+        else torch.cat([one.tensors[key] * scale for one, scale in zip(loras, scales, strict=True)], 1)
         for key in first.tensors
     }
-    rank = sum(part.rank for part, _ in parts)
-    return Lora(tensors, rank, float(rank), first.targets)
+    rank = sum(one.rank for one in loras)
+    put(adapter, Lora(tensors, rank, float(rank), first.targets), f"LoRAs {', '.join(map(str, paths))}")
 
 
 def put(adapter: ISRAdapter, given: Lora, source: str, name: str = NAME) -> None:
@@ -174,12 +158,17 @@ def read(adapter: ISRAdapter, path: Path, force_base: bool = False) -> Lora:
     tensors, header = read_safetensors(path)
     if OUR_HEADER not in header:
         raise UserError(f"'{path}' does not say which base it belongs to: not written by rewardsr")
+    settings, end = settings_of(path, header), ".target_modules"
+    targets = {key.removesuffix(end): value for key, value in settings.items() if key.endswith(end)}
     try:
         about = json.loads(header[OUR_HEADER])
         theirs = BaseModel(**about["base"])
         rank, alpha = int(about["rank"]), float(about["alpha"])
-        targets = _targets(json.loads(header.get(DIFFUSERS_HEADER, "{}")))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if not all(
+            isinstance(value, list) and all(isinstance(one, str) for one in value) for value in targets.values()
+        ):
+            raise ValueError(f"expected lists of names as {end[1:]}")
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"'{path}' has a damaged header: {error}") from error
     ours = adapter.base_model
     if not force_base and not same_base(ours.fingerprint, theirs.fingerprint):
@@ -188,6 +177,21 @@ def read(adapter: ISRAdapter, path: Path, force_base: bool = False) -> Lora:
             f"'{ours.id}' ({ours.revision}); --force-base overrides"
         )
     return Lora(tensors, rank, alpha, targets or None)
+
+
+def settings_of(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
+    """peft's configurations in the header of a file ("unet.lora_alpha", "unet.target_modules", ...), if it has any.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    try:
+        settings = json.loads(header.get(DIFFUSERS_HEADER, "{}"))
+        if not isinstance(settings, dict):
+            raise ValueError("expected settings by name")
+    except ValueError as error:
+        raise UserError(f"'{path}' has a damaged header: {error}") from error
+    return settings
 
 
 def header(
@@ -226,18 +230,7 @@ def header(
     }
 
 
-def _targets(settings: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Target modules by component, of the configuration that a header holds."""
-    found = {
-        key.removesuffix(".target_modules"): value for key, value in settings.items() if key.endswith(".target_modules")
-    }
-    for component, modules in found.items():
-        if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
-            raise ValueError(f"expected a list of names as {component}.target_modules")
-    return found
-
-
 def _configs(adapter: ISRAdapter, name: str) -> dict[str, Any]:
     """peft's configuration of the LoRA, by component."""
-    networks: dict[str, Any] = dict(adapter.networks)
-    return {component: networks[component].peft_config[name] for component in layers.components(adapter, name)}
+    found = {component: getattr(network, "peft_config", {}) for component, network in adapter.networks.items()}
+    return {component: configs[name] for component, configs in found.items() if name in configs}

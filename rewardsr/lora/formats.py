@@ -1,11 +1,9 @@
 """Formats of LoRAs in other programs, each with what writes and what reads it: `FORMATS` is the one table of them."""
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +12,7 @@ from rewardsr import run_folder
 from rewardsr.adapter import ISRAdapter
 from rewardsr.errors import UserError
 from rewardsr.lora import layers
-from rewardsr.lora.file import DIFFUSERS_HEADER, SUFFIXES, Lora, header
+from rewardsr.lora.file import SUFFIXES, Lora, header, settings_of
 from rewardsr.weights import read_pickle, read_safetensors, write_networks, write_safetensors
 
 PEFT_CONFIG, PEFT_WEIGHTS, PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -62,20 +60,13 @@ def _read_diffusers(adapter: ISRAdapter, path: Path) -> Lora | None:
     tensors, about = read_safetensors(path)
     if any(key.startswith(KOHYA_PREFIX) for key in tensors):
         return None
+    settings = settings_of(path, about)
     try:
-        settings: dict[str, Any] = json.loads(about.get(DIFFUSERS_HEADER, "{}"))
         stated = {component: settings.get(f"{component}.lora_alpha") for component in adapter.lora_targets}
         alphas = {component: float(alpha) for component, alpha in stated.items() if alpha is not None}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"'{path}' has a damaged header: {error}") from error
-    return _read(adapter, path, tensors, SUFFIXES, _named_module, alphas)
-
-
-def _named_module(adapter: ISRAdapter, stem: str) -> tuple[str, str]:
-    component, _, module = stem.partition(".")
-    if component not in adapter.lora_targets:
-        raise KeyError(f"component of adapter '{adapter.name}'")
-    return component, module
+    return _read(adapter, path, tensors, SUFFIXES, "{}.{}".format, alphas)
 
 
 def _write_peft(adapter: ISRAdapter, name: str, given: Lora, folder: Path) -> None:
@@ -107,7 +98,7 @@ def _read_peft(adapter: ISRAdapter, folder: Path) -> Lora | None:
             raise UserError(f"'{path / PEFT_CONFIG}' is damaged: {error}") from error
         for key, tensor in read_safetensors(path / PEFT_WEIGHTS)[0].items():
             tensors[f"{component}.{key.removeprefix(PEFT_PREFIX)}"] = tensor
-    return _read(adapter, folder, tensors, SUFFIXES, _named_module, alphas)
+    return _read(adapter, folder, tensors, SUFFIXES, "{}.{}".format, alphas)
 
 
 # ---- kohya's sd-scripts, and with them ComfyUI ----
@@ -136,18 +127,7 @@ def _read_kohya(adapter: ISRAdapter, path: Path) -> Lora | None:
     tensors = read_safetensors(path)[0]
     if not any(key.startswith(KOHYA_PREFIX) for key in tensors):
         return None
-    if "unet" not in adapter.lora_targets:
-        raise UserError(f"'{path}' is a LoRA on a UNet, and adapter '{adapter.name}' trains none")
-    by_flat = {
-        KOHYA_PREFIX + name.replace(".", "_"): ("unet", name) for name, _ in adapter.networks["unet"].named_modules()
-    }
-
-    def module_of(adapter: ISRAdapter, stem: str) -> tuple[str, str]:
-        if stem not in by_flat:
-            raise KeyError("module of this UNet")
-        return by_flat[stem]
-
-    return _read(adapter, path, tensors, KOHYA_SUFFIXES, module_of, {})
+    return _read(adapter, path, tensors, KOHYA_SUFFIXES, lambda c, m: f"lora_{c}_{m.replace('.', '_')}", {})
 
 
 # ---- a pipeline family's own checkpoints ----
@@ -229,7 +209,7 @@ def _read(
     path: Path,
     tensors: Mapping[str, Tensor],
     suffixes: Mapping[str, str],
-    module_of: Callable[[ISRAdapter, str], tuple[str, str]],
+    stem_of: Callable[[str, str], str],
     alphas: Mapping[str, float],
 ) -> Lora:
     """A LoRA of all tensors of a file: each key is used, or refused by name.
@@ -242,68 +222,45 @@ def _read(
         path: of the file, for messages.
         tensors: by key.
         suffixes: of a key, by what it holds: "A", "B" and, in some formats, "alpha".
-        module_of: component and module of a key without its suffix; a KeyError says what was expected.
-        alphas: by component, where a module has none of its own; the module's rank by default.
+        stem_of: a key without its suffix, of component and module.
+        alphas: by component, where a module states none of its own; the module's rank by default.
     """
-    found: dict[tuple[str, str], dict[str, Tensor]] = {}
-    stems: dict[tuple[str, str], str] = {}
-    for key in sorted(tensors):
-        part = next((part for part, suffix in suffixes.items() if key.endswith(suffix)), None)
-        if part is None:
-            raise UserError(f"'{path}': unexpected key {key}")
-        stem = key.removesuffix(suffixes[part])
-        try:
-            module = module_of(adapter, stem)
-        except KeyError as expected:
-            raise UserError(f"'{path}': {key} belongs to no {expected.args[0]}") from None
-        found.setdefault(module, {})[part] = tensors[key].float()
-        stems[module] = stem
-    scales: dict[tuple[str, str], float] = {}
-    for module, parts in found.items():
-        for part in "AB":
-            if part not in parts:
-                raise UserError(f"'{path}': {stems[module]}{suffixes[part]} is missing")
-        rank = len(parts["A"]) if parts["A"].ndim else 0
-        stated = parts.get("alpha", torch.tensor(alphas.get(module[0], float(rank))))
-        alpha = float(stated) if stated.numel() == 1 else math.nan
-        if not rank or not (math.isfinite(alpha) and alpha > 0):
-            raise UserError(f"'{path}': {stems[module]} has rank {rank} and alpha {alpha:g}, expected positive numbers")
-        scales[module] = alpha / rank
-    return _completed(adapter, path, found, scales)
-
-
-def _completed(
-    adapter: ISRAdapter,
-    path: Path,
-    found: Mapping[tuple[str, str], Mapping[str, Tensor]],
-    scales: Mapping[tuple[str, str], float],
-) -> Lora:
-    """One rank and scale for all modules that the adapter adapts, with zeros where nothing was found."""
-    if not found:
-        raise UserError(f"'{path}' holds no LoRA tensors")
     shapes = {
         (component, module): shape
         for component in adapter.lora_targets
         for module, shape in layers.target_shapes(adapter, component).items()
     }
-    others = sorted(module for _, module in found.keys() - shapes.keys())
-    if others:
-        raise UserError(
-            f"'{path}' adapts {len(others)} modules that adapter '{adapter.name}' does not (first: {others[0]})"
-        )
-    ranks = [len(parts["A"]) for parts in found.values()]
-    rank = max(ranks)
-    same = len(set(zip(ranks, scales.values(), strict=True))) == 1
-    scale = next(iter(scales.values())) if same else 1.0
-    tensors: dict[str, Tensor] = {}
+    left, found = dict(tensors), {}
     for (component, module), (out, kernel) in shapes.items():
-        a, b = torch.zeros(rank, *kernel), torch.zeros(out, rank, *[1] * (len(kernel) - 1))
-        if (component, module) in found:
-            own_a, own_b = (found[component, module][part] for part in "AB")
-            if own_a.shape[1:] != a.shape[1:] or own_b.shape[:2] != (out, len(own_a)):
+        stem = stem_of(component, module)
+        parts = {p: left.pop(stem + suffix).float() for p, suffix in suffixes.items() if stem + suffix in left}
+        if parts:
+            missing = [stem + suffixes[part] for part in "AB" if part not in parts]
+            if missing:
+                raise UserError(f"'{path}': {missing[0]} is missing")
+            a, b = parts["A"], parts["B"]
+            rank = len(a) if a.ndim else 0
+            alpha = parts.get("alpha", torch.tensor(alphas.get(component, float(rank))))
+            if not rank or alpha.numel() != 1 or not (alpha.isfinite() and alpha > 0):
+                raise UserError(
+                    f"'{path}': {stem} has rank {rank} and alpha {alpha.tolist()}, expected positive numbers"
+                )
+            if a.shape[1:] != kernel or b.shape[:2] != (out, rank) or b.numel() != out * rank:
                 raise UserError(f"'{path}': {component}.{module} belongs to a module of another size")
-            own_b = own_b.reshape(out, -1, *b.shape[2:]) * (scales[component, module] / scale)
-            a[: len(own_a)], b[:, : len(own_a)] = own_a, own_b
-        for part, tensor in (("A", a), ("B", b)):
-            tensors[f"{component}.{module}{SUFFIXES[part]}"] = tensor
-    return Lora(tensors, rank, scale * rank)
+            found[component, module] = a, b, float(alpha) / rank
+    if left:
+        raise UserError(f"'{path}': {min(left)} is no LoRA tensor of a module that adapter '{adapter.name}' adapts")
+    if not found:
+        raise UserError(f"'{path}' holds no LoRA tensors")
+    rank = max(len(a) for a, _, _ in found.values())
+    kinds = {(len(a), scale) for a, _, scale in found.values()}
+    common = kinds.pop()[1] if len(kinds) == 1 else 1.0
+    made: dict[str, Tensor] = {}
+    for place, (out, kernel) in shapes.items():
+        a, b = torch.zeros(rank, *kernel), torch.zeros(out, rank, *[1] * (len(kernel) - 1))
+        if place in found:
+            own_a, own_b, scale = found[place]
+            a[: len(own_a)], b[:, : len(own_a)] = own_a, own_b.reshape(out, -1, *b.shape[2:]) * (scale / common)
+        stem = ".".join(place)
+        made |= {f"{stem}{SUFFIXES['A']}": a, f"{stem}{SUFFIXES['B']}": b}
+    return Lora(made, rank, common * rank)

@@ -8,7 +8,7 @@ float32 even on a bf16 base. A tensor is named as in the file: component, module
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -107,15 +107,6 @@ def attached(adapter: ISRAdapter, name: str = NAME) -> bool:
     return next(_layers(adapter, name), None) is not None
 
 
-def components(adapter: ISRAdapter, name: str = NAME) -> list[str]:
-    """Components that the LoRA sits on, in the order of `adapter.networks`."""
-    return [
-        component
-        for component, network in adapter.networks.items()
-        if any(name in layer.lora_A for layer in _layers_of(network).values())
-    ]
-
-
 def parameters(adapter: ISRAdapter, name: str = NAME) -> dict[str, nn.Parameter]:
     """The LoRA's tensors by their names in the file, in a fixed order; empty where the pipeline does not carry it."""
     found = {
@@ -136,19 +127,16 @@ def parameters_of(network: nn.Module, name: str = NAME) -> dict[str, nn.Paramete
     }
 
 
-@contextmanager
-def reference(adapter: ISRAdapter, *off: str) -> Iterator[None]:
+def reference(adapter: ISRAdapter, *off: str) -> AbstractContextManager[None]:
     """Inside, these LoRAs (by default the one named "rewardsr") are off and the others as they are.
 
     So the pipeline is what it was before they were trained, without a second network. Never back-propagate inside:
     their gradients would be zero, silently.
     """
-    with _switched(adapter, lambda on: [name for name in on if name not in (off or (NAME,))]):
-        yield
+    return _switched(adapter, lambda on: [name for name in on if name not in (off or (NAME,))])
 
 
-@contextmanager
-def only(adapter: ISRAdapter, *on: str) -> Iterator[None]:
+def only(adapter: ISRAdapter, *on: str) -> AbstractContextManager[None]:
     """Inside, exactly these LoRAs are on; without any, the pipeline is its base.
 
     Raises:
@@ -156,8 +144,7 @@ def only(adapter: ISRAdapter, *on: str) -> Iterator[None]:
     """
     for name in on:
         _require(adapter, name)
-    with _switched(adapter, lambda _: sorted(on)):
-        yield
+    return _switched(adapter, lambda _: sorted(on))
 
 
 @contextmanager
