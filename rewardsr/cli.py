@@ -239,6 +239,7 @@ def export(
     from rewardsr.lora import exchange
     from rewardsr.pipelines import open_pipeline
 
+    exchange.check_output(output, form)
     pipeline = open_pipeline(run, adapter, base, option or [], lora or [], strength, "cpu", "fp32", force_base)
     for path in sorted(exchange.export(pipeline, output, form).rglob("*")):
         if path.is_file():
@@ -255,15 +256,14 @@ def import_lora(
 ) -> None:
     """Turn a LoRA of another program into one that every command here loads; pickles never run code."""
     from rewardsr import lora
-    from rewardsr.lora import exchange, foreign
+    from rewardsr.lora import exchange
     from rewardsr.pipelines import open_pipeline
 
-    if output.exists():
-        raise UserError(f"'{output}' exists already: choose a new folder")
+    exchange.check_output(output)
     pipeline = open_pipeline(None, adapter, base, option or [], [], 1.0, "cpu", "fp32", False)
-    found = foreign.read_foreign(pipeline, source)
-    exchange.place(pipeline, found)
-    typer.echo(f"rank {found.rank}, alpha {found.alpha:g}: {lora.save(pipeline, output)}")
+    path = exchange.import_lora(pipeline, source, output)
+    rank, alpha = lora.rank_and_alpha(pipeline)
+    typer.echo(f"rank {rank}, alpha {alpha:g}: {path}")
 
 
 @imports.command("stablesr")
