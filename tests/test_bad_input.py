@@ -57,7 +57,7 @@ def test_recipe_that_says_nonsense(refused, tmp_path, monkeypatch, text, says) -
         (("--adapter", "no_such_module:Thing"), "importing no_such_module failed"),
         (("--adapter", "json:dumps"), "no `load(base, ...)`"),
         (("--trainer", "gdp"), "did you mean 'gdpo'?"),
-        (("--trainer", "json:dumps"), "no training method"),
+        (("--trainer", "json:dumps"), "expected a subclass of rewardsr.trainers.base.Method"),
         (("--rewards", "psn"), "did you mean"),
         (("--rewards", "psnr=much"), "not a number"),
         (("--rewards", ""), "'rewards' is []"),
