@@ -12,11 +12,11 @@ class TrainingError(RuntimeError):
     """Training cannot go on (numbers stopped being finite, say); what was reached so far has been kept."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: "did you mean 'x'?", or all that are known."""
+def nearest(name: str, known: Iterable[str], otherwise: str | None = None) -> str:
+    """The end of a message about an unknown name: "did you mean 'x'?", else `otherwise`, or all that are known."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known) or 'none'}"
+    return f"did you mean '{close[0]}'?" if close else otherwise or f"known: {', '.join(known) or 'none'}"
 
 
 def one_line(error: BaseException) -> str:

@@ -8,19 +8,20 @@ under other names: the package image-reward does not import beside current trans
 import math
 import re
 from collections import OrderedDict
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from rewardsr.adapter import Batch
-from rewardsr.errors import UserError
-from rewardsr.hub import connection
-from rewardsr.weights import read_pickle, read_safetensors
+from rewardsr.errors import UserError, one_line
+from rewardsr.options import Options
+from rewardsr.rewards.pretrained import Checkpoint, from_hub, local_file
 
+OWNER = "reward 'imagereward'"  # in messages
 WEIGHTS = ("THUDM/ImageReward", "ImageReward.pt")  # on the Hub: repository, file
 VOCABULARY = ("google-bert/bert-base-uncased", "vocab.txt")
 LENGTH = 35  # tokens: texts are padded or cut to it
@@ -29,7 +30,7 @@ RAW_MEAN, RAW_STD = 0.16717362830052426, 1.0333394966054072  # of the released h
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 # What the score does not use: BLIP's contrastive projections, momentum copies and queues, and indices kept as a tensor.
-IGNORED = re.compile(r"blip\.((vision_proj|text_proj|\w+_m)\.|(\w+_)?queue(_\w+)?$|text_encoder\..*position_ids$)")
+UNUSED = re.compile(r"blip\.((vision_proj|text_proj|\w+_m)\.|(\w+_)?queue(_\w+)?$|text_encoder\..*position_ids$)")
 
 VISION, TEXT, HEAD = "blip.visual_encoder.", "blip.text_encoder.", "mlp.layers."
 HEAD_LAYERS = ("0", "2", "4", "6", "7")  # the others are dropout; no activation lies between
@@ -48,6 +49,22 @@ _RELEASED_NAMES = (  # by transformers' names
 )
 
 
+class ImageRewardOptions(Options):
+    """Files, and how images are made smaller."""
+
+    weights: Path | None = Field(
+        None, description="ImageReward.pt, or a .safetensors of its tensors; None: the Hub's. Shapes give the sizes."
+    )
+    tokenizer: Path | None = Field(
+        None, description="folder of bert-base-uncased's tokenizer, or its vocab.txt; None: the Hub's"
+    )
+    antialias: bool = Field(
+        True,
+        description="smooth images that are made smaller, as the original does on PIL images; RFSR trained without "
+        "(torchvision before 0.17 on tensors)",
+    )
+
+
 class ImageReward:
     """ImageReward of `sr` and its text; higher is better, about N(0, 1) over the images that it was trained on.
 
@@ -60,34 +77,33 @@ class ImageReward:
     licence = "Apache-2.0"
     kind = "detail"
 
-    def __init__(
-        self, weights: str | Path | None = None, tokenizer: str | Path | None = None, antialias: bool = True
-    ) -> None:
-        """Load the network; a file that is not given comes from the Hub's cache, else is downloaded.
+    Options = ImageRewardOptions
 
-        Args:
-            weights: the released ImageReward.pt (read without running code in it), or a .safetensors of its tensors.
-                Sizes are taken from the tensors' shapes.
-            tokenizer: folder of bert-base-uncased's tokenizer, or its vocab.txt.
-            antialias: whether images are smoothed when they are made smaller. The original does so, on PIL images;
-                RFSR trained without (torchvision before 0.17 on tensors).
+    def __init__(self, options: ImageRewardOptions) -> None:
+        """Load the network; a file that is not given comes from the Hub's cache, else is downloaded.
 
         Raises:
             UserError: files that cannot be had, read or fitted.
         """
         # Both files are found before anything is read: the weights are 1.8 GB.
-        state_path = _local("weights", weights) if weights is not None else _from_hub("weights", *WEIGHTS)
-        words_path = _local("tokenizer", tokenizer) if tokenizer is not None else _from_hub("tokenizer", *VOCABULARY)
+        if options.weights is None:
+            weights = from_hub(OWNER, *WEIGHTS, "give options: {weights: PATH}")
+        else:
+            weights = local_file(OWNER, options.weights)
+        if options.tokenizer is None:
+            words_path = from_hub(OWNER, *VOCABULARY, "give options: {tokenizer: PATH}")
+        else:
+            words_path = options.tokenizer.expanduser()
         self._tokenizer = _read_tokenizer(words_path)
-        self._network, sizes = _read_network(state_path)
+        self._network, sizes = _fitted(Checkpoint(OWNER, weights, UNUSED))
         # The released vocabulary is BERT's and two words more, which begin other tasks than this one.
         if len(self._tokenizer) not in (sizes.words, sizes.words - 2):
             raise UserError(
-                f"reward 'imagereward': tokenizer '{words_path}' has {len(self._tokenizer)} words, expected "
+                f"{OWNER}: tokenizer '{words_path}' has {len(self._tokenizer)} words, expected "
                 f"{sizes.words - 2}: give bert-base-uncased"
             )
         self._side = sizes.patch * sizes.patches
-        self._antialias = antialias
+        self._antialias = options.antialias
         self._device = torch.device("cpu")
         self._tokens = lru_cache(maxsize=4096)(self._tokenise)
 
@@ -108,8 +124,7 @@ class ImageReward:
         prompts = batch.prompts
         if prompts is None or None in prompts:
             raise UserError(
-                "reward 'imagereward' needs prompts, and there are none: set data.prompts to sidecar, or to one text "
-                "for all"
+                f"{OWNER} needs prompts, and there are none: set data.prompts to sidecar, or to one text for all"
             )
         if len(prompts) != len(sr):
             raise ValueError(f"imagereward: expected one text an image, got {len(prompts)} for {len(sr)}")
@@ -218,25 +233,14 @@ class _Network(nn.Module):
         return self.head(text[:, 0]).squeeze(1)
 
 
-def _read_network(path: Path) -> tuple[_Network, _Sizes]:
+def _fitted(checkpoint: Checkpoint) -> tuple[_Network, _Sizes]:
     """The network of a file, frozen, in float32, and its sizes."""
-    state = _read_state(path)
-    sizes = _sizes(state, path)
+    sizes = _sizes(checkpoint)
     with torch.device("meta"):  # without storage, and without draws for weights that are replaced anyway
         network = _Network(sizes)
-    names = {name: _released_name(name) for name in network.state_dict()}
-    own = {names[name]: value.shape for name, value in network.state_dict().items()}
-    wrong = {
-        "missing": sorted(own.keys() - state.keys()),
-        "unknown": sorted(state.keys() - own.keys()),
-        "of another shape": sorted(name for name in own.keys() & state.keys() if own[name] != state[name].shape),
-    }
-    faults = [f"{len(found)} {what} ({found[0]}, ...)" for what, found in wrong.items() if found]
-    if faults:
-        raise _unfit(path, ", ".join(faults))
-    network.load_state_dict({name: state[names[name]].float() for name in names}, strict=True, assign=True)
+    checkpoint.fit(network, _released_name)
     network.text.embeddings.position_ids = torch.arange(sizes.places)[None]  # no part of the state
-    return network.eval().requires_grad_(False), sizes
+    return network, sizes
 
 
 def _released_name(name: str) -> str:
@@ -245,13 +249,15 @@ def _released_name(name: str) -> str:
     return name
 
 
-def _sizes(state: dict[str, Tensor], path: Path) -> _Sizes:
+def _sizes(checkpoint: Checkpoint) -> _Sizes:
+    state = checkpoint.state
+
     def shape(name: str, dimensions: int) -> tuple[int, ...]:
         if name not in state:
-            raise _unfit(path, f"{name} is missing")
+            raise checkpoint.unfit(f"{name} is missing")
         found = tuple(state[name].shape)
         if len(found) != dimensions or 0 in found:
-            raise _unfit(path, f"{name} has shape {found}")
+            raise checkpoint.unfit(f"{name} has shape {found}")
         return found
 
     def count(prefix: str) -> int:
@@ -274,44 +280,25 @@ def _sizes(state: dict[str, Tensor], path: Path) -> _Sizes:
         head=tuple(shape(f"{HEAD}{layer}.weight", 2)[0] for layer in HEAD_LAYERS[:-1]),
     )
     if positions[1] != sizes.patches**2 + 1 or not sizes.patches:
-        raise _unfit(path, f"{VISION}pos_embed is of {positions[1]} tokens, expected a square number and one")
+        raise checkpoint.unfit(f"{VISION}pos_embed is of {positions[1]} tokens, expected a square number and one")
     if sizes.vision_width % HEAD_WIDTH or sizes.text_width % HEAD_WIDTH:
         widths = f"{sizes.vision_width} and {sizes.text_width}"
-        raise _unfit(path, f"widths of {widths} are no multiples of {HEAD_WIDTH}")
+        raise checkpoint.unfit(f"widths of {widths} are no multiples of {HEAD_WIDTH}")
     if sizes.places < LENGTH:
-        raise _unfit(path, f"it takes texts of {sizes.places} tokens, expected {LENGTH} or more")
+        raise checkpoint.unfit(f"it takes texts of {sizes.places} tokens, expected {LENGTH} or more")
     return sizes
 
 
-# ---- files ----
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file that the score uses; nothing that the file may contain is run."""
-    try:
-        content: Any = read_safetensors(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
-    except UserError as error:
-        raise UserError(f"reward 'imagereward': {' '.join(str(error).split())}") from error
-    except Exception as error:  # unpicklers raise whatever they stumble over in a damaged file
-        raise UserError(f"reward 'imagereward': '{path}' is damaged: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise _unfit(path, "it holds no state dict (tensors by name)")
-    state = {str(name): value for name, value in content.items() if not IGNORED.match(str(name))}
-    bad = [name for name, value in state.items() if not (value.is_floating_point() and value.isfinite().all())]
-    if bad:
-        raise _unfit(path, f"it holds values that are not finite numbers, in {bad[0]}")
-    return state
-
-
-def _unfit(path: Path, why: str) -> UserError:
-    return UserError(f"reward 'imagereward': the weights in '{path}' do not fit: {why}")
+# ---- the tokenizer ----
 
 
 def _read_tokenizer(path: Path) -> Any:
     """A BERT tokenizer, lower-casing, from its vocabulary or from a folder."""
+    if not path.exists():
+        raise UserError(f"{OWNER}: no tokenizer '{path}'")
     files = [path] if path.is_file() else [path / name for name in ("tokenizer.json", "vocab.txt")]
     if not any(file.is_file() for file in files):
-        raise UserError(f"reward 'imagereward': tokenizer '{path}' has neither tokenizer.json nor vocab.txt")
+        raise UserError(f"{OWNER}: tokenizer '{path}' has neither tokenizer.json nor vocab.txt")
     from transformers import BertTokenizer
 
     try:
@@ -319,33 +306,4 @@ def _read_tokenizer(path: Path) -> Any:
             return BertTokenizer(str(path))
         return BertTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # of its library in another language, without a kind
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"reward 'imagereward': tokenizer '{path}' cannot be read: {reason}") from error
-
-
-def _local(option: str, given: str | Path) -> Path:
-    path = Path(given).expanduser()
-    if not (path.exists() if option == "tokenizer" else path.is_file()):
-        what = "no tokenizer" if option == "tokenizer" else "no weights file"
-        raise UserError(f"reward 'imagereward': {what} '{path}'")
-    return path
-
-
-def _from_hub(option: str, repository: str, file: str) -> Path:
-    """A file of the Hub, from its cache or fetched once."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    with suppress(LocalEntryNotFoundError):
-        return Path(hf_hub_download(repository, file, local_files_only=True))
-    what = f"reward 'imagereward': {file} of {repository} (its {option})"
-    instead = f"take a local file with options: {{{option}: PATH}}"
-    if not connection.online():
-        raise UserError(
-            f"{what} is not in the Hub's cache, and there is no connection (or HF_HUB_OFFLINE is set) to fetch it: "
-            f"connect once, or {instead}"
-        )
-    try:
-        return Path(hf_hub_download(repository, file))
-    except Exception as error:  # no connection is requests' error or httpx's, by the version of the Hub's client
-        raise UserError(f"{what} could not be fetched: {' '.join(str(error).split())[:200]}; or {instead}") from error
+        raise UserError(f"{OWNER}: tokenizer '{path}' cannot be read: {one_line(error)}") from error

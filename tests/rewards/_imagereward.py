@@ -8,6 +8,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rewardsr.adapter import Batch
+from rewardsr.rewards import build
+from rewardsr.rewards.imagereward import ImageReward
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "dog", "##s", "on", "mat", "red")
 VISION_WIDTH, INNER, PATCH, SIDE = 128, 96, 8, 32  # two heads, 4x4 patches
@@ -68,6 +70,12 @@ def released_state(text_width: int = 64, seed: int = 0) -> dict[str, Tensor]:
 def save(state: Any, path: Path) -> Path:
     save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
     return path
+
+
+def imagereward(
+    weights: Path | str | None = None, tokenizer: Path | str | None = None, antialias: bool = True
+) -> ImageReward:
+    return build("imagereward", weights=weights, tokenizer=tokenizer, antialias=antialias)  # type: ignore[return-value]
 
 
 def images(count: int = 3, height: int = 48, width: int = 40) -> Tensor:
