@@ -7,6 +7,7 @@ arguments that makes such an object; `module:Name` names it, or an entry point o
 import hashlib
 import inspect
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class Captions:
     def __init__(self, name: str) -> None:
         made = resolve("captioners", name)
         try:
-            self._captioner = made() if inspect.isclass(made) else made
+            self._captioner: Any = made() if inspect.isclass(made) else made
         except Exception as error:  # a captioner may be a stranger's
             raise UserError(f"captioner '{name}' cannot be made: {one_line(error)}") from error
         if not callable(self._captioner):

@@ -151,8 +151,6 @@ class Light:
 class Bicubic:
     """Bicubic downsampling with antialiasing, rounded to 8 bits; draws nothing."""
 
-    Options = Options
-
     def __init__(self, options: Options, scale: int) -> None:
         self._scale = scale
 

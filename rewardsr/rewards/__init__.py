@@ -111,7 +111,7 @@ def _make(name: str, made: Any, options: dict[str, Any]) -> Reward:
         )
     given = parse(declared or Options, options, f"options of reward '{name}'")
     try:
-        reward = made(given) if declared else made()
+        reward: Any = made(*((given,) if declared else ()))
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a reward may be a stranger's
