@@ -11,7 +11,6 @@ from rewardsr.evaluation.report import Cell, comparison_row, write_grid
 from rewardsr.run_folder import VALIDATION as FOLDER
 from rewardsr.storage import write_text
 from rewardsr.train.prepare import Setup
-from rewardsr.trainers.base import shipped
 
 PICTURES, PICTURE_SIDE = 4, 512
 
@@ -50,7 +49,7 @@ class Validator:
 
         recipe = setup.recipe
         images = setup.validation.validation(recipe.data.validation_limit, recipe.seed, recipe.data.validation_side)
-        with shipped(setup.method):
+        with setup.method.shipped():
             found = compare(setup.adapter, images, setup.metrics, seed=recipe.seed, on_image=keep)
         folder = self._run / FOLDER
         write_grid(rows, folder / f"step-{step:08d}.png", side=PICTURE_SIDE)
