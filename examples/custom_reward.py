@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from rewardsr import Batch
-from rewardsr.options import Options
+from rewardsr import Batch, Options
 
 
 class ContrastOptions(Options):

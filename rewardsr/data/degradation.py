@@ -1,7 +1,7 @@
 """Degradations that turn a high-quality image into the low-quality one a pipeline starts from: the plug-in group
 `degradations`.
 
-A degradation is a class that declares `Options` (a subclass of `rewardsr.options.Options`; none if it has no options)
+A degradation is a class that declares `Options` (a subclass of `rewardsr.Options`; none if it has no options)
 and is made as `Kind(options, scale)`. What it makes is called as `(hq (3, H, W), generator) -> lq (3, H / scale,
 W / scale)`, both float32 RGB in [0, 1], one image at a time, on the CPU. Every random number comes from the generator,
 so the same generator state gives the same image.
@@ -50,6 +50,8 @@ def make_degradation(section: DegradationRecipe, scale: int) -> Degradation:
     """
     kind = _kind(section.name)
     options = _options(kind, section)
+    if scale < 1:
+        raise UserError(f"the scale is {scale}, expected 1 or more")
     hq = torch.rand((3, 32 * scale, 32 * scale), generator=torch.Generator().manual_seed(0))
     try:
         made: Degradation = kind(options, scale)
@@ -73,7 +75,7 @@ def _kind(name: str) -> Any:
     if not callable(kind) or not (inspect.isclass(declared) and issubclass(declared, Options)):
         raise UserError(
             f"degradation '{name}': expected a class that is made as Kind(options, scale) and whose Options are a "
-            "subclass of rewardsr.options.Options"
+            "subclass of rewardsr.Options"
         )
     return kind
 

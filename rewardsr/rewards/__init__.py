@@ -102,12 +102,12 @@ def _make(name: str, made: Any, options: dict[str, Any]) -> Reward:
         )
     declared = getattr(made, "Options", None)
     if declared is not None and not (inspect.isclass(declared) and issubclass(declared, Options)):
-        raise UserError(f"reward '{name}': declare its Options as a subclass of rewardsr.options.Options")
+        raise UserError(f"reward '{name}': declare its Options as a subclass of rewardsr.Options")
     taken = _parameters(made)
     if len(taken) != (declared is not None):
         raise UserError(
             f"reward '{name}' takes the arguments ({', '.join(taken)}): expected none, or one, whose class the reward "
-            "declares as Options, a subclass of rewardsr.options.Options"
+            "declares as Options, a subclass of rewardsr.Options"
         )
     given = parse(declared or Options, options, f"options of reward '{name}'")
     try:

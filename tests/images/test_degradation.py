@@ -90,7 +90,7 @@ def test_a_strangers_degradation() -> None:
         ({"noise": [0, float("inf")]}, "'noise.1' is inf"),
         ({"name": "strangers:Dimmed", "factr": 1}, "unknown key 'factr': did you mean 'factor'?"),
         ({"name": "strangers:NUMBER"}, "expected a class that is made as Kind(options, scale)"),
-        ({"name": "strangers:LooseOptions"}, "Options are a subclass of rewardsr.options.Options"),
+        ({"name": "strangers:LooseOptions"}, "Options are a subclass of rewardsr.Options"),
         ({"name": "strangers:untagged"}, "degradation 'strangers:untagged' fails on an image of noise: TypeError"),
         ({"name": "strangers:Unshrunk"}, "must make float32 images (3, 32, 32) in [0, 1] of (3, 64, 64), not"),
         ({"name": "strangers:Overshooting"}, "not torch.float32 (3, 32, 32) in ["),

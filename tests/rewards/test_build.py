@@ -114,7 +114,7 @@ def test_pyiqa_ids_need_no_prefix() -> None:
         ("my_rewards:needing", {"goal": 0.2}, "takes the arguments (goal): expected none, or one, whose class"),
         ("my_rewards:Undeclared", {}, "takes the arguments (options): expected none, or one, whose class the reward"),
         ("my_rewards:Twofold", {}, "takes the arguments (options, device)"),
-        ("my_rewards:Loose", {}, "declare its Options as a subclass of rewardsr.options.Options"),
+        ("my_rewards:Loose", {}, "declare its Options as a subclass of rewardsr.Options"),
         ("my_rewards:Failing", {}, "reward 'my_rewards:Failing' cannot be made: OSError: no such disk"),
         ("builtins:int", {}, "what it makes lacks name, kind"),
         ("my_rewards:NoKind", {}, "what it makes lacks kind"),
