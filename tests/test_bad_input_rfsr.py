@@ -226,14 +226,15 @@ def imagereward(**options: Any) -> tuple[str, str]:
 
 def test_imagereward_without_prompts(commands: Commands, refused, tiny_base, hq_folder, tmp_path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "rewards"))
-    from _imagereward import WORDS, released_state, save
+    from _imagereward import WORDS, released_state, save, small
 
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
     weights = save(released_state(), tmp_path / "ImageReward.pt")
     options = imagereward(weights=str(weights), tokenizer=str(tmp_path / "vocab.txt"))
-    said = refused(*line(tiny_base, hq_folder, tmp_path / "run", *options))
-    assert "needs prompts" in said and "data.prompts" in said
-    answer = commands(*line(tiny_base, hq_folder, tmp_path / "run", *options, "--set", "data.prompts=a cat"))
+    with small():
+        said = refused(*line(tiny_base, hq_folder, tmp_path / "run", *options))
+        assert "needs prompts" in said and "data.prompts" in said
+        answer = commands(*line(tiny_base, hq_folder, tmp_path / "run", *options, "--set", "data.prompts=a cat"))
     assert answer.code == 0, answer.err
 
 

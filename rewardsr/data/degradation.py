@@ -165,17 +165,12 @@ class Bicubic:
 
 
 def _check(hq: Tensor, scale: int) -> None:
-    if hq.ndim != 3 or hq.shape[0] != 3:
-        raise ValueError(f"hq: expected shape (3, H, W), got {tuple(hq.shape)}")
-    if hq.dtype != torch.float32:
-        raise ValueError(f"hq: expected float32, got {hq.dtype}")
-    height, width = hq.shape[1:]
-    if height == 0 or width == 0 or height % scale or width % scale:
-        raise ValueError(f"hq: expected height and width to be multiples of {scale}, got {height} x {width}")
-    low, high = (float(value) for value in torch.aminmax(hq))
-    # Written as "not inside" so that NaN is refused too.
-    if not (low >= 0 and high <= 1):
-        raise ValueError(f"hq: expected values in [0, 1], got [{low:.4g}, {high:.4g}]")
+    shaped = hq.ndim == 3 and len(hq) == 3 and hq.numel() > 0 and not any(side % scale for side in hq.shape[1:])
+    if not shaped or hq.dtype != torch.float32 or not bool(((hq >= 0) & (hq <= 1)).all()):
+        raise ValueError(
+            f"hq: expected (3, H, W) float32 in [0, 1], H and W multiples of {scale}, got {tuple(hq.shape)} {hq.dtype} "
+            f"in [{hq.amin() if hq.numel() else 0:.4g}, {hq.amax() if hq.numel() else 0:.4g}]"
+        )
 
 
 def _uniform(bounds: tuple[float, float], generator: torch.Generator) -> float:

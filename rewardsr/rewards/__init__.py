@@ -16,9 +16,6 @@ from rewardsr.rewards.base import Reward
 from rewardsr.rewards.iqa import IQA, LICENCE, metrics
 
 IQA_PREFIX = "iqa:"
-IQA_NOTE = (
-    "any metric of pyiqa is a reward as well: write its id (musiq, maniqa, lpips, ...), or iqa:ID where a name is taken"
-)
 KINDS = ("fidelity", "detail")
 
 
@@ -57,7 +54,7 @@ def build(name: str, **options: Any) -> Reward:
 
 
 def known() -> list[Known]:
-    """Registered rewards, sorted by name, without building them; `IQA_NOTE` says how to reach pyiqa's.
+    """Registered rewards, sorted by name, without building them; pyiqa's metrics are not among them.
 
     A reward of another package that does not import is listed with the reason as its licence: a table is no place to
     stop at a stranger's mistake.

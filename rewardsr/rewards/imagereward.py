@@ -5,12 +5,11 @@ layers make a score of the first text token. The networks are transformers' own,
 under other names: the package image-reward does not import beside current transformers.
 """
 
-import math
 import re
 from collections import OrderedDict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -25,15 +24,34 @@ OWNER = "reward 'imagereward'"  # in messages
 WEIGHTS = ("THUDM/ImageReward", "ImageReward.pt")  # on the Hub: repository, file
 VOCABULARY = ("google-bert/bert-base-uncased", "vocab.txt")
 LENGTH = 35  # tokens: texts are padded or cut to it
-HEAD_WIDTH = 64  # of an attention head, in both networks
 RAW_MEAN, RAW_STD = 0.16717362830052426, 1.0333394966054072  # of the released head's output; scores are relative to it
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 # What the score does not use: BLIP's contrastive projections, momentum copies and queues, and indices kept as a tensor.
 UNUSED = re.compile(r"blip\.((vision_proj|text_proj|\w+_m)\.|(\w+_)?queue(_\w+)?$|text_encoder\..*position_ids$)")
 
-VISION, TEXT, HEAD = "blip.visual_encoder.", "blip.text_encoder.", "mlp.layers."
+# Of the released networks: ViT-L/16, BERT base, and the linear layers of the head.
+VISION_SIZES = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 16,
+}
+TEXT_SIZES = {
+    "vocab_size": 30524,
+    "hidden_size": 768,
+    "encoder_hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 512,
+}
+HEAD_WIDTHS = (768, 1024, 128, 64, 16, 1)
 HEAD_LAYERS = ("0", "2", "4", "6", "7")  # the others are dropout; no activation lies between
+
+VISION, TEXT, HEAD = "blip.visual_encoder.", "blip.text_encoder.", "mlp.layers."
 _RELEASED_NAMES = (  # by transformers' names
     ("text.", TEXT),
     ("head.", HEAD),
@@ -52,9 +70,7 @@ _RELEASED_NAMES = (  # by transformers' names
 class ImageRewardOptions(Options):
     """Files, and how images are made smaller."""
 
-    weights: Path | None = Field(
-        None, description="ImageReward.pt, or a .safetensors of its tensors; None: the Hub's. Shapes give the sizes."
-    )
+    weights: Path | None = Field(None, description="ImageReward.pt, or a .safetensors of its tensors; None: the Hub's")
     tokenizer: Path | None = Field(
         None, description="folder of bert-base-uncased's tokenizer, or its vocab.txt; None: the Hub's"
     )
@@ -95,14 +111,15 @@ class ImageReward:
         else:
             words_path = options.tokenizer.expanduser()
         self._tokenizer = _read_tokenizer(words_path)
-        self._network, sizes = _fitted(Checkpoint(OWNER, weights, UNUSED))
+        self._network = _fitted(Checkpoint(OWNER, weights, UNUSED))
         # The released vocabulary is BERT's and two words more, which begin other tasks than this one.
-        if len(self._tokenizer) not in (sizes.words, sizes.words - 2):
+        words = TEXT_SIZES["vocab_size"]
+        if len(self._tokenizer) not in (words, words - 2):
             raise UserError(
                 f"{OWNER}: tokenizer '{words_path}' has {len(self._tokenizer)} words, expected "
-                f"{sizes.words - 2}: give bert-base-uncased"
+                f"{words - 2}: give bert-base-uncased"
             )
-        self._side = sizes.patch * sizes.patches
+        self._side = VISION_SIZES["image_size"]
         self._antialias = options.antialias
         self._device = torch.device("cpu")
         self._tokens = lru_cache(maxsize=4096)(self._tokenise)
@@ -164,60 +181,24 @@ def preprocess(image: Tensor, side: int = 224, antialias: bool = True) -> Tensor
 # ---- the network ----
 
 
-class _Sizes(NamedTuple):
-    """Of the networks, in tensors' elements where nothing else is said."""
-
-    vision_width: int
-    vision_inner: int
-    vision_layers: int
-    patch: int  # pixels a side
-    patches: int  # a side
-    text_width: int
-    text_inner: int
-    text_layers: int
-    words: int
-    places: int  # most tokens that a text can have
-    head: tuple[int, ...]  # outputs of all linear layers but the last, which has one
-
-
 class _Network(nn.Module):
-    def __init__(self, sizes: _Sizes) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+        from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel  # takes seconds
 
-        self.vision = BlipVisionModel(
-            BlipVisionConfig(
-                hidden_size=sizes.vision_width,
-                intermediate_size=sizes.vision_inner,
-                num_hidden_layers=sizes.vision_layers,
-                num_attention_heads=sizes.vision_width // HEAD_WIDTH,
-                image_size=sizes.patch * sizes.patches,
-                patch_size=sizes.patch,
-                hidden_act="gelu",
-                layer_norm_eps=1e-6,
-                attn_implementation="eager",
-            )
+        vision = BlipVisionConfig(**VISION_SIZES, hidden_act="gelu", layer_norm_eps=1e-6, attn_implementation="eager")
+        text = BlipTextConfig(
+            **TEXT_SIZES,
+            hidden_act="gelu",
+            layer_norm_eps=1e-12,
+            bos_token_id=None,  # tokens come from the tokenizer
+            sep_token_id=None,
+            is_decoder=True,  # is how it gets cross attention; `forward` runs it as an encoder
+            attn_implementation="eager",  # the only one that it has; masks are made to fit
         )
-        self.text = BlipTextModel(
-            BlipTextConfig(
-                vocab_size=sizes.words,
-                hidden_size=sizes.text_width,
-                encoder_hidden_size=sizes.vision_width,
-                intermediate_size=sizes.text_inner,
-                num_hidden_layers=sizes.text_layers,
-                num_attention_heads=sizes.text_width // HEAD_WIDTH,
-                max_position_embeddings=sizes.places,
-                hidden_act="gelu",
-                layer_norm_eps=1e-12,
-                bos_token_id=None,  # tokens come from the tokenizer
-                sep_token_id=None,
-                is_decoder=True,  # is how it gets cross attention; `forward` runs it as an encoder
-                attn_implementation="eager",  # the only one that it has; masks are made to fit
-            ),
-            add_pooling_layer=False,
-        )
-        widths = (sizes.text_width, *sizes.head, 1)
-        layers = zip(HEAD_LAYERS, widths[:-1], widths[1:], strict=True)
+        self.vision = BlipVisionModel(vision)
+        self.text = BlipTextModel(text, add_pooling_layer=False)
+        layers = zip(HEAD_LAYERS, HEAD_WIDTHS[:-1], HEAD_WIDTHS[1:], strict=True)
         self.head = nn.Sequential(OrderedDict((name, nn.Linear(before, after)) for name, before, after in layers))
 
     def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
@@ -233,60 +214,19 @@ class _Network(nn.Module):
         return self.head(text[:, 0]).squeeze(1)
 
 
-def _fitted(checkpoint: Checkpoint) -> tuple[_Network, _Sizes]:
-    """The network of a file, frozen, in float32, and its sizes."""
-    sizes = _sizes(checkpoint)
+def _fitted(checkpoint: Checkpoint) -> _Network:
+    """The network with the weights of a file, frozen, in float32."""
     with torch.device("meta"):  # without storage, and without draws for weights that are replaced anyway
-        network = _Network(sizes)
-    checkpoint.fit(network, _released_name)
-    network.text.embeddings.position_ids = torch.arange(sizes.places)[None]  # no part of the state
-    return network, sizes
+        network = _Network()
+    places = torch.arange(TEXT_SIZES["max_position_embeddings"])[None]
+    network.text.embeddings.position_ids = places  # no part of the state
+    return checkpoint.fit(network, _released_name)
 
 
 def _released_name(name: str) -> str:
     for ours, theirs in _RELEASED_NAMES:
         name = name.replace(ours, theirs) if ours.startswith(".") else re.sub(f"^{re.escape(ours)}", theirs, name)
     return name
-
-
-def _sizes(checkpoint: Checkpoint) -> _Sizes:
-    state = checkpoint.state
-
-    def shape(name: str, dimensions: int) -> tuple[int, ...]:
-        if name not in state:
-            raise checkpoint.unfit(f"{name} is missing")
-        found = tuple(state[name].shape)
-        if len(found) != dimensions or 0 in found:
-            raise checkpoint.unfit(f"{name} has shape {found}")
-        return found
-
-    def count(prefix: str) -> int:
-        return len({name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)})
-
-    patch = shape(f"{VISION}patch_embed.proj.weight", 4)
-    positions = shape(f"{VISION}pos_embed", 3)
-    words, text_width = shape(f"{TEXT}embeddings.word_embeddings.weight", 2)
-    sizes = _Sizes(
-        vision_width=patch[0],
-        vision_inner=shape(f"{VISION}blocks.0.mlp.fc1.weight", 2)[0],
-        vision_layers=count(f"{VISION}blocks."),
-        patch=patch[-1],
-        patches=math.isqrt(positions[1] - 1),
-        text_width=text_width,
-        text_inner=shape(f"{TEXT}encoder.layer.0.intermediate.dense.weight", 2)[0],
-        text_layers=count(f"{TEXT}encoder.layer."),
-        words=words,
-        places=shape(f"{TEXT}embeddings.position_embeddings.weight", 2)[0],
-        head=tuple(shape(f"{HEAD}{layer}.weight", 2)[0] for layer in HEAD_LAYERS[:-1]),
-    )
-    if positions[1] != sizes.patches**2 + 1 or not sizes.patches:
-        raise checkpoint.unfit(f"{VISION}pos_embed is of {positions[1]} tokens, expected a square number and one")
-    if sizes.vision_width % HEAD_WIDTH or sizes.text_width % HEAD_WIDTH:
-        widths = f"{sizes.vision_width} and {sizes.text_width}"
-        raise checkpoint.unfit(f"widths of {widths} are no multiples of {HEAD_WIDTH}")
-    if sizes.places < LENGTH:
-        raise checkpoint.unfit(f"it takes texts of {sizes.places} tokens, expected {LENGTH} or more")
-    return sizes
 
 
 # ---- the tokenizer ----

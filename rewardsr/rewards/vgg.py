@@ -11,9 +11,8 @@ from torchvision.models.vgg import make_layers
 
 from rewardsr.rewards.pretrained import Checkpoint, from_url, local_file
 
-# Convolutions of VGG19 between its poolings; the last of each group is a layer that `VGG19` returns.
-GROUPS = (2, 2, 4, 4, 4)
-LAYERS = ("conv1_2", "conv2_2", "conv3_4", "conv4_4", "conv5_4")
+GROUPS = (2, 2, 4, 4, 4)  # convolutions of VGG19 between its poolings
+LAYERS = {2: "conv1_2", 7: "conv2_2", 16: "conv3_4", 25: "conv4_4", 34: "conv5_4"}  # by their places in torchvision's
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which the weights expect
 CLASSIFIER = re.compile(r"classifier\.")  # not used here
 OWNER, URL = "VGG19", VGG19_Weights.IMAGENET1K_V1.url
@@ -47,20 +46,11 @@ class VGG19(nn.Module):
         found: dict[str, Tensor] = {}
         with torch.autocast(image.device.type, enabled=False):
             x = (image.float() - self.mean) / self.std
-            convolutions, wanted = 0, dict(zip(_ends(), LAYERS, strict=True))
-            for module in self.features:
+            for place, module in enumerate(self.features[: max(LAYERS) + 1]):
                 x = module(x)
-                if isinstance(module, nn.Conv2d):
-                    convolutions += 1
-                    if convolutions in wanted:
-                        found[wanted[convolutions]] = x
-                    if len(found) == len(LAYERS):
-                        break
+                if place in LAYERS:
+                    found[LAYERS[place]] = x
         return found
-
-
-def _ends() -> list[int]:
-    return [sum(GROUPS[: group + 1]) for group in range(len(GROUPS))]
 
 
 def _fitted(checkpoint: Checkpoint) -> nn.Sequential:

@@ -55,17 +55,18 @@ def test_bicubic_is_antialiased_and_draws_nothing() -> None:
 
 @pytest.mark.parametrize("kind", [Light(LightOptions(), 4), Bicubic(Options(), 4)])
 @pytest.mark.parametrize(
-    ("image", "message"),
+    "image",
     [
-        (torch.zeros(1, 3, 8, 8), "expected shape"),
-        (torch.zeros(3, 8, 8).double(), "expected float32"),
-        (torch.zeros(3, 8, 10), "multiples of 4"),
-        (torch.full((3, 8, 8), 1.1), r"values in \[0, 1\]"),
-        (torch.full((3, 8, 8), torch.nan), r"values in \[0, 1\]"),
+        torch.zeros(1, 3, 8, 8),
+        torch.zeros(3, 0, 8),
+        torch.zeros(3, 8, 8).double(),
+        torch.zeros(3, 8, 10),
+        torch.full((3, 8, 8), 1.1),
+        torch.full((3, 8, 8), torch.nan),
     ],
 )
-def test_images_that_are_none(kind: Any, image: Tensor, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_images_that_are_none(kind: Any, image: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"expected \(3, H, W\) float32 in \[0, 1\], H and W multiples of 4, got"):
         kind(image, draws())
 
 

@@ -88,7 +88,7 @@ def tokens() -> tuple[Tensor, Tensor]:
 
 def test_scores_agree_with_timm_and_bert(tmp_path: Path, vocabulary: Path) -> None:
     state = released_state(text_width=VISION_WIDTH, seed=1)  # BertModel attends only to features of its own width
-    reward = imagereward(save(state, tmp_path / "weights.pt"), vocabulary)
+    reward = imagereward(save(state, tmp_path / "weights.pt"), vocabulary, text_width=VISION_WIDTH)
     pixels, (ids, mask) = preprocess(images(), SIDE), tokens()
     image = timm_features(state, pixels)
     text = bert_features(state, ids, mask, image)

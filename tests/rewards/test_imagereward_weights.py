@@ -48,18 +48,16 @@ def test_unused_tensors_may_be_missing_or_more(state: dict[str, Tensor], vocabul
     ("changes", "message"),
     [
         ({"mlp.layers.7.bias": None}, r"1 missing \(mlp.layers.7.bias, ...\)"),
-        ({"mlp.layers.0.weight": None}, "mlp.layers.0.weight is missing"),
-        ({"blip.visual_encoder.pos_embed": None}, "blip.visual_encoder.pos_embed is missing"),
         ({"blip.visual_encoder.blocks.1.attn.qkv.bias": None}, r"1 missing \(blip.visual_encoder.blocks.1.attn.qkv.b"),
         ({"blip.text_encoder.pooler.dense.bias": torch.zeros(64)}, r"1 unknown \(blip.text_encoder.pooler.dense.bias"),
         ({"mlp.layers.7.bias": torch.zeros(2)}, r"1 of another shape or type \(mlp.layers.7.bias"),
         ({"mlp.layers.7.bias": torch.tensor([float("inf")])}, "not finite, in mlp.layers.7.bias"),
         ({"mlp.layers.7.bias": torch.zeros(1, dtype=torch.long)}, r"1 of another shape or type \(mlp.layers.7.bias"),
         ({"mlp.layers.7.bias": "text"}, "holds no state dict"),
-        ({"blip.visual_encoder.pos_embed": torch.zeros(1, 16, 128)}, "is of 16 tokens, expected a square number"),
-        ({"blip.visual_encoder.pos_embed": torch.zeros(17, 128)}, r"pos_embed has shape \(17, 128\)"),
-        ({"blip.visual_encoder.patch_embed.proj.weight": torch.zeros(96, 3, 8, 8)}, "widths of 96 and 64 are no mult"),
-        ({"blip.text_encoder.embeddings.position_embeddings.weight": torch.zeros(20, 64)}, "texts of 20 tokens"),
+        (
+            {"blip.visual_encoder.pos_embed": torch.zeros(17, 128)},
+            r"of another shape or type \(blip.visual_encoder.pos",
+        ),
     ],
 )
 def test_weights_that_do_not_fit(
