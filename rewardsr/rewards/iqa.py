@@ -10,13 +10,15 @@ import importlib
 import importlib.util
 import inspect
 import io
+import urllib.request
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
+import huggingface_hub.constants
 import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor
@@ -315,26 +317,17 @@ def _no_downloads(asked: list[str]) -> Iterator[None]:
     The Hub's client is told to be offline (it retries for up to 50 seconds otherwise); pyiqa, torch and CLIP download
     with urllib, which knows no such switch and waits long where packets are dropped.
     """
-    import urllib.request
-
-    import huggingface_hub.constants
-    import huggingface_hub.utils
 
     def refuse(url: Any, *_: Any, **__: Any) -> Any:
         asked.append(str(getattr(url, "full_url", url)))
         raise URLError("downloads are switched off")
 
-    forget: Callable[[], None] = getattr(huggingface_hub.utils, "reset_sessions", lambda: None)
-    forget()  # versions before 1.0 keep sessions that have decided on offline or not
-    try:
-        with (
-            _swapped(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
-            _swapped(urllib.request, "urlopen", refuse),
-            _swapped(torch.hub, "urlopen", refuse),
-        ):
-            yield
-    finally:
-        forget()
+    with (
+        _swapped(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
+        _swapped(urllib.request, "urlopen", refuse),
+        _swapped(torch.hub, "urlopen", refuse),
+    ):
+        yield
 
 
 @contextlib.contextmanager
