@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from rewardsr.data.degradation import Light
+from rewardsr.data.degradation import Light, LightOptions
 
 __all__ = [
     "FROZEN",
@@ -67,7 +67,7 @@ TUNING: tuple[str, ...] = (
 """Training pictures for the demo's rewards: without the flat ones (moon, retina, cells, a page, the night sky), where
 the noise that is left over decides which output of a group scores best."""
 
-FROZEN = Light(blur=(0.7, 0.7), noise=(2.0, 2.0), quality=(90, 90), scale=4)
+FROZEN = Light(LightOptions(blur=(0.7, 0.7), noise=(2.0, 2.0), quality=(90, 90)), 4)
 """The one degradation of the held-out test. Changing it makes all published figures void."""
 
 _FROZEN_SEED = 7000
@@ -188,7 +188,7 @@ class Crops:
     """Draws training pairs: crops of a pyramid of every photograph, varied and then degraded."""
 
     def __init__(self, names: list[str], seed: int) -> None:
-        self.light = Light()
+        self.light = Light(LightOptions(), 4)
         self.draw = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
         self.levels = {name: _pyramid(load_photo(name)) for name in names}
