@@ -55,7 +55,7 @@ def test_recipe_that_says_nonsense(refused, tmp_path, monkeypatch, text, says) -
     [
         (("--adapter", "osedif"), "did you mean 'osediff'?"),
         (("--adapter", "no_such_module:Thing"), "importing no_such_module failed"),
-        (("--adapter", "json:dumps"), "no `load(base, ...)`"),
+        (("--adapter", "json:dumps"), "expected a subclass of rewardsr.adapter.ISRAdapter"),
         (("--trainer", "gdp"), "did you mean 'gdpo'?"),
         (("--trainer", "json:dumps"), "expected a subclass of rewardsr.trainers.base.Method"),
         (("--rewards", "psn"), "did you mean"),
@@ -63,7 +63,7 @@ def test_recipe_that_says_nonsense(refused, tmp_path, monkeypatch, text, says) -
         (("--rewards", ""), "'rewards' is []"),
         (("--rewards", "json:JSONDecodeErro"), "has no 'JSONDecodeErro'"),
         (("--set", "adapter_options.nois_t=250"), "did you mean 'noise_t'?"),
-        (("--set", "adapter_options.noise_t=soon"), "noise_t is 'soon'"),
+        (("--set", "adapter_options.noise_t=soon"), "'noise_t' is 'soon'"),
         (("--set", "adapter_options.scale=0"), "scale"),
         (("--set", "adapter_options.noise_t=1000"), "noise_t is 1000, expected 0 to 999"),
         (("--set", "trainer_options.bet=1"), "did you mean 'beta'?"),

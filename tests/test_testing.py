@@ -121,12 +121,12 @@ class Raises(OSEDiff):
 )
 def test_a_broken_adapter_is_caught(parts, kind, says) -> None:
     with pytest.raises(AssertionError) as caught:
-        check_adapter(kind(parts, "tiny", noise_t=250))
+        check_adapter(kind(parts, "tiny", kind.Options(noise_t=250)))
     assert says in str(caught.value), caught.value
 
 
 def test_an_adapter_that_lacks_an_attribute_is_told_which(parts) -> None:
-    adapter = OSEDiff(parts, "tiny", noise_t=250)
+    adapter = OSEDiff(parts, "tiny", OSEDiff.Options(noise_t=250))
     del adapter.lora_targets
     with pytest.raises(AssertionError, match="attribute 'lora_targets' is missing"):
         check_adapter(adapter)
@@ -136,7 +136,7 @@ def test_an_adapter_that_lacks_an_attribute_is_told_which(parts) -> None:
 @pytest.mark.parametrize("options", [{}, {"noise_t": 250}, {"noise_t": 250, "scale": 1}])
 def test_the_built_in_adapter_passes(tmp_path, autoencoder, options) -> None:
     folder = tiny_pipeline(tmp_path / "tiny", seed=2, autoencoder=autoencoder)
-    adapter = OSEDiff.load(str(folder), **options)
+    adapter = OSEDiff.load(str(folder), OSEDiff.Options(**options))
     check_adapter(adapter)
     assert lora.attached(adapter) and all(p.grad is None for p in lora.parameters(adapter).values())
 
@@ -217,7 +217,7 @@ def test_all_problems_are_listed_at_once(parts) -> None:
             return super()._to_latents(image, generator).detach()
 
     with pytest.raises(AssertionError) as caught:
-        check_adapter(TwoFaults(parts, "tiny", noise_t=250))
+        check_adapter(TwoFaults(parts, "tiny", TwoFaults.Options(noise_t=250)))
     assert "to_image: gradients" in str(caught.value) and "to_latents: gradients" in str(caught.value)
 
 

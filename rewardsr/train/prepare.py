@@ -15,9 +15,9 @@ from rewardsr.data.captions import Captions
 from rewardsr.data.degradation import degradation_options, make_degradation
 from rewardsr.data.folder import Data, open_data
 from rewardsr.errors import UserError
-from rewardsr.options import Options, parse
-from rewardsr.pipelines import adapter_options, choose_device, load_adapter
-from rewardsr.plugins import resolve
+from rewardsr.options import parse
+from rewardsr.pipelines import adapter_class, adapter_options, choose_device, load_adapter
+from rewardsr.plugins import resolve_class
 from rewardsr.rewards import build
 from rewardsr.rewards.base import Reward
 from rewardsr.rewards.probe import probe_gradient
@@ -67,9 +67,14 @@ def set_up(recipe: Recipe) -> Setup:
     accelerator = _accelerator(device)
     method_kind = method_class(recipe.trainer)
     options = parse(method_kind.Options, recipe.trainer_options, "trainer_options")
-    # Known before the pipeline is loaded, so that the data can be checked first.
-    scale = adapter_options(recipe.adapter, recipe.adapter_options).get("scale", 4)
-    extras = getattr(resolve("adapters", recipe.adapter), "extras", ())
+    kind = adapter_class(recipe.adapter)
+    scale = kind.scale_of(adapter_options(recipe.adapter, recipe.adapter_options))
+    # The data is checked before the pipeline is loaded, unless only the pipeline knows its scale.
+    adapter = None
+    if scale is None:
+        adapter = load_adapter(recipe.adapter, recipe.base, device=device, dtype=dtype, **recipe.adapter_options)
+        scale = adapter.scale
+    extras = kind.extras
     train, validation = open_folders(recipe, scale, extras)
     rewards = {entry.name: build(entry.name, **entry.options) for entry in recipe.rewards}
     guards = {name: build(name) for name in recipe.guards if name not in rewards}
@@ -88,9 +93,12 @@ def set_up(recipe: Recipe) -> Setup:
     if method_kind.differentiates:
         for name in steering:
             probe_gradient(name, rewards[name], sample)
-    adapter = load_adapter(recipe.adapter, recipe.base, device=device, dtype=dtype, **recipe.adapter_options)
-    if adapter.scale != scale:  # an adapter whose scale is no option of its `load`
-        train, validation = open_folders(recipe, adapter.scale, extras)
+    if adapter is None:
+        adapter = load_adapter(recipe.adapter, recipe.base, device=device, dtype=dtype, **recipe.adapter_options)
+    if adapter.scale != scale:
+        raise UserError(
+            f"adapter '{recipe.adapter}' has scale {adapter.scale}, but its options said {scale}: correct its scale_of"
+        )
     with torch.no_grad():
         adapter.encode(train.batch(recipe.seed, [0]))  # says what the family misses of the images
         for batch in () if validation is None else validation.validation(1, recipe.seed, recipe.data.crop):
@@ -113,12 +121,7 @@ def method_class(name: str) -> type[Method]:
     Raises:
         UserError: there is none, or it breaks the contract.
     """
-    kind = resolve("trainers", name)
-    if not (isinstance(kind, type) and issubclass(kind, Method)):
-        raise UserError(f"trainer '{name}': expected a subclass of rewardsr.trainers.base.Method, got {kind!r}")
-    if not (isinstance(kind.Options, type) and issubclass(kind.Options, Options)):
-        raise UserError(f"trainer '{name}': its Options must be a subclass of rewardsr.Options")
-    return kind
+    return resolve_class("trainers", name, Method)  # type: ignore[type-abstract]  # only its subclasses are made
 
 
 def _untrained(adapter: ISRAdapter, method: Method) -> Iterator[str]:
