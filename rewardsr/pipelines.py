@@ -12,7 +12,6 @@ from rewardsr import lora
 from rewardsr.adapter import ISRAdapter
 from rewardsr.errors import UserError
 from rewardsr.hub.fetch import fetch_lora, is_reference
-from rewardsr.lora.exchange import load_several
 from rewardsr.options import describe, parse
 from rewardsr.plugins import names, resolve_class
 from rewardsr.run_folder import RECIPE
@@ -103,7 +102,7 @@ def load_lora(
     """
     adapter = target if isinstance(target, ISRAdapter) else wrap(target)
     if isinstance(source, Mapping):
-        load_several(adapter, [(one, scale * weight) for one, weight in source.items()], force_base)
+        lora.load_several(adapter, [(one, scale * weight) for one, weight in source.items()], force_base)
     else:
         lora.load(adapter, source, scale, force_base)
     return adapter
@@ -223,7 +222,7 @@ def open_run(
     if len(parts) == 1:
         lora.load(pipeline, parts[0][0], strength * parts[0][1], force_base)
     elif parts:
-        load_several(pipeline, [(source, strength * weight) for source, weight in parts], force_base)
+        lora.load_several(pipeline, [(source, strength * weight) for source, weight in parts], force_base)
     return pipeline, recipe
 
 

@@ -11,9 +11,17 @@ from torch import Tensor
 
 from rewardsr import run_folder
 from rewardsr.adapter import Batch
+from rewardsr.options import Options
 
 MAIN = "runs:Brightness"
 OPTIONS = {"group_size": 2, "preference": "conditional", "beta": 100.0}
+
+
+class BrightnessOptions(Options):
+    """Of the rewards below."""
+
+    pause: float = 0.0  # seconds a call; gives a test the time to send a signal
+    seen: Path = Path()  # folder where `TwoProcesses` writes
 
 
 class Brightness:
@@ -21,26 +29,23 @@ class Brightness:
 
     name, kind, licence = "brightness", "fidelity", "Apache-2.0"
     needs_hq, differentiable = False, True
+    Options = BrightnessOptions
 
-    def __init__(self, pause: float = 0.0) -> None:
-        self._pause = pause  # gives a test the time to send a signal
+    def __init__(self, options: BrightnessOptions) -> None:
+        self._options = options
 
     def __call__(self, sr: Tensor, batch: Batch) -> Tensor:
-        time.sleep(self._pause)
+        time.sleep(self._options.pause)
         return sr.mean((1, 2, 3))
 
 
 class TwoProcesses(Brightness):
     """The same; refuses to score unless two processes run, and notes the images that each sees in `seen`."""
 
-    def __init__(self, seen: str) -> None:
-        super().__init__()
-        self._seen = Path(seen)
-
     def __call__(self, sr: Tensor, batch: Batch) -> Tensor:
         if torch.distributed.get_world_size() != 2:
             raise AssertionError("expected two processes")
-        with (self._seen / str(torch.distributed.get_rank())).open("a") as file:
+        with (self._options.seen / str(torch.distributed.get_rank())).open("a") as file:
             file.write(f"{len(batch)}\n")
         return super().__call__(sr, batch)
 
@@ -85,8 +90,9 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     newest = [sorted((run / "checkpoints").iterdir())[-1] for run in (one, other)]
     assert newest[0].name == newest[1].name
-    moments = [load_file(path / "optimiser.safetensors") for path in newest]
-    assert all(torch.equal(value, moments[1][name]) for name, value in moments[0].items())
+    for file in (run_folder.TRAINED, run_folder.MOMENTS):
+        states = [load_file(path / file) for path in newest]
+        assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     assert leftovers(other) == []
 
 

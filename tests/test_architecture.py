@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # From low to high; an entry stands for the module or package and what is in it, unless a longer entry names that.
 # A module imports from its own floor or lower ones only.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "run_folder", "options", "demo"),  # of demo only its __init__: where the embedded pipeline lies
+    ("errors", "run_folder", "options"),
     ("plugins", "storage", "draws", "hub.connection"),
     ("weights", "schedule", "tiling", "batch", "hub.fetch", "train.recipe"),
     ("adapter",),
@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("pipelines",),
     ("evaluation",),
     ("train", "hub"),
-    ("testing", "demo.run", "demo.photos", "doctor", "cli", "", "__main__"),
+    ("testing", "demo", "doctor", "cli", "", "__main__"),
 )
 
 # Where a function may import a module of the package, and why.

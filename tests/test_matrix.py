@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 import rewardsr
 from rewardsr import Draws, UserError, load_adapter, lora, run_folder
-from rewardsr.data.degradation import degradation_for
+from rewardsr.data.degradation import make_degradation
 from rewardsr.data.folder import open_data
 from rewardsr.plugins import names
 from rewardsr.train import prepare
 from rewardsr.train.prepare import Setup
-from rewardsr.train.recipe import LightRecipe
+from rewardsr.train.recipe import DegradationRecipe
 
 PAIRS = [(trainer, row) for trainer in TRAINERS for row in ROWS if trainer not in row.refused_by]
 REFUSED = [(trainer, row) for row in ROWS for trainer in row.refused_by]
@@ -143,7 +143,7 @@ def check_lora(run: Path, adapter: rewardsr.ISRAdapter, content: dict[str, Any])
 def check_output(run: Path, adapter: rewardsr.ISRAdapter, content: dict[str, Any]) -> None:
     """The LoRA loads into a fresh pipeline and changes what that makes of an image; without it, nothing has changed."""
     images = content["data"]["train"]
-    degradation = degradation_for(images, LightRecipe(), adapter.scale)
+    degradation = make_degradation(DegradationRecipe(), adapter.scale)
     data = open_data(images, scale=adapter.scale, crop=CROP, degradation=degradation, extras=adapter.extras)
     batch = data.batch(0, [0])
 

@@ -94,6 +94,7 @@ def test_wheel_is_complete(built):
     [wheel] = built.glob("*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
     assert {"rewardsr/py.typed", "rewardsr/adapters/osediff.py", "rewardsr/demo/pipeline/model_index.json"} <= held
+    assert "rewardsr/hub/card.md" in held
     assert any(name.startswith("rewardsr/demo/pipeline/") and name.endswith(".safetensors") for name in held)
     assert shipped_files() - held == set(), "missing in the wheel: see packages and package-data in pyproject.toml"
     assert not any(name.startswith(("adapters/", "tests/", "examples/")) for name in held)
@@ -121,7 +122,7 @@ def test_wheel_imports_without_the_source_tree(built, tmp_path):
 
 def test_entry_points_name_files_that_are_shipped(pyproject):
     groups = pyproject["project"]["entry-points"]
-    assert set(groups) >= {"rewardsr.adapters", "rewardsr.rewards", "rewardsr.trainers"}
+    assert set(groups) == {f"rewardsr.{kind}" for kind in ("adapters", "degradations", "rewards", "trainers")}
     modules = {value.partition(":")[0] for group in groups.values() for value in group.values()}
     assert {f"{module.replace('.', '/')}.py" for module in modules} - shipped_files() == set()
 

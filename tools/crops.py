@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rewardsr.data.degradation import Light
+from rewardsr.data.degradation import Light, LightOptions
 from rewardsr.demo import photos
 
 TRAIN: tuple[str, ...] = (
@@ -54,7 +54,7 @@ class Crops:
     """Draws training pairs: crops of a pyramid of every photograph, varied and then degraded."""
 
     def __init__(self, names: list[str], seed: int) -> None:
-        self.light = Light()
+        self.light = Light(LightOptions(), scale=4)
         self.draw = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
         self.levels = {name: _pyramid(photos.load_photo(name)) for name in names}

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rewardsr.data.degradation import Light
+from rewardsr.data.degradation import Light, LightOptions
 
 __all__ = ["FROZEN", "HELD_OUT", "TUNING", "HeldOut", "held_out", "load_photo", "write_folders"]
 
@@ -27,7 +27,7 @@ TUNING: tuple[str, ...] = (
 """Training pictures of the demo: without flat ones (moon, retina, cells, a page, the night sky), where the noise that
 is left over decides which output of a group scores best."""
 
-FROZEN = Light(blur=(0.7, 0.7), noise=(2.0, 2.0), quality=(90, 90), scale=4)
+FROZEN = Light(LightOptions(blur=(0.7, 0.7), noise=(2.0, 2.0), quality=(90, 90)), 4)
 """The one degradation of the held-out test. Changing it makes all published figures void."""
 
 _FROZEN_SEED = 7000

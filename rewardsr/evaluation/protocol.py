@@ -181,12 +181,12 @@ def evaluate(
         limit: the first so many images.
         prompts: "adapter", "sidecar" (text files), or one text for all.
     """
-    from rewardsr.data.degradation import degradation_for
+    from rewardsr.data.degradation import make_degradation
     from rewardsr.data.folder import open_data
     from rewardsr.rewards import build
-    from rewardsr.train.recipe import LightRecipe
+    from rewardsr.train.recipe import DegradationRecipe
 
-    degradation = degradation_for(str(data), LightRecipe(), adapter.scale)
+    degradation = make_degradation(DegradationRecipe(), adapter.scale)
     folder = open_data(data, scale=adapter.scale, degradation=degradation, prompts=prompts, extras=adapter.extras)
     rewards = {name: build(name) for name in metrics}
     return compare(adapter, folder.validation(limit, seed), rewards, seed=seed, draws_per_image=draws_per_image)

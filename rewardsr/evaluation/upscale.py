@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from rewardsr.adapter import Batch, ISRAdapter
-from rewardsr.data.captions import ADAPTER, first_few, resolve_prompts
-from rewardsr.data.extras import check_extras, resolve_extras, stack_extras
 from rewardsr.data.images import list_images, read_image, write_image
+from rewardsr.data.sidecars import ADAPTER, check_tensors, first_few, resolve_prompts, stack_tensors, tensor_files
 from rewardsr.draws import Draws, Source
 from rewardsr.errors import UserError
 from rewardsr.evaluation.colour import _check_color_fix, fix_color
@@ -114,16 +113,16 @@ def upscale_files(
     inputs, output = [Path(path) for path in inputs], Path(output)
     targets = _targets(inputs, output, overwrite)
     texts = resolve_prompts(inputs, prompts)
-    extras = resolve_extras(inputs, adapter.extras)
+    extras = tensor_files(inputs, adapter.extras)
     for path in inputs:
         read_image(path)
-    check_extras(extras or [], adapter.extras)
+    check_tensors(extras or [], adapter.extras)
     for index, (path, target) in enumerate(zip(inputs, targets, strict=True)):
         batch = Batch(
             lq=read_image(path)[None],
             prompts=None if texts is None else (texts[index],),
             paths=(str(path),),
-            extras=stack_extras([] if extras is None else [extras[index]], adapter.extras),
+            extras=stack_tensors([] if extras is None else [extras[index]], adapter.extras),
         )
         sr = upscale_tensor(adapter, batch, generator=Draws(seed, 0, [index], "upscale"), color_fix=color_fix)
         write_image(sr, target)

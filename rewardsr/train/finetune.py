@@ -35,8 +35,9 @@ def finetune(
     from rewardsr.run_folder import RECIPE
     from rewardsr.train.dry_run import measure_step
     from rewardsr.train.loop import train
-    from rewardsr.train.prepare import check_output, set_up
+    from rewardsr.train.prepare import check_output, complete, set_up
 
+    recipe = complete(recipe)
     if not dry_run:
         check_output(recipe, resume)
     setup = set_up(recipe)

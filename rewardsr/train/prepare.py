@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,7 +11,8 @@ from accelerate.state import AcceleratorState, PartialState
 
 from rewardsr import lora
 from rewardsr.adapter import Batch, ISRAdapter
-from rewardsr.data.degradation import degradation_for
+from rewardsr.data.captions import Captions
+from rewardsr.data.degradation import degradation_options, make_degradation
 from rewardsr.data.folder import Data, open_data
 from rewardsr.errors import UserError
 from rewardsr.options import parse
@@ -23,7 +25,7 @@ from rewardsr.run_folder import RECIPE
 from rewardsr.storage import is_leftover
 from rewardsr.train import recipe as recipes
 from rewardsr.train.log import check_trackers
-from rewardsr.train.recipe import Recipe
+from rewardsr.train.recipe import DegradationRecipe, Recipe
 from rewardsr.trainers.base import Method
 
 DECODE_UP_TO = 2000  # training images; decoding more of them beforehand would itself be long work
@@ -167,19 +169,26 @@ def open_folders(recipe: Recipe, scale: int, extras: Sequence[str] = ()) -> tupl
         extras: names of the tensors beside the images that the adapter takes.
     """
     folder = recipe.data
-    train = open_data(
-        folder.train,
+    opened = partial(
+        open_data,
         scale=scale,
-        crop=folder.crop,
-        degradation=degradation_for(folder.train, folder.degradation, scale),
+        degradation=make_degradation(folder.degradation, scale),
         prompts=folder.prompts,
+        captions=None if folder.captioner is None else Captions(folder.captioner),
         extras=extras,
-        flips=folder.flip,
     )
-    if folder.validation is None:
-        return train, None
-    held_out = degradation_for(folder.validation, folder.degradation, scale)
-    return train, open_data(folder.validation, scale=scale, degradation=held_out, prompts=folder.prompts, extras=extras)
+    train = opened(folder.train, crop=folder.crop, flips=folder.flip)
+    return train, None if folder.validation is None else opened(folder.validation)
+
+
+def complete(recipe: Recipe) -> Recipe:
+    """The recipe with the options of its degradation written out, as a run's folder keeps it.
+
+    Raises:
+        UserError: unknown degradation or option, or a wrong value.
+    """
+    degradation = DegradationRecipe(**degradation_options(recipe.data.degradation))
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"degradation": degradation})})
 
 
 def check_output(recipe: Recipe, resume: bool) -> None:
@@ -199,7 +208,7 @@ def check_output(recipe: Recipe, resume: bool) -> None:
         raise UserError(
             f"output '{run}' holds a run already: choose another folder, or continue that one with --resume"
         )
-    other = recipes.load_recipe(str(run / RECIPE), {}, [])
+    other = complete(recipes.load_recipe(str(run / RECIPE), {}, []))
     different = recipes.differences(recipe, other)
     if different:
         raise UserError(
