@@ -2,21 +2,21 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rewardsr.options import parse
+from rewardsr.run_folder import RECIPE
 from rewardsr.storage import remove_leftovers, write_text
 from rewardsr.train import recipe as recipes
+from rewardsr.train.dry_run import DryRun, measure_step
+from rewardsr.train.loop import Result, train
+from rewardsr.train.prepare import check_output, complete, set_up
 from rewardsr.train.recipe import Recipe
-
-if TYPE_CHECKING:
-    from rewardsr.train.dry_run import DryRun
-    from rewardsr.train.loop import Result
 
 
 def finetune(
     recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = False, dry_run: bool = False
-) -> "Result | DryRun":
+) -> Result | DryRun:
     """Fine-tune a pipeline.
 
     Args:
@@ -32,11 +32,6 @@ def finetune(
         recipe = recipes.load_recipe(str(recipe), {}, [])
     elif not isinstance(recipe, Recipe):
         recipe = parse(Recipe, dict(recipe), "recipe")
-    from rewardsr.run_folder import RECIPE
-    from rewardsr.train.dry_run import measure_step
-    from rewardsr.train.loop import train
-    from rewardsr.train.prepare import check_output, complete, set_up
-
     recipe = complete(recipe)
     if not dry_run:
         check_output(recipe, resume)
