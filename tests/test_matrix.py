@@ -10,7 +10,7 @@ import torch
 from _matrix import CROP, ROWS, STEPS, TRAINERS, Row, bases, recipe
 from _support import snapshot
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import rewardsr
 from rewardsr import Draws, UserError, load_adapter, lora, run_folder
@@ -107,8 +107,9 @@ def check_log(trainer: str, row: Row, run: Path, sampler: int) -> None:
 
 
 def frozen(adapter: rewardsr.ISRAdapter) -> dict[str, Tensor]:
-    """Every tensor of every network but our LoRA's, by its name without one."""
-    networks = adapter.networks | {"text_encoder": adapter._text_encoder}
+    """Every tensor of every network but those of our LoRA, by its name without one."""
+    networks = {name: value for name, value in vars(adapter).items() if isinstance(value, nn.Module)}
+    assert len(networks) > len(adapter.networks), "the text encoder, too"
     return {
         f"{component}.{name.replace('.base_layer.', '.')}": value
         for component, network in networks.items()
