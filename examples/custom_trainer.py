@@ -35,7 +35,7 @@ class Relative(Method):
         self, adapter: ISRAdapter, rewards: dict[str, Reward], weights: dict[str, float], options: RelativeOptions
     ) -> None:
         super().__init__(adapter, rewards, weights, options)
-        self.groups = Groups(adapter, rewards, weights, options, self.reference, "relative")
+        self.groups = Groups(self, "relative")
 
     def prepare(self, batch: Batch, draws: Source) -> Group:
         return self.groups.sample(batch, draws)

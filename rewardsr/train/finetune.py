@@ -7,11 +7,10 @@ from typing import Any
 from rewardsr.options import parse
 from rewardsr.run_folder import RECIPE
 from rewardsr.storage import remove_leftovers, write_text
-from rewardsr.train import recipe as recipes
 from rewardsr.train.dry_run import DryRun, measure_step
 from rewardsr.train.loop import Result, train
 from rewardsr.train.prepare import check_output, complete, set_up
-from rewardsr.train.recipe import Recipe
+from rewardsr.train.recipe import Recipe, load_recipe, to_yaml
 
 
 def finetune(
@@ -29,7 +28,7 @@ def finetune(
         TrainingError: training cannot go on; checkpoints stay.
     """
     if isinstance(recipe, str | Path):
-        recipe = recipes.load_recipe(str(recipe), {}, [])
+        recipe = load_recipe(str(recipe), {}, [])
     elif not isinstance(recipe, Recipe):
         recipe = parse(Recipe, dict(recipe), "recipe")
     recipe = complete(recipe)
@@ -42,5 +41,5 @@ def finetune(
     setup.accelerator.wait_for_everyone()  # until every process has looked into the folder, nothing may be written
     if setup.accelerator.is_main_process:
         remove_leftovers(run)
-        write_text(run / RECIPE, recipes.to_yaml(recipe))
+        write_text(run / RECIPE, to_yaml(recipe))
     return train(setup, run, resume)
