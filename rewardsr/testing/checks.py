@@ -96,10 +96,9 @@ def _attribute_problems(adapter: ISRAdapter) -> Iterator[str]:
         yield f"steps are {steps}, expected times that fall to more than {schedule.end}"
     elif steps[0] > schedule.last:
         yield f"steps begin at {steps[0]}, but the schedule's last time is {schedule.last}"
-    for attribute in ("trainable", "encoders"):
-        unknown = sorted(set(getattr(adapter, attribute)) - set(adapter.networks))
-        if unknown:
-            yield f"{attribute} names '{unknown[0]}', which is none of networks"
+    unknown = sorted(set(adapter.trainable) - set(adapter.networks))
+    if unknown:
+        yield f"trainable names '{unknown[0]}', which is none of networks"
     untargeted = sorted(set(adapter.trainable) - set(adapter.lora_targets))
     if untargeted:
         yield f"lora_targets has no entry '{untargeted[0]}'"
@@ -172,6 +171,8 @@ def _lora_problems(adapter: ISRAdapter, batch: Batch) -> Iterator[str]:
         with torch.no_grad():
             if not torch.equal(before, _one_step(adapter, batch)):
                 yield "a fresh LoRA changes the output"
+    for component in sorted(_encoding(adapter, batch) - set(adapter.encoders)):
+        yield f"encode: a LoRA on '{component}' changes its result, but `encoders` does not name '{component}'"
     image = _one_step(adapter, batch)
     if image.requires_grad:
         image.square().mean().backward()
@@ -181,6 +182,22 @@ def _lora_problems(adapter: ISRAdapter, batch: Batch) -> Iterator[str]:
             f"no gradient reaches {len(unreached)} LoRA tensors (first: {unreached[0]}) "
             "through encode, start, predict, schedule.x0 and to_image"
         )
+    _forget_gradients(adapter)
+
+
+def _encoding(adapter: ISRAdapter, batch: Batch) -> set[str]:
+    """Components whose LoRA takes part in the encoding."""
+    condition = adapter.encode(batch)
+    tensors = [value for value in (*vars(condition).values(), *condition.extras.values()) if isinstance(value, Tensor)]
+    following = [tensor.square().mean() for tensor in tensors if tensor.requires_grad]
+    if following:
+        torch.stack(following).sum().backward()
+    reached = {name.partition(".")[0] for name, p in lora.parameters(adapter).items() if p.grad is not None}
+    _forget_gradients(adapter)
+    return reached
+
+
+def _forget_gradients(adapter: ISRAdapter) -> None:
     for parameter in lora.parameters(adapter).values():
         parameter.grad = None
 

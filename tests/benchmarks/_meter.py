@@ -166,6 +166,7 @@ def on_meta(adapter: Any) -> Callable[[Any], Any]:
     the cost of a network does not depend on values.
     """
     adapter._text_encoder.to = lambda *_: adapter._text_encoder  # it has nothing that could be moved
+    adapter.device = torch.device("cpu")  # where the step runs
 
     def inward(value: Any) -> Any:
         if isinstance(value, Tensor):

@@ -106,8 +106,24 @@ class OwnSchedule(OSEDiff):
         self.schedule = 999
 
 
-class UnknownEncoder(OSEDiff):
-    encoders = ("image_encoder",)
+class EncoderToo(OSEDiff):
+    """A LoRA on the encoder as well, as methods with a learnt encoding have it."""
+
+    def __init__(self, parts, base, options):
+        super().__init__(parts, base, options)
+        self.trainable = {"unet": self.unet, "vae": self.vae}
+        self.lora_targets |= {"vae": ["encoder.conv_in", "encoder.conv_out"]}
+
+
+class UnnamedEncoder(EncoderToo):
+    encoders = ()
+
+
+class UnknownTarget(OSEDiff):
+    def __init__(self, parts, base, options):
+        super().__init__(parts, base, options)
+        self.trainable = {"unet": self.unet, "text_encoder": self._text_encoder}
+        self.lora_targets |= {"text_encoder": ["q_proj"]}
 
 
 class RisingSteps(OSEDiff):
@@ -163,7 +179,8 @@ class Raises(OSEDiff):
         (ChangesWithLora, "a fresh LoRA changes the output"),
         (LooseOptions, "Options is no subclass of rewardsr.Options"),
         (OwnSchedule, "schedule is int, expected a rewardsr.schedule.Schedule"),
-        (UnknownEncoder, "encoders names 'image_encoder', which is none of networks"),
+        (UnnamedEncoder, "encode: a LoRA on 'vae' changes its result, but `encoders` does not name 'vae'"),
+        (UnknownTarget, "trainable names 'text_encoder', which is none of networks"),
         (RisingSteps, "steps are (100, 200), expected times that fall"),
         (NoisyEnd, "transition: the last step, to z0, draws noise"),
         (DiesInBFloat16, "in bfloat16: raised NotImplementedError: no kernel for bfloat16"),
@@ -193,15 +210,6 @@ def test_the_built_in_adapter_passes(tmp_path, autoencoder, options) -> None:
     adapter = OSEDiff.load(str(folder), OSEDiff.Options(**options))
     check_adapter(adapter)
     assert lora.attached(adapter) and all(p.grad is None for p in lora.parameters(adapter).values())
-
-
-class EncoderToo(OSEDiff):
-    """A LoRA on the encoder as well, as methods with a learnt encoding have it."""
-
-    def __init__(self, parts, base, options):
-        super().__init__(parts, base, options)
-        self.trainable = {"unet": self.unet, "vae": self.vae}
-        self.lora_targets |= {"vae": ["encoder.conv_in", "encoder.conv_out"]}
 
 
 class CutEncoding(EncoderToo):
