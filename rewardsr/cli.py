@@ -211,14 +211,14 @@ def evaluate(
     """Compare base and tuned pipeline on the same images and noise, with 95 % intervals."""
     if run is None and not lora:
         raise UserError("evaluate compares base and tuned: give --run, or --lora")
-    from rewardsr.evaluation import protocol, report
+    from rewardsr.evaluation import protocol
     from rewardsr.pipelines import open_pipeline
     from rewardsr.storage import write_text
 
     pipeline = open_pipeline(run, adapter, base, option or [], lora or [], 1.0, device, precision, force_base)
     names = [name.strip() for name in metrics.split(",") if name.strip()]
     found = protocol.evaluate(pipeline, data, names, draws_per_image=draws, seed=seed, limit=limit, prompts=prompts)
-    typer.echo(report.text(found), nl=False)
+    typer.echo(found)
     if output is not None:
         write_text(output, found.to_json())
 

@@ -3,20 +3,21 @@
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from rewardsr import lora, run_folder
-from rewardsr.adapter import Batch, ISRAdapter
+from rewardsr.adapter import ISRAdapter
 from rewardsr.data.folder import open_data
 from rewardsr.data.images import read_image
 from rewardsr.demo.photos import write_folders
 from rewardsr.errors import UserError
-from rewardsr.evaluation import report
-from rewardsr.evaluation.protocol import Evaluation
-from rewardsr.evaluation.protocol import compare as compare_on
+from rewardsr.evaluation.pictures import Cell, write_grid
+from rewardsr.evaluation.protocol import HeldOut
+from rewardsr.evaluation.report import Evaluation
 from rewardsr.pipelines import load_adapter
 from rewardsr.rewards import build
 from rewardsr.storage import write_text
@@ -53,19 +54,13 @@ def run_demo(output: Path, steps: int | None = None) -> None:
     print("control: the same, with the advantages dealt out at random ...", flush=True)
     finetune(_shuffled(recipe, control))
 
-    rows: list[list[report.Cell]] = []
-
-    def keep(position: int, batch: Batch, base: Tensor, sr: Tensor) -> None:
-        assert batch.hq is not None
-        rows.append(report.comparison_row(batch.lq[0], base[0], sr[0], batch.hq[0], Path(batch.paths[0]).stem))
-
-    found = compare(recipe, tuned, keep)
-    dealt = compare(recipe, control)
-    report.write_grid(rows, output / "before_after.png")
+    found, rows = compare(recipe, tuned)
+    dealt, _ = compare(recipe, control)
+    write_grid(rows, output / "before_after.png")
     write_text(output / "tuned.json", found.to_json())
     write_text(output / "control.json", dealt.to_json())
-    print("\nheld-out photographs, base against tuned:\n" + _indent(report.text(found)))
-    print("held-out photographs, base against the shuffled control:\n" + _indent(report.text(dealt)))
+    print("\nheld-out photographs, base against tuned:\n" + _indent(str(found)))
+    print("held-out photographs, base against the shuffled control:\n" + _indent(str(dealt)))
     print(verdict(found, dealt))
     _in_a_fresh_process(tuned, photos, output / "upscaled", _in_this_process(recipe, tuned, photos))
     print(f"done in {time.perf_counter() - began:.0f} s\n")
@@ -83,14 +78,16 @@ def demo_recipe(photos: Path, run: Path, steps: int | None) -> Recipe:
     return load_recipe(str(RECIPE), overrides, [])
 
 
-def compare(recipe: Recipe, run: Path, keep: Any = None) -> Evaluation:
-    """Base against the LoRA of a run, on the held-out photographs."""
+def compare(recipe: Recipe, run: Path) -> tuple[Evaluation, list[list[Cell]]]:
+    """Base against the LoRA of a run on the held-out photographs, as scores and as pictures."""
     adapter = _adapter(recipe)
     lora.load(adapter, run)
     assert recipe.data.validation is not None
-    images = open_data(recipe.data.validation, scale=adapter.scale).validation()
+    photos = open_data(recipe.data.validation, scale=adapter.scale)
     rewards = {name: build(name) for name in METRICS}
-    return compare_on(adapter, images, rewards, seed=1, draws_per_image=DRAWS, on_image=keep)
+    images = partial(photos.validation, None, 0, None)
+    held_out = HeldOut(adapter, images, rewards, seed=1, draws_per_image=DRAWS, picture_side=None)
+    return held_out.score(), held_out.rows
 
 
 def verdict(found: Evaluation, control: Evaluation) -> str:

@@ -10,8 +10,7 @@ import yaml
 
 from rewardsr import __version__
 from rewardsr.errors import UserError
-from rewardsr.evaluation.protocol import Evaluation
-from rewardsr.evaluation.report import markdown
+from rewardsr.evaluation.report import Evaluation, markdown
 from rewardsr.hub.fetch import card_of
 from rewardsr.lora.file import OUR_HEADER
 from rewardsr.rewards import licence_of

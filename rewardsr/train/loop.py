@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,12 +25,12 @@ from torch import Tensor
 from rewardsr import lora
 from rewardsr.draws import Draws, seed_of
 from rewardsr.errors import TrainingError, UserError
+from rewardsr.evaluation.protocol import HeldOut
 from rewardsr.train import checkpoint
 from rewardsr.train.checkpoint import State
 from rewardsr.train.log import RunLog
 from rewardsr.train.prepare import Setup
 from rewardsr.train.recipe import Recipe
-from rewardsr.train.validation import Validator
 from rewardsr.trainers.base import Prepared, Stateful, shipped
 
 MEMORY_OPTIONS = ("micro_batch", "reward_crop")  # of methods, where they have them; what helps most comes first
@@ -78,11 +79,13 @@ def train(setup: Setup, run: Path, resume: bool) -> Result:
         recipe.model_dump(mode="json"),
     )
     _check_machine(state, log, accelerator.num_processes)
-    validator = Validator(setup, run)
+    held_out = _held_out(setup, run)
+    validation: dict[str, Any] = {}
     save = _saver(setup, run, optimiser, state)
     with log, _signals() as stopped:
-        if state.step == 0 and validator.active:
-            log.write(0, {"validation": validator.score(0)})
+        if state.step == 0 and held_out is not None:
+            validation = _validate(setup, held_out, 0)
+            log.write(0, {"validation": validation})
         stop = False
         while state.step < recipe.steps and not stop:
             try:
@@ -96,8 +99,8 @@ def train(setup: Setup, run: Path, resume: bool) -> Result:
                     save()
                 raise
             last = state.step == recipe.steps or stop
-            if validator.active and (state.step % recipe.validate_every == 0 or state.step == recipe.steps):
-                metrics["validation"] = validator.score(state.step)
+            if held_out is not None and (state.step % recipe.validate_every == 0 or state.step == recipe.steps):
+                metrics["validation"] = validation = _validate(setup, held_out, state.step)
             log.write(state.step, metrics)
             if last or state.step % recipe.checkpoint_every == 0:
                 save()
@@ -111,7 +114,7 @@ def train(setup: Setup, run: Path, resume: bool) -> Result:
         with shipped(setup.method):
             lora.save(setup.adapter, run)
     accelerator.wait_for_everyone()
-    return Result(state.step, state.step == recipe.steps, run, validator.latest)
+    return Result(state.step, state.step == recipe.steps, run, validation)
 
 
 def step(
@@ -130,7 +133,10 @@ def step(
         for update in range(recipe.updates_per_group):
             metrics = _update(setup, optimiser, state, groups, update)
     except torch.OutOfMemoryError as error:
-        raise TrainingError(_memory_advice(setup)) from error
+        device = setup.accelerator.device
+        raise TrainingError(
+            f"out of memory on {device}; what helps most, in this order: {_memory_levers(setup)}"
+        ) from error
     for group, indices in groups:
         share = len(indices) / (recipe.batch_size * recipe.accumulate)
         for name, value in group.metrics.items():
@@ -141,12 +147,37 @@ def step(
     return averaged, stop
 
 
-def _memory_advice(setup: Setup) -> str:
+def _held_out(setup: Setup, run: Path) -> HeldOut | None:
+    """The held-out images of a run, scored by the base and by the LoRA as it is at a step."""
+    recipe, data = setup.recipe, setup.validation
+    if data is None:
+        return None
+    side, limit = recipe.data.validation_side, recipe.data.validation_limit
+    return HeldOut(
+        setup.adapter,
+        partial(data.validation, limit, recipe.seed, side),
+        setup.metrics,
+        seed=recipe.seed,
+        accelerator=setup.accelerator,
+        run=run,
+        memory_advice=f"in validation; what helps most, in this order: data.validation_side (now {side}), "
+        f"data.validation_limit (now {limit}), {_memory_levers(setup)}",
+    )
+
+
+def _validate(setup: Setup, held_out: HeldOut, step: int) -> dict[str, Any]:
+    """Per metric: mean over the images of base and policy, their difference and its 95 % interval."""
+    with shipped(setup.method):
+        found = held_out.score(step)
+    return {name: comparison.summary() for name, comparison in found.rewards.items()}
+
+
+def _memory_levers(setup: Setup) -> str:
     recipe = setup.recipe
     options = [name for name in MEMORY_OPTIONS if name in setup.method.Options.model_fields]
     levers = [f"trainer_options.{name} (now {recipe.trainer_options.get(name)})" for name in options]
     levers += [f"gradient_checkpointing (now {recipe.gradient_checkpointing})", f"data.crop (now {recipe.data.crop})"]
-    return f"out of memory on {setup.accelerator.device}; what helps most, in this order: {', '.join(levers)}"
+    return ", ".join(levers)
 
 
 def make_optimiser(setup: Setup) -> torch.optim.Optimizer:
