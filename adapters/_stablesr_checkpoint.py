@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rewardsr.adapters._networks import assemble, hush, load_changed
 from rewardsr.errors import UserError
+from rewardsr.schedule import PREDICTIONS
 from rewardsr.storage import write_folder
 from rewardsr.weights import read_pickle, read_safetensors, write_networks
 
@@ -22,7 +23,6 @@ UNET, ENCODER = "model.diffusion_model.", "structcond_stage_model."
 HEAD_WIDTH, GROUPS, ENCODER_HEADS = 64, 32, 4  # which the sizes of tensors do not tell; those of all released networks
 LAST_T = 999
 PREDICTION = "prediction_type"  # in the UNet's configuration, as in that of a scheduler
-PREDICTIONS = ("epsilon", "v_prediction")
 EXPECTED = "a folder that `rewardsr import stablesr` has written"
 
 State = dict[str, Tensor]

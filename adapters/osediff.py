@@ -11,10 +11,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from rewardsr import schedule
 from rewardsr.adapter import Condition
 from rewardsr.adapters._networks import load_network
-from rewardsr.adapters._stable_diffusion import StableDiffusion, check_fit, load_parts, parts_of
+from rewardsr.adapters.stable_diffusion import StableDiffusion, check_fit, load_parts, parts_of
 from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError
 from rewardsr.hub.fetch import fetch
@@ -125,8 +124,8 @@ class OSEDiff(StableDiffusion):
         if net_t is None:
             net_t = 999 if noise_t is None else 100
         for option, time in (("noise_t", noise_t), ("net_t", net_t)):
-            if time is not None and not 0 <= time < len(self.alphas_cumprod):
-                raise UserError(f"{option} is {time}, expected 0 to {len(self.alphas_cumprod) - 1}")
+            if time is not None and not 0 <= time <= self.schedule.last:
+                raise UserError(f"{option} is {time}, expected 0 to {self.schedule.last}")
         self.steps, self.noise_t = (net_t,), noise_t
         self.tiling = None if tile is None else Tiling(tile, tile_overlap)
 
@@ -134,7 +133,7 @@ class OSEDiff(StableDiffusion):
         if self.noise_t is None or generator is None:
             return condition.latents
         noise = draw(condition.latents.shape, generator, device=condition.latents.device)
-        return schedule.add_noise(condition.latents, noise, self.noise_t, self.alphas_cumprod)
+        return self.schedule.add_noise(condition.latents, noise, self.noise_t)
 
     def import_lora(self, path: str) -> tuple[dict[str, Tensor], int, float] | None:
         """GDPO-SR's released LoRA `.pkl`: its three UNet adapters sit on disjoint modules, so they are one here.

@@ -14,9 +14,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from rewardsr import schedule
 from rewardsr.adapter import Batch, Condition
-from rewardsr.adapters._stable_diffusion import (
+from rewardsr.adapters.stable_diffusion import (
     PARTS,
     Parts,
     StableDiffusion,
@@ -31,6 +30,7 @@ from rewardsr.adapters._stable_diffusion import (
 from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError
 from rewardsr.hub.fetch import fetch
+from rewardsr.schedule import VP, Coefficient
 from rewardsr.tiling import Tiling
 
 LOW_RES = "low_res_scheduler"  # the part whose schedule the LQ image is noised by
@@ -144,9 +144,9 @@ class SDUpscaler(StableDiffusion):
         super().__init__(parts, base, compression(parts.vae), prompt)
         if not (math.isfinite(guidance) and guidance >= 1):
             raise UserError(f"guidance is {guidance}, expected a finite number, 1 (none) or more")
-        self._low_res_alphas = make_scheduler(low_res).alphas_cumprod
+        self._low_res = VP(make_scheduler(low_res).alphas_cumprod)
         classes = self.unet.config.get("num_class_embeds")
-        limits = (len(self._low_res_alphas) - 1, None if classes is None else classes - 1, highest_level)
+        limits = (int(self._low_res.last), None if classes is None else classes - 1, highest_level)
         highest = min(limit for limit in limits if limit is not None)
         if not 0 <= noise_level <= highest:
             raise UserError(f"noise_level is {noise_level}, expected 0 to {highest}")
@@ -171,22 +171,23 @@ class SDUpscaler(StableDiffusion):
             latents=image.new_zeros(count, self.vae.config.latent_channels, height, width),
             size=(height * self.scale, width * self.scale),
             negative=self._text((self.negative_prompt,) * count, count) if self.guidance != 1 else None,
-            control=schedule.add_noise(image, noise, self.noise_level, self._low_res_alphas),
+            control=self._low_res.add_noise(image, noise, self.noise_level),
         )
 
     def _start(self, condition: Condition, generator: Source | None) -> Tensor:
         assert generator is not None  # `start` has seen to it
         return draw(condition.latents.shape, generator, device=condition.latents.device)
 
-    def _call_unet(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def _predict(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         assert condition.control is not None
-        seen = torch.cat([z_t, condition.control.to(z_t.dtype)], 1)
+        seen = torch.cat([z_t, condition.control], 1).to(self.dtype)
         level = torch.full_like(t, self.noise_level)
         return self.unet(seen, t, condition.text.to(self.dtype), class_labels=level).sample
 
-    def _advance(self, z: Tensor, eps: Tensor, time: int, following: int, generator: Source | None) -> Tensor:
+    def transition(self, z: Tensor, prediction: Tensor, t: float, t_next: float) -> tuple[Tensor, Coefficient]:
+        """One step of deterministic DDIM."""
         # Without set_alpha_to_one, diffusers' DDIM ends at the little noise of time 0.
-        return super()._advance(z, eps, time, following if self._to_one else max(following, 0), generator)
+        return super().transition(z, prediction, t, t_next if self._to_one else max(t_next, 0))
 
 
 def _highest_level(index: Path) -> int | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rewardsr.adapter import Batch, Condition
 from rewardsr.adapters._networks import load_changed
-from rewardsr.adapters._stable_diffusion import (
+from rewardsr.adapters.stable_diffusion import (
     Ancestral,
     Parts,
     load_parts,
@@ -175,7 +175,7 @@ class SeeSR(Ancestral):
         tokens, tags = self._look(batch, image)
         padded = self.pad(image)
         if self.start_point == "lq":
-            latents = self._to_latents(padded, generator)
+            latents = self.to_latents(image, generator)
         else:  # then only their shape matters, and encoding would be for nothing
             shape = (len(batch), self.vae.config.latent_channels, *(s // self.compression for s in padded.shape[-2:]))
             latents = torch.zeros(shape, device=self.device)
@@ -189,9 +189,9 @@ class SeeSR(Ancestral):
             extras={EMBEDDING: tokens},
         )
 
-    def _call_unet(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def _predict(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         assert condition.control is not None
-        text, control = condition.text.to(self.dtype), condition.control.to(self.dtype)
+        z_t, text, control = (value.to(self.dtype) for value in (z_t, condition.text, condition.control))
         tokens = condition.extras[EMBEDDING].to(self.dtype)
         down, middle = _attend(
             self.controlnet,

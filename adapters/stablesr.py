@@ -10,7 +10,6 @@ from typing import Any, Literal, Self
 from torch import Tensor
 
 from rewardsr.adapter import Condition
-from rewardsr.adapters._stable_diffusion import Ancestral, Parts, check_scheduler, load_parts
 from rewardsr.adapters._stablesr_checkpoint import (
     PREDICTION,
     import_checkpoint,
@@ -18,6 +17,7 @@ from rewardsr.adapters._stablesr_checkpoint import (
     read_checkpoint,
     read_folder,
 )
+from rewardsr.adapters.stable_diffusion import Ancestral, Parts, check_scheduler, load_parts
 from rewardsr.errors import UserError
 from rewardsr.hub.fetch import fetch
 from rewardsr.tiling import Tiling
@@ -104,17 +104,17 @@ class StableSR(Ancestral):
         self.size_multiple *= self._multiple
         if tile is not None and tile % self._multiple:
             raise UserError(f"tile is {tile}, expected a multiple of {self._multiple} latents")
-        self.steps = respaced(steps, len(self.alphas_cumprod))
+        self.steps = respaced(steps, int(self.schedule.last) + 1)
         self.tiling = None if tile is None else Tiling(tile, tile_overlap, off_centre=tile_weights == "original")
 
-    def _call_unet(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def _predict(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         from rewardsr.adapters._sft import modulated
 
         height, width = z_t.shape[-2:]
         if height % self._multiple or width % self._multiple:
-            raise ValueError(f"predict_eps: latents are {height} x {width}, expected multiples of {self._multiple}")
+            raise ValueError(f"predict: latents are {height} x {width}, expected multiples of {self._multiple}")
         features = self.struct_encoder(condition.latents.to(self.dtype), t)
-        prediction: Tensor = modulated(self.unet, features, z_t, t, condition.text.to(self.dtype)).sample
+        prediction: Tensor = modulated(self.unet, features, z_t.to(self.dtype), t, condition.text.to(self.dtype)).sample
         return prediction
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rewardsr.adapter import Batch, Condition
-from rewardsr.adapters._stable_diffusion import StableDiffusion, load_parts
+from rewardsr.adapters.stable_diffusion import StableDiffusion, load_parts
 from rewardsr.draws import Source, draw
 
 

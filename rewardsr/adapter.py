@@ -4,131 +4,30 @@ Tensors at every public boundary:
 - Images are (B, 3, H, W) float32 RGB in [0, 1]: `lq` at its native size, `hq` the target, `sr` the output, which is
   exactly `scale` times `lq`. [-1, 1] exists only inside adapters, which also upsample, pad and crop.
 - Latents are (B, C, h, w) float32, already multiplied by the autoencoder's scaling factor.
-- Times `t` are (B,) int64 in [0, T), or one int for all rows.
-- Members of a group are adjacent rows (b0g0, b0g1, ..., b1g0, ...), made by `repeat` and nowhere else.
+- Times `t` are (B,) in the unit of the adapter's schedule (VP: int64 in [0, T); flow: float32 in (0, 1]), or one number
+  for all rows.
 
-An adapter writes five hooks (`_encode`, `_start`, `_predict_eps`, `_to_latents`, `_to_image`); their public namesakes
-check what they are given and then call them.
+`rewardsr.batch` has what goes in (`Batch`) and what denoising is conditioned on (`Condition`).
+
+An adapter writes five hooks (`_encode`, `_start`, `_predict`, `_to_latents`, `_to_image`); their public namesakes check
+what they are given, call them in the adapter's precision, and give float32 back.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from rewardsr import schedule
-from rewardsr.draws import Source
+from rewardsr.batch import Batch, Condition
+from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError
+from rewardsr.schedule import Coefficient, Schedule, Time
 from rewardsr.tiling import Tiling
 
 RANGE_SLACK = 1e-3  # resampling and half precision overshoot [0, 1] a little; more than this is another convention
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Images and what belongs to them, row by row.
-
-    Attributes:
-        lq: (B, 3, h, w) in [0, 1].
-        hq: (B, 3, H, W) in [0, 1], or None where there is no target.
-        prompts: one text an image; None, for one image or for all, leaves the text to the adapter.
-        paths: where each image came from, for messages; may be empty.
-        extras: what a pipeline family needs besides (image embeddings, say), first dimension B.
-    """
-
-    lq: Tensor
-    hq: Tensor | None = None
-    prompts: tuple[str | None, ...] | None = None
-    paths: tuple[str, ...] = ()
-    extras: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return int(self.lq.shape[0])
-
-    def repeat(self, group: int) -> "Batch":
-        """Every row `group` times, adjacent."""
-        return replace(
-            self,
-            lq=self.lq.repeat_interleave(group, 0),
-            hq=None if self.hq is None else self.hq.repeat_interleave(group, 0),
-            prompts=None if self.prompts is None else tuple(p for p in self.prompts for _ in range(group)),
-            paths=tuple(p for p in self.paths for _ in range(group)),
-            extras={name: value.repeat_interleave(group, 0) for name, value in self.extras.items()},
-        )
-
-    def rows(self, index: Tensor) -> "Batch":
-        """The rows of an index (R,) int64."""
-        places = index.tolist()
-        return replace(
-            self,
-            lq=self.lq[index.to(self.lq.device)],
-            hq=None if self.hq is None else self.hq[index.to(self.hq.device)],
-            prompts=None if self.prompts is None else tuple(self.prompts[place] for place in places),
-            paths=tuple(self.paths[place] for place in places) if self.paths else (),
-            extras={name: value[index.to(value.device)] for name, value in self.extras.items()},
-        )
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """The batch with its tensors on another device."""
-        return replace(
-            self,
-            lq=self.lq.to(device),
-            hq=None if self.hq is None else self.hq.to(device),
-            extras={name: value.to(device) for name, value in self.extras.items()},
-        )
-
-
-@dataclass(frozen=True)
-class Condition:
-    """What denoising is conditioned on; every tensor has first dimension B.
-
-    Attributes:
-        text: (B, L, D) prompt embeddings.
-        latents: (B, C, h, w) latents of the upsampled and padded LQ image.
-        size: height and width of `sr` in pixels, before padding.
-        negative: (B, L, D) embeddings of the negative prompt, where guidance is used.
-        control: (B, 3, k h, k w) image that conditions each place (a ControlNet's, the LQ image); k is whole.
-        extras: anything else a family needs; nothing that belongs to a place.
-    """
-
-    text: Tensor
-    latents: Tensor
-    size: tuple[int, int]
-    negative: Tensor | None = None
-    control: Tensor | None = None
-    extras: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return int(self.latents.shape[0])
-
-    def repeat(self, group: int) -> "Condition":
-        """Every row `group` times, adjacent: the one place where groups are made."""
-        return self._map(lambda tensor: tensor.repeat_interleave(group, 0))
-
-    def rows(self, rows: slice | Tensor) -> "Condition":
-        """Some rows, as a slice or an index (R,) int64: a chunk of a batch that does not fit at once, say."""
-        return self._map(lambda tensor: tensor[rows])
-
-    def window(self, rows: slice, columns: slice) -> "Condition":
-        """What conditions a part of the latents; `size` stays that of the whole image."""
-        control = self.control
-        if control is not None:
-            k = control.shape[-1] // self.latents.shape[-1]
-            control = control[..., rows.start * k : rows.stop * k, columns.start * k : columns.stop * k]
-        return replace(self, latents=self.latents[..., rows, columns], control=control)
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "Condition":
-        changed: dict[str, Any] = {}
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if isinstance(value, Tensor):
-                changed[entry.name] = change(value)
-            elif isinstance(value, Mapping):
-                changed[entry.name] = {name: change(tensor) for name, tensor in value.items()}
-        return replace(self, **changed)
 
 
 @dataclass(frozen=True)
@@ -147,16 +46,18 @@ class ISRAdapter(ABC):
         name: registered name of the family.
         scale: `sr` is this many times `lq`; 1 for inputs already at output size.
         size_multiple: the upsampled image is padded (replicate) to a multiple of this many pixels.
-        alphas_cumprod: (T,) float32 noise schedule.
+        schedule: how latents are noised, and what the network's predictions mean.
         steps: times at which the network is called, first to last; one entry means one-step.
         noise_t: a one-step model noises its start latents as of this time; None: it adds no noise.
         networks: all networks that carry weights of the base, by component name ("unet", "vae").
         trainable: those of them that a LoRA sits on.
+        encoders: those that `encode` uses: a LoRA there changes the condition, and with it what the reference sees.
         lora_targets: for each of them the module names (suffixes) that the papers adapt.
         base_model: which weights these are.
         licence: licence of the base weights as far as the adapter knows.
         released: file of the family's own form whose LoRA was merged into the base, if there was one.
         guidance: the pipeline's own classifier-free guidance scale; 1 means none.
+        eta: how much noise the sampler draws at each step: 0 none (DDIM, Euler), 1 as much as ancestral DDPM.
         tiling: how latents too large for one network call are sampled; None: they never are cut.
         noisy_condition: whether `encode` needs its generator when sampling, too: the condition itself is noised.
         extras: names of the tensors that `Batch.extras` may bring, read from files beside the images.
@@ -166,16 +67,18 @@ class ISRAdapter(ABC):
     name: ClassVar[str] = ""
     scale: int
     size_multiple: int
-    alphas_cumprod: Tensor
-    steps: tuple[int, ...]
-    noise_t: int | None = None
+    schedule: Schedule
+    steps: tuple[float, ...]
+    noise_t: float | None = None
     networks: dict[str, nn.Module]
     trainable: dict[str, nn.Module]
+    encoders: ClassVar[tuple[str, ...]] = ("vae",)
     lora_targets: dict[str, Sequence[str]]
     base_model: BaseModel
     licence: str = "unknown"
     released: str | None = None
     guidance: float = 1.0
+    eta: float = 0.0
     tiling: Tiling | None = None
     noisy_condition: bool = False
     extras: ClassVar[tuple[str, ...]] = ()
@@ -183,7 +86,7 @@ class ISRAdapter(ABC):
     dtype: torch.dtype
 
     @property
-    def net_t(self) -> int:
+    def net_t(self) -> float:
         """Time the network is told in its (last) step; a one-step model may be told less than `noise_t`."""
         return self.steps[-1]
 
@@ -232,31 +135,34 @@ class ISRAdapter(ABC):
             raise ValueError("start: this pipeline starts from noise; pass a generator (rewardsr.Draws)")
         return self._start(condition, generator)
 
-    def predict_eps(self, z_t: Tensor, t: Tensor | int, condition: Condition) -> Tensor:
-        """One unguided network prediction, as noise (B, C, h, w); velocity and flow networks convert inside.
+    def predict(self, z_t: Tensor, t: Time, condition: Condition) -> Tensor:
+        """One unguided network call: its own prediction (B, C, h, w), which `schedule` reads.
 
         Args:
             z_t: (B, C, h, w) float32 noisy latents.
-            t: (B,) int64 in [0, T), or an int.
+            t: (B,) in the schedule's dtype, or a number.
             condition: of the same rows.
         """
         if z_t.ndim != 4 or z_t.shape[0] != len(condition) or z_t.dtype != torch.float32:
             raise ValueError(
-                f"predict_eps: expected float32 latents ({len(condition)}, C, h, w), got {z_t.dtype} {tuple(z_t.shape)}"
+                f"predict: expected float32 latents ({len(condition)}, C, h, w), got {z_t.dtype} {tuple(z_t.shape)}"
             )
-        times = torch.as_tensor(t, dtype=torch.int64, device=z_t.device).expand(z_t.shape[0])
-        return self._predict_eps(z_t, times, condition)
+        times = torch.as_tensor(t, dtype=self.schedule.dtype, device=z_t.device).expand(z_t.shape[0])
+        with self.autocast():
+            return self._predict(z_t, times, condition).float()
 
     def to_latents(self, image: Tensor, generator: Source | None = None) -> Tensor:
         """Encode an image at output size, (B, 3, H, W) in [0, 1], to latents (B, C, h, w); no generator: the mode."""
         _check_image("to_latents: image", image)
-        return self._to_latents(self.pad(image.to(self.device)), generator)
+        with self.autocast():
+            return self._to_latents(self.pad(image.to(self.device)), generator).float()
 
     def to_image(self, z0: Tensor) -> Tensor:
         """Decode latents (B, C, h, w) to an image (B, 3, H', W') of the padded size, unclamped: callers clamp."""
         if z0.ndim != 4 or z0.dtype != torch.float32:
             raise ValueError(f"to_image: expected float32 latents (B, C, h, w), got {z0.dtype} {tuple(z0.shape)}")
-        return self._to_image(z0)
+        with self.autocast():
+            return self._to_image(z0).float()
 
     # ---- the five hooks, what an adapter writes; gradients must follow ----
 
@@ -267,7 +173,7 @@ class ISRAdapter(ABC):
     def _start(self, condition: Condition, generator: Source | None) -> Tensor: ...
 
     @abstractmethod
-    def _predict_eps(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor: ...
+    def _predict(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor: ...
 
     @abstractmethod
     def _to_latents(self, image: Tensor, generator: Source | None) -> Tensor: ...
@@ -281,10 +187,6 @@ class ISRAdapter(ABC):
     def deterministic(self) -> bool:
         """Whether sampling draws no noise, so that a group of samples would be copies of one."""
         return self.one_step and self.noise_t is None
-
-    @abstractmethod
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> Self:
-        """Move the networks; a LoRA stays float32."""
 
     def enable_gradient_checkpointing(self) -> list[str]:
         """Trade time for memory where the networks can; returns the components that cannot."""
@@ -310,11 +212,40 @@ class ISRAdapter(ABC):
 
     # ---- provided ----
 
+    def __repr__(self) -> str:
+        about = f"base={self.base_model.id!r}, scale={self.scale}, steps={len(self.steps)}, {self.schedule}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"<{type(self).__name__} {about}, LoRA targets: {', '.join(self.trainable)}, {dtype} on {self.device}>"
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Self:
+        """Move the networks to a device and a precision; what is trained (a LoRA) goes along unrounded, in float32."""
+        self.device, self.dtype = torch.device(device), dtype
+        layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
+        for network in self.networks.values():
+            trained = {name: p.data for name, p in network.named_parameters() if p.requires_grad}
+            # Past diffusers' own `to`, which warns of float32 modules that these networks do not have.
+            nn.Module.to(network, device=self.device, dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
+            for name, exact in trained.items():
+                network.get_parameter(name).data = exact.to(self.device, torch.float32)
+        return self
+
+    def autocast(self) -> torch.autocast:
+        """The one numeric path of training and inference: base weights in `dtype`, a float32 LoRA computing in it."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def transition(self, z: Tensor, prediction: Tensor, t: float, t_next: float) -> tuple[Tensor, Coefficient]:
+        """One step of the sampler from `t` to `t_next` (`schedule.end`: to z0).
+
+        Returns:
+            mean (B, C, h, w) and standard deviation of the Gaussian that the next latents are drawn from.
+        """
+        return self.schedule.transition(z, prediction, t, t_next, self.eta)
+
     def sample_latents(
         self,
         condition: Condition,
         generator: Source | None = None,
-        steps: Sequence[int] | None = None,
+        steps: Sequence[float] | None = None,
         guidance: float | None = None,
         until: Tensor | None = None,
         rows: int | None = None,
@@ -328,17 +259,24 @@ class ISRAdapter(ABC):
             guidance: classifier-free guidance scale; the pipeline's own by default.
             until: (B,) int64, how many steps each row takes; all by default. A row that stops early is noisy still.
             rows: at most so many in a network call.
+
+        Raises:
+            ValueError: the sampler draws noise and there is no generator.
         """
         times = tuple(steps) if steps is not None else self.steps
         z = self.start(condition, generator)
-        for taken, (time, following) in enumerate(zip(times, (*times[1:], -1), strict=True)):
+        for taken, (t, t_next) in enumerate(zip(times, (*times[1:], self.schedule.end), strict=True)):
             going = torch.arange(len(z), device=z.device) if until is None else (until > taken).nonzero().flatten()
             if not len(going):
                 break
             chunks = going.split(rows or len(going))
-            eps = torch.cat([self._guided(z[c], time, condition.rows(c), guidance) for c in chunks])
+            predictions = torch.cat([self._guided(z[c], t, condition.rows(c), guidance) for c in chunks])
             # The sampler draws for every row, so that a row's noise does not depend on how far the others go.
-            moved = self._advance(z, torch.zeros_like(z).index_copy(0, going, eps), time, following, generator)
+            moved, std = self.transition(z, torch.zeros_like(z).index_copy(0, going, predictions), t, t_next)
+            if isinstance(std, Tensor) or std > 0:
+                if generator is None:
+                    raise ValueError("sample: this sampler draws noise; pass a generator (rewardsr.Draws)")
+                moved = moved + std * draw(z.shape, generator, device=z.device)
             z = moved if len(going) == len(z) else z.index_copy(0, going, moved[going])
         return z
 
@@ -369,24 +307,21 @@ class ISRAdapter(ABC):
         right, bottom = -image.shape[-1] % self.size_multiple, -image.shape[-2] % self.size_multiple
         return nn.functional.pad(image, (0, right, 0, bottom), mode="replicate") if right or bottom else image
 
-    def _advance(self, z: Tensor, eps: Tensor, time: int, following: int, generator: Source | None) -> Tensor:
-        """One step of the sampler from `time` to `following` (-1: to z0): DDIM without noise by default."""
-        return schedule.ddim_step(z, eps, time, following, self.alphas_cumprod)
-
-    def _guided(self, z: Tensor, time: int, condition: Condition, guidance: float | None) -> Tensor:
-        """Prediction of the sampler: tiles are stitched first, then guidance is applied, as in SeeSR."""
+    def _guided(self, z: Tensor, t: float, condition: Condition, guidance: float | None) -> Tensor:
+        """Prediction of the sampler, u + w (c - u): tiles are stitched first, then guidance is applied, as in SeeSR."""
         weight = self.guidance if guidance is None else guidance
-        eps = self._stitched(z, time, condition)
+        prediction = self._stitched(z, t, condition)
         if weight == 1 or condition.negative is None:
-            return eps
-        unconditional = self._stitched(z, time, replace(condition, text=condition.negative))
-        return unconditional + weight * (eps - unconditional)
+            return prediction
+        negative = replace(condition, text=condition.negative, pooled=condition.negative_pooled)
+        unconditional = self._stitched(z, t, negative)
+        return unconditional + weight * (prediction - unconditional)
 
-    def _stitched(self, z: Tensor, time: int, condition: Condition) -> Tensor:
+    def _stitched(self, z: Tensor, t: float, condition: Condition) -> Tensor:
         if self.tiling is None or not self.tiling.cuts(z):
-            return self.predict_eps(z, time, condition)
+            return self.predict(z, t, condition)
         return self.tiling.apply(
-            lambda rows, columns: self.predict_eps(z[..., rows, columns], time, condition.window(rows, columns)), z
+            lambda rows, columns: self.predict(z[..., rows, columns], t, condition.window(rows, columns)), z
         )
 
 

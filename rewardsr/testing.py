@@ -202,7 +202,7 @@ def _adapter_problems(adapter: ISRAdapter) -> Iterator[str]:
     for attribute in (
         "scale",
         "size_multiple",
-        "alphas_cumprod",
+        "schedule",
         "steps",
         "networks",
         "trainable",
@@ -229,8 +229,8 @@ def _shape_problems(adapter: ISRAdapter, batch: Batch) -> Iterator[str]:
         yield f"encode: condition.size is {condition.size}, expected scale x lq = {expected}"
     z = adapter.start(condition, Draws(0, 0, [0, 1]))
     yield from _tensor_problems("start", z, tuple(condition.latents.shape))
-    eps = adapter.predict_eps(z, adapter.net_t, condition)
-    yield from _tensor_problems("predict_eps", eps, tuple(z.shape))
+    prediction = adapter.predict(z, adapter.net_t, condition)
+    yield from _tensor_problems("predict", prediction, tuple(z.shape))
     image = adapter.to_image(z)
     latents = adapter.to_latents(image.clamp(0, 1))
     yield from _tensor_problems("to_latents", latents, tuple(z.shape))
@@ -270,16 +270,16 @@ def _lora_problems(adapter: ISRAdapter, batch: Batch) -> Iterator[str]:
     condition = adapter.encode(batch)
     z = adapter.start(condition, Draws(0, 0, [0, 1]))
     with torch.no_grad():
-        before = adapter.predict_eps(z, adapter.net_t, condition)
+        before = adapter.predict(z, adapter.net_t, condition)
     if not lora.attached(adapter):
         lora.attach(adapter)
         with torch.no_grad():
-            if not torch.equal(before, adapter.predict_eps(z, adapter.net_t, condition)):
+            if not torch.equal(before, adapter.predict(z, adapter.net_t, condition)):
                 yield "a fresh LoRA changes the output"
-    adapter.predict_eps(z, adapter.net_t, condition).square().mean().backward()
+    adapter.predict(z, adapter.net_t, condition).square().mean().backward()
     unreached = [name for name, parameter in lora.parameters(adapter).items() if parameter.grad is None]
     if unreached:
-        yield f"predict_eps: no gradient reaches {len(unreached)} LoRA tensors (first: {unreached[0]})"
+        yield f"predict: no gradient reaches {len(unreached)} LoRA tensors (first: {unreached[0]})"
     for parameter in lora.parameters(adapter).values():
         parameter.grad = None
     for name, hook in (("to_image", adapter.to_image), ("to_latents", lambda x: adapter.to_latents(x))):

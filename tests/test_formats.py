@@ -181,7 +181,7 @@ def test_each_component_of_seesr_has_its_file_and_its_loader(tiny_seesr, tmp_pat
         condition = Condition(
             entry["text"], entry["z"], (64, 64), control=entry["control"], extras={"ram": entry["ram"]}
         )
-        return of.predict_eps(entry["z"], 100, condition)
+        return of.predict(entry["z"], 100, condition)
 
     assert torch.equal(eps(plain), eps(adapter))
     with pytest.raises(UserError, match="does not fit"):

@@ -45,7 +45,7 @@ def filled(adapter, rank: int = 4, alpha: float = 8, seed: int = 3, size: float 
 def prediction(adapter, images: int = 1) -> torch.Tensor:
     lq = torch.rand(images, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     condition = adapter.encode(Batch(lq=lq, prompts=("a cat",) * images))
-    return adapter.predict_eps(adapter.start(condition, Draws(0, 0, range(images))), 100, condition)
+    return adapter.predict(adapter.start(condition, Draws(0, 0, range(images))), 100, condition)
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +285,7 @@ def test_a_released_lora_becomes_one_trainable_adapter(tiny, data) -> None:
     lora.load(adapter, data / "gdpo_model.pkl")
     lq = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     condition = adapter.encode(lq)
-    adapter.predict_eps(adapter.start(condition, Draws(0, 0, [0])), 100, condition).square().mean().backward()
+    adapter.predict(adapter.start(condition, Draws(0, 0, [0])), 100, condition).square().mean().backward()
     own = lora.parameters(adapter)
     assert len(own) == 146
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in own.values())

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from rewardsr import Batch, lora
-from rewardsr.adapters._stable_diffusion import load_parts
 from rewardsr.adapters.osediff import OSEDiff
+from rewardsr.adapters.stable_diffusion import load_parts
 from rewardsr.rewards.detail import Detail
 from rewardsr.rewards.fidelity import PSNR
 from rewardsr.testing import check_adapter, check_reward, tiny_pipeline
@@ -35,13 +35,13 @@ class WrongLatents(OSEDiff):
 
 
 class HalfPrecision(OSEDiff):
-    def _predict_eps(self, z_t, t, condition):
-        return super()._predict_eps(z_t, t, condition).half()
+    def _predict(self, z_t, t, condition):
+        return super()._predict(z_t, t, condition).half()
 
 
 class NotFinite(OSEDiff):
-    def _predict_eps(self, z_t, t, condition):
-        return super()._predict_eps(z_t, t, condition) / 0
+    def _predict(self, z_t, t, condition):
+        return super()._predict(z_t, t, condition) / 0
 
 
 class CutDecoder(OSEDiff):
@@ -56,8 +56,8 @@ class CutEncoder(OSEDiff):
 
 
 class CutPrediction(OSEDiff):
-    def _predict_eps(self, z_t, t, condition):
-        return super()._predict_eps(z_t, t, condition.rows(slice(0, len(condition)))).detach() + z_t.requires_grad_()
+    def _predict(self, z_t, t, condition):
+        return super()._predict(z_t, t, condition.rows(slice(0, len(condition)))).detach() + z_t.requires_grad_()
 
 
 class OwnNoise(OSEDiff):
@@ -66,8 +66,8 @@ class OwnNoise(OSEDiff):
 
 
 class MixesRows(OSEDiff):
-    def _predict_eps(self, z_t, t, condition):
-        eps = super()._predict_eps(z_t, t, condition)
+    def _predict(self, z_t, t, condition):
+        eps = super()._predict(z_t, t, condition)
         return eps - eps.mean(0, keepdim=True)
 
 
@@ -90,8 +90,8 @@ class NoRangeCheck(OSEDiff):
 
 
 class ChangesWithLora(OSEDiff):
-    def _predict_eps(self, z_t, t, condition):
-        return super()._predict_eps(z_t, t, condition) + 0.01 * lora.attached(self)
+    def _predict(self, z_t, t, condition):
+        return super()._predict(z_t, t, condition) + 0.01 * lora.attached(self)
 
 
 class Raises(OSEDiff):
@@ -104,8 +104,8 @@ class Raises(OSEDiff):
     [
         (WrongSize, "condition.size is (49, 40), expected scale x lq = (48, 40)"),
         (WrongLatents, "to_latents"),
-        (HalfPrecision, "predict_eps: gave torch.float16, expected float32"),
-        (NotFinite, "predict_eps: gave values that are not finite"),
+        (HalfPrecision, "predict: gave torch.float16, expected float32"),
+        (NotFinite, "predict: gave values that are not finite"),
         (CutDecoder, "to_image: gradients do not follow"),
         (CutEncoder, "to_latents: gradients do not follow"),
         (CutPrediction, "no gradient reaches"),

@@ -147,7 +147,7 @@ def test_a_bf16_pipeline_stays_bf16_under_a_float32_lora(kind, live) -> None:
         z_t = adapter.start(condition, draws)
     for _ in range(2):
         optimiser = torch.optim.AdamW(own.values(), lr=1e-3)
-        adapter.to_image(adapter.predict_eps(z_t, adapter.net_t, condition)).square().mean().backward()
+        adapter.to_image(adapter.predict(z_t, adapter.net_t, condition)).square().mean().backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in own.values())
         optimiser.step()
         optimiser.zero_grad()

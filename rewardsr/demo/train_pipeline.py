@@ -27,8 +27,8 @@ from diffusers.models.autoencoders.autoencoder_dc import ResBlock
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from rewardsr import schedule
 from rewardsr.demo import photos
+from rewardsr.schedule import VP
 
 NOISE_T, NET_T, SCALE = 250, 100, 4
 LATENT_STD = 3.5  # against noise of 1: more is more faithful and less diverse
@@ -176,11 +176,11 @@ def enlarge(lq: Tensor) -> Tensor:
 
 def clean(parts: Parts, z: Tensor, noise: Tensor, text: Tensor) -> Tensor:
     """The one step: latents of the enlarged `lq` in, predicted latents of `hq` out, all `(B, 16, h, w)`."""
-    alphas = parts.scheduler.alphas_cumprod
-    z_t = schedule.add_noise(z, noise, NOISE_T, alphas)
+    schedule = VP(parts.scheduler.alphas_cumprod)
+    z_t = schedule.add_noise(z, noise, NOISE_T)
     t = torch.full((len(z),), NET_T)
     eps = parts.unet(z_t, t, encoder_hidden_states=text).sample.float()
-    return schedule.x0_from_eps(z_t, eps, NET_T, alphas)
+    return schedule.x0(z_t, eps, NET_T)
 
 
 def restore(parts: Parts, lq: Tensor, generator: torch.Generator, prompt: str = "") -> Tensor:

@@ -17,7 +17,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from rewardsr.adapter import Batch, ISRAdapter
+from rewardsr.adapter import ISRAdapter
+from rewardsr.batch import Batch
 from rewardsr.data.degradation import degradation_for
 from rewardsr.data.folder import open_data
 from rewardsr.draws import Draws, seed_of
@@ -151,7 +152,7 @@ class HeldOut:
         run: the run's folder: `score` writes pictures and scores of a step to `validation/` there.
         pictures: the first so many images are shown, enlarged LQ beside base, tuned and HQ.
         picture_side: pictures are cut at the centre to this many pixels a side; None: not at all.
-        memory_advice: what to change where memory runs out; given, that error becomes a TrainingError.
+        memory_advice: text of the TrainingError that is raised where memory runs out; None: torch's own error.
 
     Attributes:
         rows: the pictures of the last `score`, a row an image, for `write_grid`.
@@ -231,7 +232,7 @@ class HeldOut:
         except torch.OutOfMemoryError as error:
             if self._memory_advice is None:
                 raise
-            raise TrainingError(f"out of memory on {self._adapter.device} {self._memory_advice}") from error
+            raise TrainingError(self._memory_advice) from error
         return share
 
     def _score_image(self, position: int, batch: Batch) -> _Scored:

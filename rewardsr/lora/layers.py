@@ -76,7 +76,7 @@ def keep_float32(adapter: ISRAdapter) -> Iterator[None]:
 
 
 @contextmanager
-def reference(adapter: ISRAdapter) -> Iterator[None]:
+def reference(adapter: ISRAdapter, *names: str) -> Iterator[None]:
     """Inside, the pipeline is what it was before fine-tuning: our LoRA is off, and no second network is needed.
 
     Never back-propagate inside: the LoRA's gradients would be zero, silently.

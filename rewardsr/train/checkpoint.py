@@ -5,21 +5,19 @@ All randomness and the position in the data are functions of (seed, step), so ne
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rewardsr import lora
-from rewardsr.adapter import ISRAdapter
 from rewardsr.errors import UserError
-from rewardsr.run_folder import CHECKPOINTS as FOLDER
+from rewardsr.run_folder import CHECKPOINTS, METHOD_STATE, MOMENTS, STATE, TRAINED
 from rewardsr.storage import write_folder, write_text
-from rewardsr.trainers.base import Method, Stateful, shipped
+from rewardsr.trainers.base import Method, copy_into
 from rewardsr.weights import read_safetensors, write_safetensors
-
-METHOD_FILE = "method.safetensors"
 
 
 @dataclass
@@ -43,24 +41,28 @@ class State:
     processes: int = 0
 
 
-def save(
-    run: Path, adapter: ISRAdapter, method: Method, optimiser: torch.optim.Optimizer, state: State, keep: int
-) -> Path:
+def trained_weights(method: Method) -> dict[str, nn.Parameter]:
+    """Everything that a method trains, by `group/key`."""
+    return {f"{group.name}/{key}": value for group in method.trained for key, value in group.parameters.items()}
+
+
+def save(run: Path, method: Method, optimiser: torch.optim.Optimizer, state: State, keep: int) -> Path:
     """Write `run/checkpoints/step-N` and drop all but the last `keep`; returns the folder.
 
-    The LoRA there is the one to use; where it is not the one being trained, the method's own state has that.
+    The LoRA there is the one to use; the weights being trained, which may be others, lie beside it.
     """
-    path = run / FOLDER / f"step-{state.step:08d}"
-    if path.exists():  # the last step of a run was due anyway
+    path = run / CHECKPOINTS / f"step-{state.step:08d}"
+    if path.exists():  # due for more than one reason
         return path
 
     def fill(folder: Path) -> None:
-        with shipped(method):
-            lora.save(adapter, folder)
-        if isinstance(method, Stateful):
-            write_safetensors(folder / METHOD_FILE, method.state_dict())
-        write_safetensors(folder / "optimiser.safetensors", _moments(adapter, optimiser))
-        write_text(folder / "state.json", json.dumps(asdict(state)))
+        with method.shipped():
+            lora.save(method.adapter, folder)
+        weights = {name: value.detach().cpu() for name, value in trained_weights(method).items()}
+        write_safetensors(folder / TRAINED, weights)
+        write_safetensors(folder / METHOD_STATE, method.state_dict())
+        write_safetensors(folder / MOMENTS, _moments(method, optimiser))
+        write_text(folder / STATE, json.dumps(asdict(state)))
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_folder(path, fill)
@@ -71,53 +73,66 @@ def save(
     return path
 
 
-def resume(run: Path, adapter: ISRAdapter, method: Method, optimiser: torch.optim.Optimizer) -> State:
-    """Put adapter, method and optimiser where the newest checkpoint left them; a fresh `State` where there is none.
+def resume(run: Path, method: Method, optimiser: torch.optim.Optimizer) -> State:
+    """Put weights, method and optimiser where the newest checkpoint left them; a fresh `State` where there is none.
 
     Raises:
-        UserError: the checkpoint is damaged or belongs to another pipeline.
+        UserError: the checkpoint is damaged, belongs to another pipeline or method, or is of rewardsr 0.1.0.
     """
     found = _complete(run)
     if not found:
         return State()
     newest = found[-1]
+    if (newest / STATE).is_file() and not (newest / TRAINED).is_file():
+        raise UserError(
+            f"checkpoint '{newest}' is of rewardsr 0.1.0: finish that run with it, or begin a new one from the "
+            f"LoRA there, lora.init={newest}"
+        )
     try:
-        state = State(**json.loads((newest / "state.json").read_text()))
+        state = State(**json.loads((newest / STATE).read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"checkpoint '{newest}' is damaged: {error}; remove it to resume from the one before"
         ) from error
-    lora.load(adapter, newest)
-    if isinstance(method, Stateful):
-        try:
-            method.load_state_dict(read_safetensors(newest / METHOD_FILE)[0])
-        except (KeyError, RuntimeError) as error:
-            raise UserError(f"checkpoint '{newest}': its {METHOD_FILE} belongs to another LoRA or method") from error
-        except ValueError as error:
-            raise UserError(f"checkpoint '{newest}': {METHOD_FILE}: {error}") from error
-    _set_moments(adapter, optimiser, read_safetensors(newest / "optimiser.safetensors")[0], newest)
+    lora.load(method.adapter, newest)  # says it best if the checkpoint is another pipeline's
+    _put(newest / TRAINED, lambda saved: copy_into(trained_weights(method), saved))
+    _put(newest / METHOD_STATE, method.load_state_dict)
+    _set_moments(method, optimiser, read_safetensors(newest / MOMENTS)[0], newest)
     return state
+
+
+def _put(file: Path, load: Callable[[dict[str, Tensor]], None]) -> None:
+    saved = read_safetensors(file)[0]
+    try:
+        bad = [name for name, value in saved.items() if not value.isfinite().all()]
+        if bad:
+            raise ValueError(f"{bad[0]} holds values that are not finite")
+        load(saved)
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"checkpoint '{file.parent}': its {file.name} belongs to another LoRA or method") from error
+    except ValueError as error:
+        raise UserError(f"checkpoint '{file.parent}': {file.name}: {error}") from error
 
 
 def _complete(run: Path) -> list[Path]:
     """Finished checkpoints, oldest first: only a finished one ever gets its name."""
-    return sorted((run / FOLDER).glob("step-*"))
+    return sorted((run / CHECKPOINTS).glob("step-*"))
 
 
-def _moments(adapter: ISRAdapter, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _moments(method: Method, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
         f"{name}/{key}": torch.as_tensor(value).detach().cpu()
-        for name, parameter in lora.parameters(adapter).items()
+        for name, parameter in trained_weights(method).items()
         for key, value in optimiser.state.get(parameter, {}).items()
     }
 
 
-def _set_moments(adapter: ISRAdapter, optimiser: torch.optim.Optimizer, saved: dict[str, Tensor], where: Path) -> None:
+def _set_moments(method: Method, optimiser: torch.optim.Optimizer, saved: dict[str, Tensor], where: Path) -> None:
     by_name: dict[str, dict[str, Tensor]] = {}
     for name, value in saved.items():
         parameter_name, _, key = name.rpartition("/")
         by_name.setdefault(parameter_name, {})[key] = value
-    own = list(lora.parameters(adapter))
+    own = list(trained_weights(method))
     if by_name and set(by_name) != set(own):
         raise UserError(f"checkpoint '{where}': its optimiser belongs to another LoRA")
     packed = optimiser.state_dict()

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 
-from rewardsr import lora, run_folder
-from rewardsr.train.checkpoint import State
+from rewardsr import run_folder
+from rewardsr.train.checkpoint import State, trained_weights
 from rewardsr.train.loop import make_optimiser, step
 from rewardsr.train.prepare import Setup
-from rewardsr.trainers.base import Stateful
 
 
 @dataclass(frozen=True)
@@ -32,15 +31,15 @@ class DryRun:
     metrics: dict[str, Any]
 
 
-def rehearse(setup: Setup) -> DryRun:
+def measure_step(setup: Setup) -> DryRun:
     """Take one step and measure it; nothing is written."""
     metrics, _ = step(setup, make_optimiser(setup), State())
     device = setup.accelerator.device
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_resident()
-    trainable = sum(parameter.numel() for parameter in lora.parameters(setup.adapter).values())
+    trainable = sum(parameter.numel() for parameter in trained_weights(setup.method).values())
     run = setup.recipe.output
-    own = setup.method.state_dict() if isinstance(setup.method, Stateful) else {}
-    in_checkpoint = 12 * trainable + sum(value.nbytes for value in own.values())  # 12: LoRA, and AdamW's two moments
+    # 16 bytes a weight: the LoRA, the weights being trained, and AdamW's two moments.
+    in_checkpoint = 16 * trainable + sum(value.nbytes for value in setup.method.state_dict().values())
     would_save = {f"{run}/{run_folder.LORA}": 4 * trainable, f"{run}/{run_folder.CHECKPOINTS}/step-*/": in_checkpoint}
     return DryRun(metrics["seconds"], peak / 2**30, trainable, would_save, metrics)
 

@@ -33,7 +33,7 @@ def finetune(
     elif not isinstance(recipe, Recipe):
         recipe = parse(Recipe, dict(recipe), "recipe")
     from rewardsr.run_folder import RECIPE
-    from rewardsr.train.dry_run import rehearse
+    from rewardsr.train.dry_run import measure_step
     from rewardsr.train.loop import train
     from rewardsr.train.prepare import check_output, set_up
 
@@ -41,7 +41,7 @@ def finetune(
         check_output(recipe, resume)
     setup = set_up(recipe)
     if dry_run:
-        return rehearse(setup)
+        return measure_step(setup)
     run = Path(recipe.output)
     setup.accelerator.wait_for_everyone()  # until every process has looked into the folder, nothing may be written
     if setup.accelerator.is_main_process:

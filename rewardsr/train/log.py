@@ -46,8 +46,7 @@ class RunLog:
             disable=not active or not self._console.is_terminal,
         )
         self._task = self._progress.add_task("train", total=steps, completed=start, status="")
-        if self._file is not None:
-            _keep_until(self._file, start)
+        self.validated = set[int]() if self._file is None else _keep_until(self._file, start)  # steps, of this run
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -76,6 +75,8 @@ class RunLog:
                 raise UserError(f"cannot write '{self._file}': {error.strerror or error}") from error
         for tracker in self._trackers:
             tracker.log(flatten(metrics), step=step)
+        if "validation" in metrics:
+            return
         status = " ".join(f"{name.split('/')[-1]} {metrics[name]:.3g}" for name in SHOWN if name in metrics)
         for group in GROUPS:  # rewards of the samples, or terms of the loss: whichever the method has
             entries = {
@@ -106,18 +107,20 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _keep_until(file: Path, step: int) -> None:
-    """Drop the lines after `step`, and one that was cut off while it was written."""
-    if not file.exists():
-        return
-    kept = []
-    for line in file.read_text().splitlines():
+def _keep_until(file: Path, step: int) -> set[int]:
+    """Drop the lines after `step`, and one that was cut off while it was written; the steps that were validated."""
+    kept, validated = [], set()
+    for line in file.read_text().splitlines() if file.exists() and step > 0 else []:
         try:
-            if json.loads(line)["step"] <= step and step > 0:
+            content = json.loads(line)
+            if content["step"] <= step:
                 kept.append(line + "\n")
+                validated |= {content["step"]} if "validation" in content else set()
         except ValueError:
             continue
-    write_text(file, "".join(kept))
+    if file.exists():
+        write_text(file, "".join(kept))
+    return validated
 
 
 def _open_trackers(names: list[str], run: Path, config: dict[str, Any]) -> list[Any]:

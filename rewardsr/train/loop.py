@@ -5,11 +5,12 @@ networks are not wrapped for several processes (calls through an adapter would b
 gradients are averaged once a step instead, so every process takes the same step.
 """
 
+import logging
 import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from rewardsr import lora
@@ -31,7 +33,9 @@ from rewardsr.train.checkpoint import State
 from rewardsr.train.log import RunLog
 from rewardsr.train.prepare import Setup
 from rewardsr.train.recipe import Recipe
-from rewardsr.trainers.base import Prepared, Stateful, shipped
+from rewardsr.trainers.base import ParameterGroup, Prepared
+
+logger = logging.getLogger(__name__)
 
 MEMORY_OPTIONS = ("micro_batch", "reward_crop")  # of methods, where they have them; what helps most comes first
 
@@ -56,6 +60,8 @@ class Result:
 def train(setup: Setup, run: Path, resume: bool) -> Result:
     """Run the recipe of `setup` into the folder `run`.
 
+    The order of a step is: step, log, save, validate. So nothing that validation can do loses a trained step.
+
     Args:
         setup: everything loaded and checked.
         run: the run's folder.
@@ -67,7 +73,7 @@ def train(setup: Setup, run: Path, resume: bool) -> Result:
     """
     recipe, accelerator = setup.recipe, setup.accelerator
     optimiser = make_optimiser(setup)
-    state = checkpoint.resume(run, setup.adapter, setup.method, optimiser) if resume else State()
+    state = checkpoint.resume(run, setup.method, optimiser) if resume else State()
     for note in setup.notes:
         accelerator.print(note)
     log = RunLog(
@@ -78,43 +84,60 @@ def train(setup: Setup, run: Path, resume: bool) -> Result:
         list(recipe.log_with),
         recipe.model_dump(mode="json"),
     )
-    _check_machine(state, log, accelerator.num_processes)
+    _check_machine(state, accelerator.num_processes)
     held_out = _held_out(setup, run)
     validation: dict[str, Any] = {}
     save = _saver(setup, run, optimiser, state)
+
+    def validate() -> None:
+        nonlocal validation
+        if held_out is not None and (state.step % recipe.validate_every == 0 or state.step == recipe.steps):
+            with setup.method.shipped():
+                found = held_out.score(state.step)
+            validation = {name: comparison.summary() for name, comparison in found.rewards.items()}
+            log.write(state.step, {"validation": validation})
+
     with log, _signals() as stopped:
-        if state.step == 0 and held_out is not None:
-            validation = _validate(setup, held_out, 0)
-            log.write(0, {"validation": validation})
+        # A run that ended between a checkpoint and its validation catches up on that.
+        if any_process(accelerator, accelerator.is_main_process and state.step not in log.validated):
+            validate()
         stop = False
         while state.step < recipe.steps and not stop:
-            try:
-                metrics, stop = step(setup, optimiser, state, stopped)
-            except (TrainingError, UserError):
-                # A file that became unreadable, a score that is not finite: what was reached is kept. Not so in the
-                # middle of several updates on a group, nor with several processes, which would wait for this one:
-                # the checkpoint before counts then.
-                whole = state.updates == state.step * recipe.updates_per_group
-                if state.step and whole and accelerator.num_processes == 1:
-                    save()
-                raise
-            last = state.step == recipe.steps or stop
-            if held_out is not None and (state.step % recipe.validate_every == 0 or state.step == recipe.steps):
-                metrics["validation"] = validation = _validate(setup, held_out, state.step)
+            metrics, stop = _saved_if_it_fails(setup, state, save, lambda: step(setup, optimiser, state, stopped))
             log.write(state.step, metrics)
-            if last or state.step % recipe.checkpoint_every == 0:
+            done, failing = state.step == recipe.steps, state.skipped_in_a_row >= recipe.max_skipped
+            due = (recipe.checkpoint_every, recipe.validate_every)
+            if done or stop or failing or any(state.step % every == 0 for every in due):
                 save()
-            if state.skipped_in_a_row >= recipe.max_skipped:
-                save()
+            if done and accelerator.is_main_process:
+                with setup.method.shipped():
+                    lora.save(setup.adapter, run)
+            if failing:
                 raise TrainingError(
                     f"stopped at step {state.step}: {state.skipped_in_a_row} updates in a row were not finite "
                     f"(first: {metrics['not_finite']}); lower optimiser.learning_rate, or look at that reward or tensor"
                 )
-    if accelerator.is_main_process and state.step == recipe.steps:
-        with shipped(setup.method):
-            lora.save(setup.adapter, run)
+            if not stop:
+                validate()
     accelerator.wait_for_everyone()
     return Result(state.step, state.step == recipe.steps, run, validation)
+
+
+def _saved_if_it_fails(
+    setup: Setup, state: State, save: Callable[[], None], work: Callable[[], tuple[dict[str, Any], bool]]
+) -> tuple[dict[str, Any], bool]:
+    """A step; if a file became unreadable or a score is not finite, what was reached before is kept.
+
+    Not so in the middle of several updates on a group, nor with several processes, which would wait for this one: the
+    checkpoint before counts then.
+    """
+    try:
+        return work()
+    except (TrainingError, UserError):
+        whole = state.updates == state.step * setup.recipe.updates_per_group
+        if state.step and whole and setup.accelerator.num_processes == 1:
+            save()
+        raise
 
 
 def step(
@@ -127,64 +150,69 @@ def step(
     """
     recipe, began = setup.recipe, time.perf_counter()
     _seed_everything(recipe.seed, state.step, setup.accelerator.process_index)
-    metrics: dict[str, Any] = {}
+    means = Means()
     try:
         groups = list(_groups(setup, state.step))
         for update in range(recipe.updates_per_group):
             metrics = _update(setup, optimiser, state, groups, update)
     except torch.OutOfMemoryError as error:
-        device = setup.accelerator.device
-        raise TrainingError(
-            f"out of memory on {device}; what helps most, in this order: {_memory_levers(setup)}"
-        ) from error
+        raise TrainingError(memory_advice(setup)) from error
     for group, indices in groups:
-        share = len(indices) / (recipe.batch_size * recipe.accumulate)
-        for name, value in group.metrics.items():
-            metrics[name] = metrics.get(name, 0.0) + value * share
+        means.add(group.metrics, len(indices))
     state.step += 1
-    averaged, stop = _agree(setup.accelerator, metrics, stopped())
-    averaged |= {"skipped": state.skipped, "seconds": time.perf_counter() - began}
-    return averaged, stop
+    averaged, stop = _agree(setup.accelerator, metrics | means.result(), stopped())
+    return averaged | {"skipped": state.skipped, "seconds": time.perf_counter() - began}, stop
+
+
+class Means:
+    """Weighted means by name, each over those that have it."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._weights: dict[str, float] = {}
+
+    def add(self, metrics: Mapping[str, float], weight: float = 1.0) -> None:
+        """Take in some numbers."""
+        for name, value in metrics.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value * weight
+            self._weights[name] = self._weights.get(name, 0.0) + weight
+
+    def result(self) -> dict[str, float]:
+        """The mean of each."""
+        return {name: total / self._weights[name] for name, total in self._sums.items()}
+
+
+def memory_advice(setup: Setup, *first: str) -> str:
+    """What to change where memory ran out; `first` are keys of the recipe's `data` that help before all others."""
+    recipe = setup.recipe
+    options = [name for name in MEMORY_OPTIONS if name in setup.method.Options.model_fields]
+    levers = [f"data.{name} (now {getattr(recipe.data, name)})" for name in first]
+    levers += [f"trainer_options.{name} (now {recipe.trainer_options.get(name)})" for name in options]
+    levers += [f"gradient_checkpointing (now {recipe.gradient_checkpointing})", f"data.crop (now {recipe.data.crop})"]
+    return f"out of memory on {setup.accelerator.device}; what helps most, in this order: {', '.join(levers)}"
 
 
 def _held_out(setup: Setup, run: Path) -> HeldOut | None:
-    """The held-out images of a run, scored by the base and by the LoRA as it is at a step."""
+    """The held-out images of a run; None where the recipe names none."""
     recipe, data = setup.recipe, setup.validation
     if data is None:
         return None
-    side, limit = recipe.data.validation_side, recipe.data.validation_limit
     return HeldOut(
         setup.adapter,
-        partial(data.validation, limit, recipe.seed, side),
+        partial(data.validation, recipe.data.validation_limit, recipe.seed, recipe.data.validation_side),
         setup.metrics,
         seed=recipe.seed,
         accelerator=setup.accelerator,
         run=run,
-        memory_advice=f"in validation; what helps most, in this order: data.validation_side (now {side}), "
-        f"data.validation_limit (now {limit}), {_memory_levers(setup)}",
+        memory_advice=memory_advice(setup, "validation_side", "validation_limit"),
     )
 
 
-def _validate(setup: Setup, held_out: HeldOut, step: int) -> dict[str, Any]:
-    """Per metric: mean over the images of base and policy, their difference and its 95 % interval."""
-    with shipped(setup.method):
-        found = held_out.score(step)
-    return {name: comparison.summary() for name, comparison in found.rewards.items()}
-
-
-def _memory_levers(setup: Setup) -> str:
-    recipe = setup.recipe
-    options = [name for name in MEMORY_OPTIONS if name in setup.method.Options.model_fields]
-    levers = [f"trainer_options.{name} (now {recipe.trainer_options.get(name)})" for name in options]
-    levers += [f"gradient_checkpointing (now {recipe.gradient_checkpointing})", f"data.crop (now {recipe.data.crop})"]
-    return ", ".join(levers)
-
-
 def make_optimiser(setup: Setup) -> torch.optim.Optimizer:
-    """AdamW over the LoRA, fused on CUDA."""
+    """AdamW over what the method trains, fused on CUDA."""
     options = setup.recipe.optimiser
     return torch.optim.AdamW(
-        list(lora.parameters(setup.adapter).values()),
+        [{"params": list(group.parameters.values()), "factor": group.learning_rate} for group in setup.method.trained],
         lr=options.learning_rate,
         betas=options.betas,
         eps=options.eps,
@@ -227,47 +255,49 @@ def _update(
     setup: Setup, optimiser: torch.optim.Optimizer, state: State, groups: list[tuple[Prepared, list[int]]], update: int
 ) -> dict[str, Any]:
     """Back-propagate the losses of the groups and take one optimiser step, unless something is not finite."""
-    recipe, parameters = setup.recipe, lora.parameters(setup.adapter)
+    recipe, parameters = setup.recipe, checkpoint.trained_weights(setup.method)
     optimiser.zero_grad(set_to_none=True)
-    metrics: dict[str, Any] = {}
-    culprit = ""
+    means, culprit = Means(), ""
     for group, indices in groups:
         draws = Draws(recipe.seed, state.step, indices, f"update-{update}")
         for loss in setup.method.losses(group, draws):
             assert torch.is_grad_enabled(), "a method yielded inside no_grad"
             (loss.value / recipe.accumulate).backward()
-            for name, value in loss.metrics.items():
-                metrics[name] = metrics.get(name, 0.0) + value * loss.weight / recipe.accumulate
-                if not np.isfinite(value) and not culprit:
-                    culprit = name
-    assert all(p.grad is not None for p in parameters.values()), (
-        "a LoRA tensor got no gradient: was the LoRA switched off?"
-    )
-    gradients = [p.grad for p in parameters.values() if p.grad is not None]
+            means.add(loss.metrics, loss.weight)
+            culprit = culprit or next((name for name, value in loss.metrics.items() if not np.isfinite(value)), "")
+    without = [name for name, parameter in parameters.items() if parameter.grad is None]
+    assert not without, f"{without[0]} got no gradient: was the LoRA switched off?"
+    gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
     if culprit:  # an infinite loss can have a finite gradient: let every process see that this update is void
         gradients[0].fill_(torch.nan)
     _average_gradients(setup.accelerator, gradients)
-    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.optimiser.clip)
+    norms = _clip(setup.method.trained, recipe.optimiser.clip)
     rate = learning_rate(recipe, state.updates)
-    metrics |= {"grad_norm": float(norm), "learning_rate": rate}
+    metrics: dict[str, Any] = means.result() | norms | {"learning_rate": rate}
     state.updates += 1
-    if bool(norm.isfinite()):
+    if np.isfinite(list(norms.values())).all():
         for parameter_group in optimiser.param_groups:
-            parameter_group["lr"] = rate
+            parameter_group["lr"] = rate * parameter_group["factor"]
         optimiser.step()
-        if isinstance(setup.method, Stateful):
-            setup.method.after_update()
+        setup.method.after_update()
         state.skipped_in_a_row = 0
     else:
-        bad = (
-            f"gradient of {name}"
-            for name, p in parameters.items()
-            if p.grad is not None and not p.grad.isfinite().all()
-        )
-        metrics["not_finite"] = culprit or next(bad, "norm of the gradient")
+        bad = (name for name, p in parameters.items() if p.grad is not None and not p.grad.isfinite().all())
+        tensor = next(bad, None)
+        metrics["not_finite"] = culprit or ("norm of the gradient" if tensor is None else f"gradient of {tensor}")
         state.skipped += 1
         state.skipped_in_a_row += 1
     return metrics
+
+
+def _clip(groups: Sequence[ParameterGroup], default: float) -> dict[str, float]:
+    """Clip the gradients of each group; their norms before, "grad_norm" of the first group."""
+    norms = {}
+    for place, group in enumerate(groups):
+        clip = default if group.clip is None else group.clip
+        norm = torch.nn.utils.clip_grad_norm_(group.parameters.values(), clip)
+        norms[f"grad_norm/{group.name}" if place else "grad_norm"] = float(norm)
+    return norms
 
 
 def _average_gradients(accelerator: Accelerator, gradients: list[Tensor]) -> None:
@@ -280,21 +310,26 @@ def _average_gradients(accelerator: Accelerator, gradients: list[Tensor]) -> Non
 
 
 def _agree(accelerator: Accelerator, metrics: dict[str, Any], stop: bool) -> tuple[dict[str, Any], bool]:
-    """Metrics averaged over the processes, and whether any of these was asked to stop."""
+    """Metrics averaged by name over the processes that have them, and whether any of these was asked to stop."""
     if accelerator.num_processes == 1:
         return metrics, stop
-    numbers = sorted(name for name, value in metrics.items() if isinstance(value, float))
-    mine = torch.tensor(
-        [*[metrics[name] for name in numbers], float(stop)], dtype=torch.float64, device=accelerator.device
-    )
-    mean = accelerator.reduce(mine, "mean").tolist()
-    return metrics | dict(zip(numbers, mean, strict=False)), mean[-1] > 0
+    means, words = Means(), dict[str, Any]()
+    everyone = gather_object([(metrics, stop)])
+    for theirs, _ in everyone:
+        means.add({name: value for name, value in theirs.items() if isinstance(value, float)})
+        words |= {name: value for name, value in theirs.items() if not isinstance(value, float)}
+    return words | means.result(), any(stops for _, stops in everyone)
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether a flag is set in any process."""
+    return flag if accelerator.num_processes == 1 else any(gather_object([flag]))
 
 
 def _saver(setup: Setup, run: Path, optimiser: torch.optim.Optimizer, state: State) -> Callable[[], None]:
     def save() -> None:
         if setup.accelerator.is_main_process:
-            checkpoint.save(run, setup.adapter, setup.method, optimiser, state, setup.recipe.keep_checkpoints)
+            checkpoint.save(run, setup.method, optimiser, state, setup.recipe.keep_checkpoints)
         setup.accelerator.wait_for_everyone()
 
     return save
@@ -308,14 +343,14 @@ def _seed_everything(seed: int, at: int, process: int) -> None:
     np.random.seed(mixed % 2**32)
 
 
-def _check_machine(state: State, log: RunLog, processes: int) -> None:
+def _check_machine(state: State, processes: int) -> None:
     """Refuse another number of processes than the run began with, and warn of another number of threads."""
     if state.processes not in (0, processes):
         raise UserError(f"the run had {state.processes} processes, now there are {processes}: resume it with as many")
     state.processes = processes
     threads = torch.get_num_threads()
     if state.threads not in (0, threads):
-        log.say(f"warning: the run used {state.threads} CPU threads, now {threads}: it will differ in the last bits")
+        logger.warning("the run used %d CPU threads, now %d: it will differ in the last bits", state.threads, threads)
     state.threads = threads
 
 

@@ -1,7 +1,7 @@
 """From a recipe to everything that training needs, cheap checks first: bad input is refused before any long work."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from rewardsr.adapter import Batch, ISRAdapter
 from rewardsr.data.degradation import degradation_for
 from rewardsr.data.folder import Data, open_data
 from rewardsr.errors import UserError
-from rewardsr.options import parse
+from rewardsr.options import Options, parse
 from rewardsr.pipelines import adapter_options, choose_device, load_adapter
 from rewardsr.plugins import resolve
 from rewardsr.rewards import build
@@ -63,9 +63,7 @@ def set_up(recipe: Recipe) -> Setup:
     check_trackers(list(recipe.log_with))
     device, dtype = choose_device(recipe.device, recipe.precision)
     accelerator = _accelerator(device)
-    method_kind = resolve("trainers", recipe.trainer)
-    if not hasattr(method_kind, "Options"):
-        raise UserError(f"trainer '{recipe.trainer}' is no training method (see rewardsr.trainers.base.Method)")
+    method_kind = method_class(recipe.trainer)
     options = parse(method_kind.Options, recipe.trainer_options, "trainer_options")
     # Known before the pipeline is loaded, so that the data can be checked first.
     scale = adapter_options(recipe.adapter, recipe.adapter_options).get("scale", 4)
@@ -85,7 +83,7 @@ def set_up(recipe: Recipe) -> Setup:
     sample = _judged(train.batch(recipe.seed, [0]).to(device), getattr(options, "reward_crop", None), scale)
     _try_metrics(rewards | guards, sample)
     steering = {entry.name: entry.weight for entry in recipe.rewards if entry.weight > 0}
-    if getattr(method_kind, "differentiates", False):
+    if method_kind.differentiates:
         for name in steering:
             probe_gradient(name, rewards[name], sample)
     adapter = load_adapter(recipe.adapter, recipe.base, device=device, dtype=dtype, **recipe.adapter_options)
@@ -102,9 +100,30 @@ def set_up(recipe: Recipe) -> Setup:
             for name in adapter.enable_gradient_checkpointing()
         ]
     method = method_kind(adapter, {name: rewards[name] for name in steering}, steering, options)
-    if hasattr(method, "check_size"):
-        method.check_size((recipe.data.crop, recipe.data.crop))
+    method.check_size((recipe.data.crop, recipe.data.crop))
+    notes += _untrained(adapter, method)
     return Setup(recipe, accelerator, adapter, method, train, validation, rewards | guards, tuple(notes))
+
+
+def method_class(name: str) -> type[Method]:
+    """The training method of this name.
+
+    Raises:
+        UserError: there is none, or it breaks the contract.
+    """
+    kind = resolve("trainers", name)
+    if not (isinstance(kind, type) and issubclass(kind, Method)):
+        raise UserError(f"trainer '{name}': expected a subclass of rewardsr.trainers.base.Method, got {kind!r}")
+    if not (isinstance(kind.Options, type) and issubclass(kind.Options, Options)):
+        raise UserError(f"trainer '{name}': its Options must be a subclass of rewardsr.Options")
+    return kind
+
+
+def _untrained(adapter: ISRAdapter, method: Method) -> Iterator[str]:
+    """A note for each component whose LoRA the method leaves as it is."""
+    reached = {key.partition(".")[0] for group in method.trained for key in group.parameters}
+    for component in sorted({key.partition(".")[0] for key in lora.parameters(adapter)} - reached):
+        yield f"the LoRA on '{component}' stays as it is: this trainer sends no gradients through encoding"
 
 
 def _judged(batch: Batch, window: int | None, scale: int) -> Batch:
@@ -116,8 +135,7 @@ def _judged(batch: Batch, window: int | None, scale: int) -> Batch:
         raise UserError(
             f"trainer_options.reward_crop is {window}, but data.crop is {batch.hq.shape[-1]}: lower the former"
         )
-    small = window // scale
-    return replace(batch, hq=batch.hq[..., :window, :window], lq=batch.lq[..., :small, :small])
+    return batch.crop(torch.zeros(len(batch), 2, dtype=torch.int64), window, scale)
 
 
 def _try_metrics(metrics: dict[str, Reward], batch: Batch) -> None:

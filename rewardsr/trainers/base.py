@@ -1,15 +1,20 @@
-"""What a training method is: `prepare` looks, `losses` learns. The loop that runs it is in `rewardsr.train.loop`."""
+"""What a training method is: `prepare` looks, `losses` learns. The loop that runs it is `rewardsr.train.loop`."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from functools import cached_property
+from typing import Any, ClassVar, Protocol
 
-from pydantic import BaseModel
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from rewardsr.adapter import Batch, ISRAdapter
+from rewardsr import lora
+from rewardsr.adapter import ISRAdapter
+from rewardsr.batch import Batch
 from rewardsr.draws import Source
+from rewardsr.options import Options
 from rewardsr.rewards.base import Reward
 
 
@@ -20,7 +25,7 @@ class Loss:
     Attributes:
         value: scalar whose gradient is the method's; the loop back-propagates it at once and frees its graph.
             The gradients of all losses of a group add up to that of the method's loss.
-        metrics: what to log; the loop averages over a step's losses, weighted by `weight`.
+        metrics: what to log; the loop averages each over the losses of a step that have it, weighted by `weight`.
         weight: share of the group's images behind this loss.
     """
 
@@ -38,65 +43,147 @@ class Prepared(Protocol):
         ...
 
 
-class Method(Protocol):
-    """A training method. It knows nothing of files, devices and processes.
-
-    One that cannot take images of every size also writes `check_size(size)`, which raises UserError for (height, width)
-    in pixels; it is called with the size of the crops before training.
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Weights that are trained alike.
 
     Attributes:
-        Options: its part of the recipe (`trainer_options`).
-        differentiates: whether it back-propagates through the rewards; each is then probed before training.
+        name: unique in the method; checkpoints keep weights and moments as `name/key`.
+        parameters: by key, in a fixed order, float32.
+        lora: name of the LoRA that they are; None for weights of the base, which are trained in full.
+        clip: largest norm of their gradient; None: the recipe's `optimiser.clip`.
+        learning_rate: factor on the recipe's.
     """
 
-    Options: ClassVar[type[BaseModel]]
-    differentiates: ClassVar[bool]
+    name: str
+    parameters: Mapping[str, nn.Parameter]
+    lora: str | None = lora.NAME
+    clip: float | None = None
+    learning_rate: float = 1.0
+
+
+class Method(ABC):
+    """A training method. It knows nothing of files, devices and processes.
+
+    A subclass writes `prepare` and `losses`, declares its options, and overrides of the rest what differs.
+
+    Attributes:
+        Options: its part of the recipe (`trainer_options`), a subclass of `rewardsr.Options`.
+        differentiates: whether it back-propagates through the rewards; each is then probed before training.
+        trains_encoders: whether its losses send gradients through `encode`; if not, a LoRA on the components that
+            encode (`ISRAdapter.encoders`) stays as it is.
+
+    Args:
+        adapter: the pipeline, with our LoRA attached.
+        rewards: what outputs are scored by, by name.
+        weights: weight of each reward, above 0.
+        options: of the method.
+
+    Raises:
+        UserError: pipeline, rewards or options that the method cannot work with.
+    """
+
+    Options: ClassVar[type[Options]] = Options
+    differentiates: ClassVar[bool] = False
+    trains_encoders: ClassVar[bool] = False
 
     def __init__(
         self, adapter: ISRAdapter, rewards: dict[str, Reward], weights: dict[str, float], options: Any
-    ) -> None: ...
+    ) -> None:
+        self.adapter, self.rewards, self.weights, self.options = adapter, rewards, weights, options
 
+    @abstractmethod
     def prepare(self, batch: Batch, draws: Source) -> Prepared:
         """Everything that needs no gradients: samples, rewards, references. A pure function of its inputs."""
-        ...
 
+    @abstractmethod
     def losses(self, group: Any, draws: Source) -> Iterator[Loss]:
         """The losses of one update on what `prepare` returned; called again for further updates, with other draws.
 
-        Never yields inside `no_grad` or `lora.reference`.
+        Never yields inside `no_grad` or `reference`.
         """
-        ...
 
+    def parameters(self) -> list[ParameterGroup]:
+        """What is trained; by default our LoRA, as far as the losses reach it."""
+        own = {
+            name: parameter
+            for name, parameter in lora.parameters(self.adapter).items()
+            if self.trains_encoders or name.partition(".")[0] not in self.adapter.encoders
+        }
+        return [ParameterGroup("lora", own)]
 
-@runtime_checkable
-class Stateful(Protocol):
-    """A method with state of its own beside the LoRA (an average of it, say) writes these as well.
+    @cached_property
+    def trained(self) -> list[ParameterGroup]:
+        """`parameters`, asked once."""
+        return self.parameters()
 
-    The weights inside `shipped` are the ones that are validated, that checkpoints show and that the run leaves.
-    """
+    @cached_property
+    def reference(self) -> "Reference":
+        """`with method.reference():` is the pipeline as it was before training."""
+        return Reference(self.adapter, self.trained)
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Refuse images, (height, width) in pixels, that the method cannot take; called before training.
+
+        Raises:
+            UserError: it cannot.
+        """
 
     def after_update(self) -> None:
-        """Called when the optimiser has changed the LoRA; not for a skipped update."""
-        ...
+        """Called when the optimiser has changed the weights; not for a skipped update."""
 
     def shipped(self) -> AbstractContextManager[None]:
-        """Inside, the adapter carries the weights that are meant for use."""
-        ...
+        """Inside, the adapter carries the weights that are validated, shown by checkpoints and left by the run."""
+        return nullcontext()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that a resumed run needs, the weights being trained included where they are not the shipped."""
-        ...
+        """What a resumed run needs beside the trained weights (an average of them, say)."""
+        return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a `state_dict`.
 
         Raises:
-            KeyError: it belongs to another LoRA.
-            ValueError: it holds values that are not finite.
+            KeyError: it belongs to other weights.
         """
-        ...
 
 
-def shipped(method: Method) -> AbstractContextManager[None]:
-    """Inside, the adapter carries the weights that a run is made for: the method's choice, else the trained ones."""
-    return method.shipped() if isinstance(method, Stateful) else nullcontext()
+class Reference:
+    """The pipeline as it was before training, in the same networks: the reference that methods compare with.
+
+    Args:
+        adapter: the pipeline.
+        groups: what is being trained; LoRAs of other names stay as they are.
+    """
+
+    def __init__(self, adapter: ISRAdapter, groups: list[ParameterGroup]) -> None:
+        self._adapter = adapter
+        self._loras = tuple(dict.fromkeys(group.lora for group in groups if group.lora is not None))
+        self._full = [parameter for group in groups if group.lora is None for parameter in group.parameters.values()]
+        self._start = [parameter.detach().clone() for parameter in self._full]
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Inside, nothing that is trained takes part. Never back-propagate inside."""
+        trained = [parameter.data for parameter in self._full]
+        try:
+            for parameter, start in zip(self._full, self._start, strict=True):
+                parameter.data = start
+            with lora.reference(self._adapter, *self._loras):
+                yield
+        finally:
+            for parameter, own in zip(self._full, trained, strict=True):
+                parameter.data = own
+
+
+@torch.no_grad()
+def copy_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
+    """Put values into tensors of the same names and shapes.
+
+    Raises:
+        KeyError: one is missing, or has another shape.
+    """
+    for name, value in target.items():
+        if source[name].shape != value.shape:  # `copy_` would broadcast
+            raise KeyError(name)
+        value.copy_(source[name])

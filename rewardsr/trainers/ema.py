@@ -1,13 +1,12 @@
-"""Exponential moving average of the LoRA: a smoother copy of what training leaves."""
+"""Exponential moving average of what is trained: a smoother copy of what training leaves."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rewardsr import lora
-from rewardsr.adapter import ISRAdapter
+from rewardsr.trainers.base import copy_into
 
 
 def decay_at(update: int, decay: float) -> float:
@@ -26,62 +25,45 @@ def average(target: Mapping[str, Tensor], source: Mapping[str, Tensor], decay: f
 
 
 class EMA:
-    """Moving average of an adapter's LoRA, in float32.
+    """Moving average of parameters, in their precision.
 
     Args:
-        adapter: with our LoRA attached.
-        decay: of late updates; 0 follows the LoRA at once.
+        parameters: by name.
+        decay: of late updates; 0 follows the parameters at once.
     """
 
-    def __init__(self, adapter: ISRAdapter, decay: float) -> None:
-        self._adapter, self._decay = adapter, decay
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self._parameters, self._decay = parameters, decay
         self._updates = 0
-        self._average = {name: value.detach().clone() for name, value in lora.parameters(adapter).items()}
+        self._average = {name: value.detach().clone() for name, value in parameters.items()}
 
     def update(self) -> None:
-        """Take in the LoRA after an optimiser's update."""
-        average(self._average, lora.parameters(self._adapter), decay_at(self._updates, self._decay))
+        """Take in the parameters after an optimiser's update."""
+        average(self._average, self._parameters, decay_at(self._updates, self._decay))
         self._updates += 1
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the adapter carries the average."""
-        own = lora.parameters(self._adapter)
-        trained = {name: value.detach().clone() for name, value in own.items()}
-        _put(own, self._average)
+        """Inside, the parameters have the values of the average."""
+        trained = {name: value.detach().clone() for name, value in self._parameters.items()}
+        copy_into(self._parameters, self._average)
         try:
             yield
         finally:
-            _put(own, trained)
+            copy_into(self._parameters, trained)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The average, what is being trained, and how often the former was updated."""
-        trained = lora.state_dict(self._adapter)
+        """The average, and how often it was updated."""
         return {
             "updates": torch.tensor(self._updates),
             **{f"average/{name}": value.cpu() for name, value in self._average.items()},
-            **{f"trained/{name}": value for name, value in trained.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a `state_dict`.
 
         Raises:
-            KeyError: it belongs to another LoRA.
-            ValueError: it holds values that are not finite.
+            KeyError: it belongs to other parameters.
         """
-        bad = [name for name, value in state.items() if not value.isfinite().all()]
-        if bad:
-            raise ValueError(f"{bad[0]} holds values that are not finite")
         self._updates = int(state["updates"])
-        _put(self._average, {name: state[f"average/{name}"] for name in self._average})
-        own = lora.parameters(self._adapter)
-        _put(own, {name: state[f"trained/{name}"] for name in own})
-
-
-@torch.no_grad()
-def _put(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
-    for name, value in target.items():
-        if source[name].shape != value.shape:  # `copy_` would broadcast
-            raise KeyError(name)
-        value.copy_(source[name])
+        copy_into(self._average, {name: state[f"average/{name}"] for name in self._average})

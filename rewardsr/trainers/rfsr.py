@@ -16,16 +16,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rewardsr import lora, schedule
-from rewardsr.adapter import Batch, Condition, ISRAdapter
+from rewardsr.adapter import ISRAdapter
+from rewardsr.batch import Batch, Condition, cut
 from rewardsr.draws import Source, draw
 from rewardsr.errors import TrainingError, UserError
 from rewardsr.options import Options
-from rewardsr.rewards import distances
 from rewardsr.rewards.base import Reward
+from rewardsr.rewards.distances import structure, style_distance
 from rewardsr.rewards.vgg import VGG19
-from rewardsr.trainers import rfsr
-from rewardsr.trainers.base import Loss
+from rewardsr.trainers.base import Loss, Method
 from rewardsr.trainers.ema import EMA
 
 Window = tuple[int, int]
@@ -77,14 +76,10 @@ class Group:
     metrics: dict[str, float]
 
 
-class RFSR:
+class RFSR(Method):
     """The method: `prepare` rolls out to a drawn step, `losses` judges what one more step gives.
 
-    Args:
-        adapter: the pipeline, with our LoRA attached.
-        rewards: differentiable rewards, by name.
-        weights: weight of each reward's hinge (the paper: clipiqa 5e-5, imagereward 5e-6).
-        options: of the method.
+    Rewards are differentiable; the weight of each is that of its hinge (the paper: clipiqa 5e-5, imagereward 5e-6).
 
     Raises:
         UserError: windows outside the schedule, nothing to train on, or VGG19 weights that cannot be had.
@@ -92,11 +87,12 @@ class RFSR:
 
     Options = RFSROptions
     differentiates = True
+    options: RFSROptions
 
     def __init__(
         self, adapter: ISRAdapter, rewards: dict[str, Reward], weights: dict[str, float], options: RFSROptions
     ) -> None:
-        self.adapter, self.rewards, self.weights, self.options = adapter, rewards, weights, options
+        super().__init__(adapter, rewards, weights, options)
         self.windows = windows(options, len(adapter.steps), bool(rewards))
         self._enabled = torch.tensor(
             sorted({step for first, last in self.windows.values() for step in range(first, last + 1)})
@@ -104,7 +100,7 @@ class RFSR:
         if options.reward_crop is not None and options.reward_crop % self._grid():
             raise UserError(f"reward_crop is {options.reward_crop}: expected a multiple of {self._grid()} pixels")
         self._vgg = VGG19(options.vgg).to(adapter.device) if "kl" in self.windows else None
-        self._ema = EMA(adapter, options.ema)
+        self._ema = EMA(self.trained[0].parameters, options.ema)
 
     # ---- the loop's side ----
 
@@ -171,7 +167,7 @@ class RFSR:
         return self._ema.applied()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The average and the LoRA that is being trained."""
+        """The average."""
         return self._ema.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -187,7 +183,7 @@ class RFSR:
         if "structure" in self.windows:
             assert batch.hq is not None
             inside = self._inside("structure", group.step[rows]).to(sr.device)
-            distance = distances.structure(sr, batch.hq, self.options.structure_level)
+            distance = structure(sr, batch.hq, self.options.structure_level)
             terms["structure"] = self.options.structure_weight * (distance * inside).mean()
         if "reward" in self.windows:
             inside = self._inside("reward", group.step[rows])
@@ -207,7 +203,7 @@ class RFSR:
             return dict.fromkeys(self.rewards, nothing)
         judged, part = sr[inside.to(sr.device)], batch.rows(inside)
         return {
-            name: self.weights[name] * rfsr.hinge(reward(judged, part).float(), self.options.margin).sum() / len(sr)
+            name: self.weights[name] * hinge(reward(judged, part).float(), self.options.margin).sum() / len(sr)
             for name, reward in self.rewards.items()
         }
 
@@ -216,45 +212,29 @@ class RFSR:
         assert self._vgg is not None
         if not len(inside):
             return sr.sum() * 0
-        with torch.no_grad(), lora.reference(self.adapter):
+        with torch.no_grad(), self.reference():
             # All rows, as the policy had them: in another batch shape equal weights would differ in the last bits.
             reference = self._vgg(self._image(group, rows)[inside.to(sr.device)])
-        distance = distances.style_distance(self._vgg(sr[inside.to(sr.device)]), reference)
+        distance = style_distance(self._vgg(sr[inside.to(sr.device)]), reference)
         return self.options.kl_weight * distance.sum() / len(sr)
 
     def _image(self, group: Group, rows: Tensor) -> Tensor:
         """x0 of one unguided step, decoded: what is judged of `sr`, (R, 3, h, w) in [0, 1]."""
         adapter, z_t = self.adapter, group.z_t[rows]
-        t = torch.tensor(adapter.steps, device=z_t.device)[group.step[rows].to(z_t.device)]
+        t = adapter.schedule.times(adapter.steps, z_t.device)[group.step[rows].to(z_t.device)]
         condition = group.condition.rows(rows.to(z_t.device))
-        z0 = schedule.x0_from_eps(z_t, adapter.predict_eps(z_t, t, condition), t, adapter.alphas_cumprod)
+        z0 = adapter.schedule.x0(z_t, adapter.predict(z_t, t, condition), t)
         if self.options.reward_crop is None:
             return adapter.decode(z0, condition)
         side = self.options.reward_crop // adapter.compression
-        parts = [
-            z[:, top : top + side, left : left + side]
-            for z, (top, left) in zip(z0, group.corner[rows].tolist(), strict=True)
-        ]
-        return adapter.to_image(torch.stack(parts)).clamp(0, 1)
+        return adapter.to_image(cut(z0, group.corner[rows], side)).clamp(0, 1)
 
     def _judged(self, group: Group, rows: Tensor) -> Batch:
         """The batch as far as it is judged: the same windows of `lq` and `hq`."""
         batch, crop = group.batch.rows(rows), self.options.reward_crop
         if crop is None:
             return batch
-        corners = (group.corner[rows] * self.adapter.compression).tolist()
-
-        def cut(images: Tensor, shrunk: int) -> Tensor:
-            side = crop // shrunk
-            return torch.stack(
-                [
-                    image[:, top // shrunk : top // shrunk + side, left // shrunk : left // shrunk + side]
-                    for image, (top, left) in zip(images, corners, strict=True)
-                ]
-            )
-
-        hq = None if batch.hq is None else cut(batch.hq, 1)
-        return replace(batch, lq=cut(batch.lq, self.adapter.scale), hq=hq)
+        return batch.crop(group.corner[rows] * self.adapter.compression, crop, self.adapter.scale)
 
     # ---- draws ----
 
@@ -276,6 +256,11 @@ class RFSR:
             free = (length - crop) // self._grid() + 1
             places.append(draw((len(condition), 1), draws, high=free) * (self._grid() // width))
         return torch.cat(places, 1)
+
+
+def hinge(scores: Tensor, margin: float) -> Tensor:
+    """relu(margin - score) (B,): a reward counts until it reaches the margin."""
+    return (margin - scores).relu()
 
 
 def windows(options: RFSROptions, steps: int, rewarded: bool) -> dict[str, Window]:
@@ -309,8 +294,3 @@ def windows(options: RFSROptions, steps: int, rewarded: bool) -> dict[str, Windo
     if not found.keys() & {"structure", "reward"}:
         raise UserError("rfsr has nothing to train on: give a reward a positive weight, or set structure_weight")
     return found
-
-
-def hinge(scores: Tensor, margin: float) -> Tensor:
-    """relu(margin - score) (B,): a reward counts until it reaches the margin."""
-    return (margin - scores).relu()

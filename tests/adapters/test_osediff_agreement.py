@@ -7,7 +7,7 @@ import pytest
 import torch
 from _support import picked
 
-from rewardsr import load_adapter, lora, schedule
+from rewardsr import load_adapter, lora
 from rewardsr.draws import Replay
 from rewardsr.tiling import Tiling
 
@@ -37,8 +37,8 @@ def test_osediff_from_the_released_checkpoint(variant, tiny, data, golden, recor
     noise = Replay([v["posterior_eps"]]) if variant == "sample" else None
     with torch.no_grad():
         condition = adapter.encode(from_bytes(v["lr_u8"]), [prompt], generator=noise)
-        eps = adapter.predict_eps(condition.latents, 999, condition)
-        z0 = schedule.x0_from_eps(condition.latents, eps, 999, adapter.alphas_cumprod)
+        eps = adapter.predict(condition.latents, 999, condition)
+        z0 = adapter.schedule.x0(condition.latents, eps, 999)
         image = adapter.to_image(z0)
         assert torch.equal(adapter.sample(condition), image.clamp(0, 1))
     close(*picked(condition.text, v, "prompt_embeds"), 5e-6, "text", record_property)
@@ -62,7 +62,7 @@ def test_tiles(tiny, data, golden, record_property) -> None:
         ours = adapter._stitched(v["latent"], 999, condition)
         adapter.tiling = Tiling(16, 4, off_centre=True)
         eps = adapter._stitched(v["latent"], 999, condition)
-        z0 = schedule.x0_from_eps(v["latent"], eps, 999, adapter.alphas_cumprod)
+        z0 = adapter.schedule.x0(v["latent"], eps, 999)
         adapter.tiling = None
         whole = adapter._stitched(v["latent"], 999, condition)
     close(*picked(eps, v, "model_pred"), 1e-5, "tiled model_pred", record_property)
@@ -79,7 +79,7 @@ def test_the_checkpoint_matters(tiny, golden, record_property) -> None:
             from_bytes(v["lr_u8"]), ["clean, high-resolution, 8k"], generator=Replay([v["posterior_eps"]])
         )
         # The stored prediction without LoRA was made on the LoRA-encoded latents.
-        eps = adapter.predict_eps(v["sample.latent"], 999, condition)
+        eps = adapter.predict(v["sample.latent"], 999, condition)
     assert float((eps - v["sample.model_pred"]).abs().max()) > 0.01
     assert float((condition.latents - v["sample.latent"]).abs().max()) > 0.01
 
@@ -91,8 +91,8 @@ def test_gdpo_reference_group(tiny, data, golden, record_property) -> None:
     with torch.no_grad():
         condition = adapter.encode(from_bytes(v["lr_u8"]), prompts, generator=Replay([v["posterior_eps"]])).repeat(6)
         z_t = adapter.start(condition, Replay([v["sample.noise"].flatten(0, 1)]))
-        eps = adapter.predict_eps(z_t, 100, condition)
-        z0 = schedule.x0_from_eps(z_t, eps, 100, adapter.alphas_cumprod)
+        eps = adapter.predict(z_t, 100, condition)
+        z0 = adapter.schedule.x0(z_t, eps, 100)
         images = adapter.decode(z0, condition)
     close(*picked(condition.text[::6], v, "prompt_embeds_pos"), 5e-6, "text", record_property)
     close(*picked(eps, v, "sample.model_pred"), 1e-5, "model_pred", record_property)
@@ -120,10 +120,10 @@ def test_gdpo_forward_policy_and_reference(variant, tiny, data, golden, record_p
     with torch.no_grad():
         latents = adapter.to_latents(unit(v["images"]), noise)
         condition = adapter.encode(unit(v["images"]), [prompts[row] for row in v["prompt_row"]])
-        z_t = schedule.add_noise(latents, v[f"{variant}.noise"], 250, adapter.alphas_cumprod)
-        policy = adapter.predict_eps(z_t, 100, condition)
+        z_t = adapter.schedule.add_noise(latents, v[f"{variant}.noise"], 250)
+        policy = adapter.predict(z_t, 100, condition)
         with lora.reference(adapter):
-            reference = adapter.predict_eps(z_t, 100, condition)
+            reference = adapter.predict(z_t, 100, condition)
     close(*picked(z_t, v, f"{variant}.unet_in"), 5e-5, "unet_in", record_property)
     close(*picked(policy, v, f"{variant}.model_pred"), 1e-5, "policy", record_property)
     close(*picked(reference, v, f"{variant}.ref_model_pred"), 1e-5, "reference", record_property)
@@ -151,7 +151,7 @@ def test_gdpo_test_pipeline(how, tiny, data, golden, record_property) -> None:
             from_bytes(v["lr_u8"]), ["clean, high-resolution, 8k"], generator=Replay([v["posterior_eps"]])
         )
         z_t = adapter.start(condition, Replay([v["noise"]]))
-        eps = adapter.predict_eps(z_t, 100, condition)
+        eps = adapter.predict(z_t, 100, condition)
         image = adapter.sample(condition, Replay([v["noise"]]))
     close(*picked(z_t, v, "unet_in"), 5e-5, "unet_in", record_property)
     close(*picked(eps, v, "model_pred"), 1e-5, "model_pred", record_property)
@@ -161,10 +161,10 @@ def test_gdpo_test_pipeline(how, tiny, data, golden, record_property) -> None:
 @pytest.mark.parametrize("t", [999, 250, 100, 1])
 def test_one_scheduler_step_is_x0(t, tiny, golden, record_property) -> None:
     v = golden("scheduler_step")
-    alphas = load_adapter("osediff", tiny).alphas_cumprod
-    assert torch.equal(alphas, v["alphas_cumprod"])
-    x0 = schedule.x0_from_eps(v["sample"], v["model_pred"], t, alphas)
+    schedule = load_adapter("osediff", tiny).schedule
+    assert torch.equal(schedule.alphas_cumprod, v["alphas_cumprod"])
+    x0 = schedule.x0(v["sample"], v["model_pred"], t)
     scale = max(1.0, float(v[f"t{t}.prev_sample"].abs().max()))
     close(*picked(x0, v, f"t{t}.prev_sample"), 1e-6 * scale, f"x0 at {t}", record_property)
-    noised = schedule.add_noise(v["sample"], v["noise"], 250, alphas)
+    noised = schedule.add_noise(v["sample"], v["noise"], 250)
     close(*picked(noised, v, "add_noise_250"), 1e-6, "add_noise", record_property)

@@ -190,7 +190,7 @@ def test_gradients_reach_the_lora_and_what_is_decoded(folder) -> None:
     assert any("conv_in" in name for name in reached) and any("attn2.to_q" in name for name in reached)
     assert all(parameter.grad is None for parameter in adapter.vae.parameters())
     z = adapter.start(condition, noise).requires_grad_()
-    (gradient,) = torch.autograd.grad(adapter.predict_eps(z, adapter.net_t, condition).square().mean(), z)
+    (gradient,) = torch.autograd.grad(adapter.predict(z, adapter.net_t, condition).square().mean(), z)
     assert gradient.isfinite().all() and gradient.any()
 
 
@@ -252,7 +252,7 @@ def test_which_pipelines_fit(folder, tiny_base) -> None:
 class Local(SDUpscaler):
     """Predicts each place from what is at that place, and from nothing else."""
 
-    def _predict_eps(self, z_t, t, condition):
+    def _predict(self, z_t, t, condition):
         control, text = condition.control, condition.text.mean((1, 2))[:, None, None, None]
         assert control.shape[-2:] == z_t.shape[-2:]
         return 0.5 * z_t + control.mean(1, keepdim=True) + control[:, :1] * text

@@ -149,7 +149,7 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(tiny_seesr) -> N
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            sr = adapter.to_image(adapter.predict_eps(z, 501, condition))
+            sr = adapter.to_image(adapter.predict(z, 501, condition))
         sr.square().mean().backward()
         return {name: value.grad for name, value in lora.parameters(adapter).items()}, kept
 
@@ -171,10 +171,10 @@ def test_tiles(tiny_seesr) -> None:
     assert results[1].shape == results[0].shape
     assert not torch.equal(results[0], results[1]) and not torch.equal(results[1], results[2])
     # A network that looks at single places only: tiles must then change nothing.
-    tiled._predict_eps = lambda z, t, condition: z + condition.control[:, :1, ::8, ::8]
+    tiled._predict = lambda z, t, condition: z + condition.control[:, :1, ::8, ::8]
     condition = tiled.encode(batch)
     z = tiled.start(condition, Draws(0, 0, [0]))
-    assert torch.allclose(tiled._stitched(z, 501, condition), tiled.predict_eps(z, 501, condition), atol=1e-6)
+    assert torch.allclose(tiled._stitched(z, 501, condition), tiled.predict(z, 501, condition), atol=1e-6)
 
 
 # ---- live pipelines ----
@@ -227,7 +227,7 @@ def test_a_network_that_takes_embeddings_itself(tiny_seesr) -> None:
     for block in (native.mid_block, *native.down_blocks, *native.up_blocks):
         for text in getattr(block, "attentions", ()):
             text._forward_hooks.clear()
-    adapter.predict_eps(adapter.start(condition, Draws(0, 0, [0])), 501, condition)
+    adapter.predict(adapter.start(condition, Draws(0, 0, [0])), 501, condition)
     assert torch.equal(native.seen, tokens())
 
 

@@ -49,7 +49,7 @@ def test_forward(scale, folder, golden, data, record_property) -> None:
     if scale == 1:
         for index, residual in enumerate(down):
             close(*picked(residual, v, f"down_res.{index}"), 5e-5, f"residual {index}", record_property)
-    eps = adapter.predict_eps(v["latents"], t, condition)
+    eps = adapter.predict(v["latents"], t, condition)
     close(*picked(eps, v, f"noise_pred{suffix}"), 2e-5, "prediction", record_property)
     assert float((eps - v["noise_pred.no_controlnet"]).abs().max()) > 0.01
     assert float((eps - v["noise_pred.base_sd_unet"]).abs().max()) > 0.01
@@ -70,13 +70,13 @@ def test_pipeline_step_by_step(variant, folder, golden, data, record_property, m
     texts = torch.cat([condition.negative, condition.text])
     close(*picked(texts, v, "prompt_embeds_neg_pos"), 1e-5, "texts", record_property)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    advance = adapter._advance
+    transition = adapter.transition
 
-    def watch(z, eps, *arguments):
-        seen.append((z, eps))
-        return advance(z, eps, *arguments)
+    def watch(z, prediction, *times):
+        seen.append((z, prediction))
+        return transition(z, prediction, *times)
 
-    monkeypatch.setattr(adapter, "_advance", watch)
+    monkeypatch.setattr(adapter, "transition", watch)
     replay = Replay(noise)
     latents = adapter.sample_latents(condition, replay)
     assert replay.left == 0 and len(seen) == 4

@@ -95,13 +95,13 @@ def test_the_modulation_comes_after_the_lora_of_conv2(folder) -> None:
     adapter, other = (load_adapter("stablesr", folder) for _ in range(2))
     condition = adapter.encode(image(), generator=Draws(0, 0, [0]))
     z = adapter.start(condition, Draws(0, 0, [0]))
-    before = adapter.predict_eps(z, 500, condition)
+    before = adapter.predict(z, 500, condition)
     shake(adapter, 0.1)
-    beside = adapter.predict_eps(z, 500, condition)
+    beside = adapter.predict(z, 500, condition)
     lora.attach(other)
     lora.load_state_dict(other, lora.state_dict(adapter))
     lora.merge(other)
-    merged = other.predict_eps(z, 500, condition)
+    merged = other.predict(z, 500, condition)
     assert not any("lora" in name for name in other.unet.state_dict())
     assert float((beside - before).abs().max()) > 1e-2
     assert float((merged - beside).abs().max()) < 1e-5
@@ -143,11 +143,11 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(folder, between)
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            loss = adapter.predict_eps(z, 500, condition).square().mean()
+            loss = adapter.predict(z, 500, condition).square().mean()
         if between:
             other = adapter.encode(image(seed=5), generator=Draws(0, 0, [0]))
             with torch.no_grad(), lora.reference(adapter):
-                adapter.predict_eps(z, 10, other)
+                adapter.predict(z, 10, other)
         loss.backward()
         return {name: parameter.grad for name, parameter in lora.parameters(adapter).items()}, kept
 
@@ -163,7 +163,7 @@ def test_half_precision_stays_near(folder) -> None:
     condition = exact.encode(image(), generator=Draws(0, 0, [0]))
     z = exact.start(condition, Draws(0, 0, [0]))
     with torch.no_grad():
-        one, other = exact.predict_eps(z, 500, condition), half.predict_eps(z, 500, condition)
+        one, other = exact.predict(z, 500, condition), half.predict(z, 500, condition)
     assert other.dtype == torch.float32 and 0 < float((other - one).abs().max()) < 0.05 * float(one.abs().max())
 
 
@@ -178,7 +178,7 @@ def test_any_image_is_padded_to_what_the_levels_need(folder) -> None:
         assert sr.shape == (1, 3, 4 * size[0], 4 * size[1])
     condition = adapter.encode(image(), generator=Draws(0, 0, [0]))
     with pytest.raises(ValueError, match="latents are 7 x 8, expected multiples of 2"):
-        adapter.predict_eps(torch.zeros(1, 4, 7, 8), 0, condition)
+        adapter.predict(torch.zeros(1, 4, 7, 8), 0, condition)
 
 
 @pytest.mark.parametrize("weights", ["centred", "original"])
@@ -200,13 +200,13 @@ def test_tiles_see_their_part_of_the_lq_latents(folder, weights) -> None:
                 part = (slice(top, top + 8), slice(left, left + 8))
                 alone = condition.window(*part)
                 assert torch.equal(alone.latents, condition.latents[..., part[0], part[1]])
-                total[..., part[0], part[1]] += window * adapter.predict_eps(z[..., part[0], part[1]], 500, alone)
+                total[..., part[0], part[1]] += window * adapter.predict(z[..., part[0], part[1]], 500, alone)
                 weight[part] += window
         stitched = adapter._stitched(z, 500, condition)
     assert torch.allclose(stitched.double(), total / weight, atol=1e-5)
     whole = load_adapter("stablesr", folder, tile=None)
     with torch.no_grad():
-        assert not torch.allclose(whole.predict_eps(z, 500, condition), stitched, atol=1e-3)
+        assert not torch.allclose(whole.predict(z, 500, condition), stitched, atol=1e-3)
 
 
 def test_times_hold_both_ends() -> None:

@@ -12,7 +12,7 @@ from _support import picked
 from accelerate import init_empty_weights
 from torch import Tensor
 
-from rewardsr import load_adapter, schedule
+from rewardsr import load_adapter
 from rewardsr.adapter import Condition
 from rewardsr.adapters import _stablesr_checkpoint as checkpoint
 from rewardsr.adapters._sft import StructEncoder, add_modulation, modulated
@@ -137,25 +137,24 @@ def test_sampling_step_by_step(adapter, golden, close, monkeypatch) -> None:
     v = golden("stablesr_ddpm4")
     pipeline = adapter()
     assert list(pipeline.steps) == [999, 666, 333, 0] == v["ori_timesteps"].tolist()[::-1]
-    seen: list[tuple[Tensor, Tensor]] = []
-    advance = pipeline._advance
+    seen: list[tuple[Tensor, Tensor, float]] = []
+    transition = pipeline.transition
 
-    def watch(z, eps, *arguments):
-        moved = advance(z, eps, *arguments)
-        seen.append((eps, moved))
-        return moved
+    def watch(z, prediction, *times):
+        seen.append((prediction, *transition(z, prediction, *times)))
+        return seen[-1][1:]
 
-    monkeypatch.setattr(pipeline, "_advance", watch)
+    monkeypatch.setattr(pipeline, "transition", watch)
     condition = condition_of(v["lr_latent"], v["context"])
     close(pipeline.start(condition, Replay([v["start_noise"]])), v, "x_T", 1e-5)
     replay = Replay([v["start_noise"], *(v[f"step{index}.noise"] for index in range(3))])
     final = pipeline.sample_latents(condition, replay)
     assert replay.left == 0 and len(seen) == 4
     z = v["x_T"]
-    for index, (eps, moved) in enumerate(seen):
-        close(eps, v, f"step{index}.model_out", 5e-4)
-        close(moved, v, f"step{index}.x_next", 5e-4)
-        z0 = schedule.x0_from_eps(z, v[f"step{index}.model_out"], pipeline.steps[index], pipeline.alphas_cumprod)
+    for index, (prediction, mean, std) in enumerate(seen):
+        close(prediction, v, f"step{index}.model_out", 5e-4)
+        close(mean + std * v[f"step{index}.noise"] if std else mean, v, f"step{index}.x_next", 5e-4)
+        z0 = pipeline.schedule.x0(z, v[f"step{index}.model_out"], pipeline.steps[index])
         close(z0, v, f"step{index}.pred_x0", 5e-4)
         z = v[f"step{index}.x_next"]
     close(final, v, "final", 5e-4)
@@ -165,19 +164,18 @@ def test_steps_follow_the_posterior_of_the_respaced_schedule(adapter, golden) ->
     """The coefficients of our step, found by giving it units, against the recorded buffers (rebuilt in float32)."""
     v = golden("stablesr_ddpm4")
     pipeline = adapter()
-    alphas = pipeline.alphas_cumprod.double()
+    alphas = pipeline.schedule.alphas_cumprod.double()
     zero, one = torch.zeros(1, 1, 1, 1, dtype=torch.float64), torch.ones(1, 1, 1, 1, dtype=torch.float64)
     for place in (1, 2, 3):  # of the respaced schedule, ascending; at 0 the step gives z0 itself
         t, following = pipeline.steps[3 - place], pipeline.steps[4 - place]
         a = alphas[t].float().double()
         # z = 0 and eps chosen so that z0 = 1, then z = 1 and eps so that z0 = 0.
-        coefficient0 = schedule.ddpm_step(zero, -a.sqrt() / (1 - a).sqrt() * one, t, following, alphas, zero)
-        coefficient1 = schedule.ddpm_step(one, one / (1 - a).sqrt(), t, following, alphas, zero)
-        noise = schedule.ddpm_step(zero, zero, t, following, alphas, one)
+        coefficient0, std = pipeline.transition(zero, -a.sqrt() / (1 - a).sqrt() * one, t, following)
+        coefficient1, _ = pipeline.transition(one, one / (1 - a).sqrt(), t, following)
         for ours, name in (
             (coefficient0, "posterior_mean_coef1"),
             (coefficient1, "posterior_mean_coef2"),
-            (noise.square(), "posterior_variance"),
+            (std**2 * one, "posterior_variance"),
         ):
             assert float(ours) == pytest.approx(float(v[f"buf.{name}"][place]), rel=1e-4), (t, name)
 
@@ -204,20 +202,14 @@ def test_training_loss(adapter, golden, close, record_property) -> None:
     t = v["timesteps"]
     for kind, loss in (("epsilon", "loss_eps"), ("v_prediction", "loss_v")):
         pipeline = adapter(kind)
-        alphas = pipeline.alphas_cumprod
-        noisy = schedule.add_noise(v["z_gt"], v["noise"], t, alphas)
+        noisy = pipeline.schedule.add_noise(v["z_gt"], v["noise"], t)
         close(noisy, v, "x_noisy", 1e-5)
-        eps = pipeline.predict_eps(noisy, t, condition_of(v["z_lq"], v["context"]))
-        if kind == "epsilon":
-            close(eps, v, "model_out", 1e-4)
-            predicted, target = eps, v["noise"]
-        else:
-            # Our prediction is always the noise; the velocity that gives it is the network's own answer.
-            signal, sigma = alphas[t].sqrt().reshape(-1, 1, 1, 1), (1 - alphas[t]).sqrt().reshape(-1, 1, 1, 1)
-            predicted, target = (eps - sigma * noisy) / signal, signal * v["noise"] - sigma * v["z_gt"]
-            close(predicted, v, "model_out", 1e-4)
+        prediction = pipeline.predict(noisy, t, condition_of(v["z_lq"], v["context"]))
+        close(prediction, v, "model_out", 1e-4)
+        target = pipeline.schedule.target(v["z_gt"], v["noise"], t)
+        if kind == "v_prediction":
             close(target, v, "target_v", 1e-5)
-        error = abs(float((predicted - target).square().mean()) - float(v[loss]))
+        error = abs(float((prediction - target).square().mean()) - float(v[loss]))
         record_property(f"{loss} (1e-5)", f"{error:.2e}")
         assert error <= 1e-5
 

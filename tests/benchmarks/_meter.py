@@ -121,16 +121,16 @@ def watched(adapter: Any, method: GDPO, meter: Meter, around: Callable[[Any], An
         "_text": lambda: "text",
         "_to_latents": lambda: "LQ encode" if state["encoding"] else "re-encode",
         "_to_image": lambda: "decode",
-        "_predict_eps": prediction,
+        "_predict": prediction,
     }
     for name, part in hooks.items():
         setattr(adapter, name, timed(change(getattr(adapter, name)), part))
     adapter._encode = flagged(adapter._encode, "encoding")
     method.prepare = flagged(method.prepare, "preparing")  # type: ignore[method-assign]
-    rewards = dict(method.rewards)
-    method.rewards = {name: timed(reward, lambda: REWARDS) for name, reward in rewards.items()}
+    rewards = dict(method.groups.rewards)
+    method.groups.rewards = {name: timed(reward, lambda: REWARDS) for name, reward in rewards.items()}
     for name, reward in rewards.items():  # what GDPO looks at besides calling them
-        method.rewards[name].kind = reward.kind
+        method.groups.rewards[name].kind = reward.kind
     backward, gradients = Tensor.backward, torch.autograd.grad
     Tensor.backward = timed(backward, lambda: "policy backward")  # type: ignore[method-assign]
     torch.autograd.grad = timed(gradients, lambda: "policy backward")
@@ -138,7 +138,7 @@ def watched(adapter: Any, method: GDPO, meter: Meter, around: Callable[[Any], An
         yield
     finally:
         Tensor.backward, torch.autograd.grad = backward, gradients  # type: ignore[method-assign]
-        method.rewards = rewards
+        method.groups.rewards = rewards
         for name in (*hooks, "_encode"):
             delattr(adapter, name)
         del method.prepare  # type: ignore[method-assign]

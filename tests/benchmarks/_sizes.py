@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewardsr.adapters import _stable_diffusion as family
+from rewardsr.adapters import stable_diffusion as family
 from rewardsr.adapters._networks import hush
 from rewardsr.adapters.osediff import OSEDiff
 

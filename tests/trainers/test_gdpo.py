@@ -5,13 +5,16 @@ import math
 import pytest
 import torch
 
-from rewardsr import Batch, Draws, load_adapter, lora, schedule
+from rewardsr import Batch, Draws, load_adapter, lora
 from rewardsr.draws import Replay
 from rewardsr.errors import TrainingError, UserError
 from rewardsr.rewards.attribute import texture_share
 from rewardsr.testing import tiny_pipeline
-from rewardsr.trainers import gdpo
-from rewardsr.trainers.gdpo import GDPO, GDPOOptions, Group, group_advantages
+from rewardsr.trainers import gdpo, groups, preferences
+from rewardsr.trainers.base import Loss
+from rewardsr.trainers.gdpo import GDPO, GDPOOptions
+from rewardsr.trainers.groups import Group
+from rewardsr.trainers.preferences import group_advantages
 
 LN2 = math.log(2)
 FORMS = [{"preference": "paper"}, {"preference": "conditional"}, {"preference": "conditional", "shared_noise": True}]
@@ -54,7 +57,7 @@ def images(count: int = 1, side: int = 16) -> Batch:
     return Batch(lq=pixels, hq=pixels, prompts=("a cat", "a much longer text", "a")[:count])
 
 
-def step(method: GDPO, group: Group, draws=None) -> tuple[dict[str, torch.Tensor], list[gdpo.Loss]]:
+def step(method: GDPO, group: Group, draws=None) -> tuple[dict[str, torch.Tensor], list[Loss]]:
     """LoRA gradients and losses of one update; the losses are back-propagated one by one, as the loop does it."""
     own = lora.parameters(method.adapter)
     for parameter in own.values():
@@ -83,8 +86,9 @@ def test_a_fresh_lora_gives_exactly_ln_2_and_a_gradient(form, checkpointing, bas
         seen.append((policy.detach().flatten(), reference.flatten()))
         return original(policy, reference, advantages, beta)
 
-    original = gdpo.preference_logit
-    monkeypatch.setattr(gdpo, "preference_logit", spy)
+    original = preferences.preference_logit
+    for module in (preferences, gdpo):
+        monkeypatch.setattr(module, "preference_logit", spy)
     for count, micro_batch in ((1, None), (2, None), (2, 2), (2, 4)):
         method = make(base, beta=5000, micro_batch=micro_batch, **form)
         if checkpointing:
@@ -185,8 +189,8 @@ def test_every_row_has_the_text_and_the_image_that_it_was_made_from(base) -> Non
         seen.append(condition)
         return original(z_t, t, condition)
 
-    original = method.adapter._predict_eps
-    method.adapter._predict_eps = spy
+    original = method.adapter._predict
+    method.adapter._predict = spy
     batch = images(2)
     step(method, method.prepare(batch, Draws(0, 0, [0, 1])))
     texts = method.adapter.encode(batch).text
@@ -219,7 +223,7 @@ def recorded(adapter) -> list[tuple[str, int, bool]]:
 
         return call
 
-    for name in ("_encode", "_start", "_predict_eps", "_to_latents", "_to_image"):
+    for name in ("_encode", "_start", "_predict", "_to_latents", "_to_image"):
         setattr(adapter, name, wrap(name))
     return calls
 
@@ -233,11 +237,11 @@ def test_what_one_step_of_the_paper_form_costs(base) -> None:
         ("encode", 1, False),
         ("to_latents", 1, False),  # of the LQ image, inside encode
         ("start", 3, False),
-        ("predict_eps", 3, False),
+        ("predict", 3, False),
         ("to_image", 3, False),
         ("to_latents", 3, False),  # of the outputs
-        ("predict_eps", 3, False),  # reference
-        ("predict_eps", 3, True),  # policy
+        ("predict", 3, False),  # reference
+        ("predict", 3, True),  # policy
     ]
     assert rows == [3, 3, 3]
 
@@ -250,11 +254,11 @@ def test_what_one_step_of_the_conditional_form_costs(base) -> None:
         ("encode", 2, False),
         ("to_latents", 2, False),
         ("start", 6, False),
-        ("predict_eps", 6, False),
+        ("predict", 6, False),
         ("to_image", 6, False),  # for the rewards; nothing is encoded again
         ("start", 2, True),
-        ("predict_eps", 2, False),
-        ("predict_eps", 2, True),
+        ("predict", 2, False),
+        ("predict", 2, True),
     ]
 
 
@@ -290,11 +294,11 @@ def test_the_policy_moves_towards_the_better_outputs(base) -> None:
             optimiser.step()
         condition = group.condition.repeat(4)
         z_t = adapter.start(condition, Draws(1, 0, [0]))
-        target = schedule.eps_from_x0(z_t, group.latents, 100, adapter.alphas_cumprod)
+        target = adapter.schedule.target_from(z_t, group.latents, 100)
         with torch.no_grad():
-            policy = (adapter.predict_eps(z_t, 100, condition) - target).square().mean((1, 2, 3))
+            policy = (adapter.predict(z_t, 100, condition) - target).square().mean((1, 2, 3))
             with lora.reference(adapter):
-                reference = (adapter.predict_eps(z_t, 100, condition) - target).square().mean((1, 2, 3))
+                reference = (adapter.predict(z_t, 100, condition) - target).square().mean((1, 2, 3))
         change, advantages = policy - reference, sign * group.advantages[0]
         gaps.append(float(change[advantages.argmax()] - change[advantages.argmin()]))
     assert gaps[0] < 0 < gaps[1]
@@ -364,10 +368,10 @@ def test_attribute_weighting_shares_one_by_the_texture_of_hq(base, monkeypatch) 
         seen.update(weights)
         return group_advantages(scores, weights)
 
-    monkeypatch.setattr(gdpo, "group_advantages", spy)
+    monkeypatch.setattr(groups, "group_advantages", spy)
     rewards = [Score(name="psnr"), Score(kind="detail", name="fine"), Score(kind="detail", name="crisp")]
     method = make(base, rewards=rewards, weighting="attribute")
-    method.weights = {"psnr": 2.0, "fine": 1.0, "crisp": 3.0}
+    method.groups.weights = {"psnr": 2.0, "fine": 1.0, "crisp": 3.0}
     smooth = torch.full((3, 20, 20), 0.5)
     half = smooth.clone()
     half[:, :, :10] = torch.rand(3, 20, 10, generator=torch.Generator().manual_seed(0))

@@ -8,7 +8,9 @@ from _support import picked
 
 from rewardsr import Batch, load_adapter, lora
 from rewardsr.draws import Replay
-from rewardsr.trainers.gdpo import GDPO, GDPOOptions, Group, gdpo_loss, group_advantages
+from rewardsr.trainers.gdpo import GDPO, GDPOOptions
+from rewardsr.trainers.groups import Group
+from rewardsr.trainers.preferences import gdpo_loss, group_advantages
 
 
 def errors(prediction: torch.Tensor, noise: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:

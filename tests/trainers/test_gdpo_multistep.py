@@ -1,6 +1,7 @@
 """GDPO on samplers of several steps: what is compared, by hand, what sampling costs, and that it teaches."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 from rewardsr import Batch, Draws, UserError, load_adapter, lora
 from rewardsr.draws import Replay
 from rewardsr.testing import tiny_pipeline
-from rewardsr.trainers.gdpo import GDPO, GDPOOptions, Group
+from rewardsr.trainers.gdpo import GDPO, GDPOOptions
+from rewardsr.trainers.groups import Group
 
 LN2 = math.log(2)
 GUIDED = ("sd_upscaler", "seesr")  # deterministic DDIM, ancestral DDPM
@@ -87,17 +89,22 @@ def given(group: Group, places: tuple[int, ...]) -> tuple[torch.Tensor, torch.Te
     return torch.tensor(places)[:, None], noise
 
 
+def network_target(adapter, a, z0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """What a perfect network of this adapter says: the noise, or the velocity sqrt(a) e - sqrt(1 - a) z0."""
+    return a.sqrt() * noise - (1 - a).sqrt() * z0 if "v_prediction" in str(adapter.schedule) else noise
+
+
 def recorded(adapter) -> list[tuple[int, int, bool]]:
     """(time, rows, whether gradients are on) of every prediction from now on."""
     calls: list[tuple[int, int, bool]] = []
-    original = adapter._predict_eps
+    original = adapter._predict
 
     def call(z_t, t, condition):
         assert len(t) == len(z_t) and len(t.unique()) == 1
         calls.append((int(t[0]), len(z_t), torch.is_grad_enabled()))
         return original(z_t, t, condition)
 
-    adapter._predict_eps = call
+    adapter._predict = call
     return calls
 
 
@@ -110,15 +117,17 @@ def test_a_group_shares_one_time_and_one_noise_and_groups_do_not(kind, make) -> 
     group = prepare(method)
     seen = set()
     for step in range(12):
-        task = method._task(group, Draws(0, step, [0, 1], "update"))
-        t, noise = task.t.unflatten(0, (2, SIZE)), task.target.unflatten(0, (2, SIZE))
-        assert torch.equal(t, t[:, :1].expand_as(t)) and torch.equal(noise, noise[:, :1].expand_as(noise))
+        task = method.groups.task(group, Draws(0, step, [0, 1], "update"))
+        noise = method.adapter.schedule.eps(task.z_t, task.target, task.t).unflatten(0, (2, SIZE))
+        t = task.t.unflatten(0, (2, SIZE))
+        assert torch.equal(t, t[:, :1].expand_as(t))
+        assert torch.allclose(noise, noise[:, :1].expand_as(noise), atol=1e-5)
         assert not torch.equal(noise[0, 0], noise[1, 0])
         seen.add(tuple(t[:, 0].tolist()))
         assert abs(float(noise[:, 0].std()) - 1) < 0.2
     assert {time for pair in seen for time in pair} == set(method.adapter.steps)
     assert any(one != other for one, other in seen)
-    again, other = (method._task(group, Draws(0, 0, [0, 1], f"update-{number}")) for number in (0, 1))
+    again, other = (method.groups.task(group, Draws(0, 0, [0, 1], f"update-{number}")) for number in (0, 1))
     assert not torch.equal(again.target, other.target)  # several updates on a group do not repeat their noise
 
 
@@ -128,13 +137,14 @@ def test_the_target_is_the_noise_on_the_outputs_own_latents(kind, make) -> None:
     group = prepare(method)
     places, noise = given(group, (1, 4))
     draws = Replay([places, noise])
-    task = method._task(group, draws)
+    task = method.groups.task(group, draws)
     assert draws.left == 0
     times = torch.tensor([method.adapter.steps[place] for place in (1, 1, 1, 4, 4, 4)])
     assert torch.equal(task.t, times)
-    assert torch.equal(task.target, noise[[0, 0, 0, 1, 1, 1]])
-    a = method.adapter.alphas_cumprod[times][:, None, None, None]
-    assert torch.allclose(task.z_t, a.sqrt() * group.latents + (1 - a).sqrt() * task.target, atol=1e-6)
+    noise = noise[[0, 0, 0, 1, 1, 1]]
+    a = method.adapter.schedule.alphas_cumprod[times][:, None, None, None]
+    assert torch.allclose(task.z_t, a.sqrt() * group.latents + (1 - a).sqrt() * noise, atol=1e-6)
+    assert torch.allclose(task.target, network_target(method.adapter, a, group.latents, noise), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -164,15 +174,16 @@ def test_the_loss_by_hand(kind, make) -> None:
     with torch.no_grad():
         for image, place in enumerate((0, 3)):
             t, e = adapter.steps[place], noise[image : image + 1]
-            a = adapter.alphas_cumprod[t]
+            a = adapter.schedule.alphas_cumprod[t]
             condition = group.condition.rows(slice(image, image + 1))
             total = 0.0
             for member in range(SIZE):
                 z = group.latents[image * SIZE + member][None]
                 z_t = a.sqrt() * z + (1 - a).sqrt() * e
-                policy = float(((adapter.predict_eps(z_t, t, condition) - e) ** 2).mean())
+                target = network_target(adapter, a, z, e)
+                policy = float(((adapter.predict(z_t, t, condition) - target) ** 2).mean())
                 with lora.reference(adapter):
-                    reference = float(((adapter.predict_eps(z_t, t, condition) - e) ** 2).mean())
+                    reference = float(((adapter.predict(z_t, t, condition) - target) ** 2).mean())
                 total += float(group.advantages[image, member]) * (policy - reference)
             logits.append(-beta / 2 * total)
     expected = float(-F.logsigmoid(torch.tensor(logits)).mean())
@@ -247,7 +258,7 @@ def test_few_sampling_steps_are_first_and_last_and_deterministic(kind, make) -> 
     calls = recorded(one.adapter)
     prepare(one)
     assert [time for time, _, _ in calls] == [first]
-    times = {int(t) for step in range(12) for t in method._task(group, Draws(0, step, [0, 1])).t}
+    times = {int(t) for step in range(12) for t in method.groups.task(group, Draws(0, step, [0, 1])).t}
     assert times == set(method.adapter.steps)  # what is learnt is of all steps still
 
 
@@ -276,13 +287,11 @@ def test_a_group_is_sampled_as_at_inference(make) -> None:
     draws = Draws(0, 0, [0], "group")
     draws.take((1, 3, 8, 8), None)  # of the LQ image
     z, condition = draws.take((SIZE, 4, 8, 8), None), group.condition.repeat(SIZE)
-    negative = type(condition)(
-        condition.negative.expand_as(condition.text), condition.latents, condition.size, None, condition.control
-    )
-    alphas = adapter.alphas_cumprod
+    negative = replace(condition, text=condition.negative.expand_as(condition.text))
+    alphas = adapter.schedule.alphas_cumprod
     with lora.reference(adapter):
         for t, following in zip(adapter.steps, (*adapter.steps[1:], 0), strict=True):  # it ends at the noise of time 0
-            without, with_text = (adapter.predict_eps(z, t, c) for c in (negative, condition))
+            without, with_text = (adapter.predict(z, t, c) for c in (negative, condition))
             eps = without + 3.0 * (with_text - without)
             x0 = (z - (1 - alphas[t]).sqrt() * eps) / alphas[t].sqrt()
             z = alphas[following].sqrt() * x0 + (1 - alphas[following]).sqrt() * eps

@@ -60,8 +60,8 @@ def test_step_without_rollout(index, data, golden, record_property) -> None:
     close(*picked(group.z_t, v, "start_latents"), 1e-6, "start latents", record_property)
     with torch.no_grad():
         t = adapter.steps[index]
-        eps = adapter.predict_eps(group.z_t, t, group.condition)
-        a = adapter.alphas_cumprod[t]
+        eps = adapter.predict(group.z_t, t, group.condition)
+        a = adapter.schedule.alphas_cumprod[t]
         close(*picked(eps, v, f"i{index}.noise_pred"), 2e-5, f"prediction at {index}", record_property)
         x0 = (group.z_t - (1 - a).sqrt() * eps) / a.sqrt()
         close(*picked(x0, v, f"i{index}.x0"), 2e-4, f"x0 at {index}", record_property)

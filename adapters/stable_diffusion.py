@@ -5,18 +5,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from rewardsr import lora, schedule
 from rewardsr.adapter import BaseModel, Batch, Condition, ISRAdapter
 from rewardsr.adapters._networks import hush, load_network, read_part
 from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError
 from rewardsr.hub.fetch import fetch
 from rewardsr.lora.fingerprint import fingerprint
+from rewardsr.schedule import VP
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 CACHED_PROMPTS = 512  # embeddings kept on the device: 160 MB at the width of SD 2.1
@@ -213,10 +213,10 @@ class StableDiffusion(ISRAdapter):
         self.lora_targets = {"unet": UNET_TARGETS}
         weight = next(self.unet.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        self.alphas_cumprod = make_scheduler(parts.scheduler).alphas_cumprod
+        prediction = parts.scheduler.get("prediction_type", "epsilon")
+        self.schedule = VP(make_scheduler(parts.scheduler).alphas_cumprod, prediction)
         self._text_encoder, self._tokenizer = parts.text_encoder, parts.tokenizer
         self._embeddings: dict[str, Tensor] = {}
-        self._v_prediction = parts.scheduler.get("prediction_type") == "v_prediction"
         for network in (*self.networks.values(), self._text_encoder):
             network.requires_grad_(False)
             network.eval()
@@ -226,18 +226,6 @@ class StableDiffusion(ISRAdapter):
     def compression(self) -> int:
         """How many pixels a latent is wide."""
         return compression(self.vae)
-
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> Self:
-        """Move the networks; the text encoder stays where it is until a new prompt turns up."""
-        self.device, self.dtype = torch.device(device), dtype
-        layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
-        with lora.keep_float32(self):
-            for network in self.networks.values():
-                # Past diffusers' own `to`, which warns of float32 modules that these networks do not have.
-                nn.Module.to(network, device=self.device, dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
-        self._embeddings = {prompt: embedding.to(self.device) for prompt, embedding in self._embeddings.items()}
-        self.alphas_cumprod = self.alphas_cumprod.to(self.device)
-        return self
 
     def enable_gradient_checkpointing(self) -> list[str]:
         """Checkpoint UNet and autoencoder; returns those whose class cannot (AutoencoderDC cannot)."""
@@ -267,7 +255,7 @@ class StableDiffusion(ISRAdapter):
                 embedded = self._text_encoder(ids.to(self.device))[0].float()
             self._text_encoder.to(home)
             self._embeddings |= dict(zip(new, embedded, strict=True))
-        text = torch.stack([self._embeddings[prompt] for prompt in wanted])
+        text = torch.stack([self._embeddings[prompt].to(self.device) for prompt in wanted])
         while len(self._embeddings) > CACHED_PROMPTS:  # one prompt an image, over a large set, would fill the card
             del self._embeddings[next(iter(self._embeddings))]
         return text
@@ -277,22 +265,15 @@ class StableDiffusion(ISRAdapter):
         height, width = image.shape[-2:]
         return Condition(
             text=self._text(batch.prompts, len(batch)),
-            latents=self._to_latents(self.pad(image), generator),
+            latents=self.to_latents(image, generator),
             size=(height, width),
         )
 
-    def _predict_eps(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        with self._autocast():
-            prediction = self._call_unet(z_t.to(self.dtype), t, condition).float()
-        return schedule.eps_from_v(z_t, prediction, t, self.alphas_cumprod) if self._v_prediction else prediction
-
-    def _call_unet(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """What the UNet predicts, (B, C, h, w) as its scheduler means it, from latents in `dtype`."""
-        return self.unet(z_t, t, condition.text.to(self.dtype)).sample
+    def _predict(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return self.unet(z_t.to(self.dtype), t, condition.text.to(self.dtype)).sample
 
     def _to_latents(self, image: Tensor, generator: Source | None) -> Tensor:
-        with self._autocast():
-            encoded = self.vae.encode((image * 2 - 1).to(self.dtype))
+        encoded = self.vae.encode((image * 2 - 1).to(self.dtype))
         if hasattr(encoded, "latent"):  # autoencoders without a posterior (AutoencoderDC)
             latents = encoded.latent.float()
         else:
@@ -303,13 +284,8 @@ class StableDiffusion(ISRAdapter):
         return latents * self.vae.config.scaling_factor
 
     def _to_image(self, z0: Tensor) -> Tensor:
-        with self._autocast():
-            image = self.vae.decode((z0 / self.vae.config.scaling_factor).to(self.dtype)).sample
+        image = self.vae.decode((z0 / self.vae.config.scaling_factor).to(self.dtype)).sample
         return image.float() / 2 + 0.5
-
-    def _autocast(self) -> torch.autocast:
-        """The one numeric path of training and inference: base weights in `dtype`, a float32 LoRA computing in it."""
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
 
 class Ancestral(StableDiffusion):
@@ -321,6 +297,7 @@ class Ancestral(StableDiffusion):
     """
 
     noisy_condition = True
+    eta = 1.0
     start_point: str = "lq"
 
     @property
@@ -333,12 +310,7 @@ class Ancestral(StableDiffusion):
         noise = draw(condition.latents.shape, generator, device=condition.latents.device)
         if self.start_point == "noise":
             return noise
-        return schedule.add_noise(condition.latents, noise, len(self.alphas_cumprod) - 1, self.alphas_cumprod)
-
-    def _advance(self, z: Tensor, eps: Tensor, time: int, following: int, generator: Source | None) -> Tensor:
-        # The originals draw noise for the last step as well, and have no use for it.
-        noise = draw(z.shape, generator, device=z.device) if generator is not None and following >= 0 else None
-        return schedule.ddpm_step(z, eps, time, following, self.alphas_cumprod, noise)
+        return self.schedule.add_noise(condition.latents, noise, self.schedule.last)
 
 
 def compression(vae: Any) -> int:

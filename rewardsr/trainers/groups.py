@@ -1,0 +1,252 @@
+"""Groups of outputs, for all methods that learn from comparing them: sampled, scored and predicted on, in chunks.
+
+A method asks for a `Group` in its `prepare`, and in its `losses` for a `Task`: noisy latents, and the prediction that
+would have given each output. Policy and reference are compared on the same task, along the same numeric path.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rewardsr.adapter import ISRAdapter
+from rewardsr.batch import Batch, Condition
+from rewardsr.draws import Replay, Source, draw
+from rewardsr.errors import TrainingError, UserError
+from rewardsr.options import Options
+from rewardsr.rewards.attribute import texture_share
+from rewardsr.rewards.base import Reward
+from rewardsr.schedule import fewer
+from rewardsr.trainers.base import Reference
+from rewardsr.trainers.preferences import group_advantages
+
+logger = logging.getLogger(__name__)
+
+FLAT = 1e-3  # a quarter of an 8-bit level: a group that differs by less has nothing to choose from
+
+
+class GroupOptions(Options):
+    """Options of every method that learns from groups."""
+
+    group_size: int = Field(6, ge=2, description="outputs per LQ image (G)")
+    preference: Literal["paper", "conditional"] = Field(
+        "paper",
+        description="of one-step pipelines; paper: noise the re-encoded outputs; conditional: noise the LQ latents, as "
+        "at inference. With several steps there is one form: noise the outputs' own latents",
+    )
+    sampling_steps: int | None = Field(
+        None, ge=1, description="steps that a group is sampled with; None: all of the pipeline's"
+    )
+    shared_noise: bool = Field(False, description="conditional: one noise for a group, so one policy pass serves it")
+    weighting: Literal["fixed", "attribute"] = Field(
+        "fixed", description="fixed: the rewards' weights; attribute: shared by the texture share of HQ"
+    )
+    micro_batch: int | None = Field(
+        None, ge=1, description="rows in a network pass; None: the whole batch of groups at once"
+    )
+    shuffle_advantages: bool = Field(False, description="control run: rewards are dealt out at random in each group")
+
+
+@dataclass(frozen=True)
+class Group:
+    """What sampling leaves for the losses; B images, G outputs each, all without gradients.
+
+    Attributes:
+        condition: of the B images.
+        latents: (B*G, C, h, w) of the outputs, as the reference denoised them; `paper` with one step: re-encoded.
+        advantages: (B, G).
+        metrics: what to log of the sampling.
+    """
+
+    condition: Condition
+    latents: Tensor
+    advantages: Tensor
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What policy and reference are asked: R rows, of which each stands for one output, or for all of a group.
+
+    Attributes:
+        condition: of the R rows.
+        z_t: (R, C, h, w) noisy latents.
+        t: (R,) times.
+        target: (B*G, C, h, w), the prediction that would have given each output.
+    """
+
+    condition: Condition
+    z_t: Tensor
+    t: Tensor
+    target: Tensor
+
+
+class Groups:
+    """Makes groups, and the tasks that policy and reference are compared on.
+
+    Args:
+        adapter: the pipeline, with our LoRA attached.
+        rewards: what outputs are scored by, by name.
+        weights: weight of each reward.
+        options: of the method.
+        reference: the policy that samples, and that the trained one is compared with.
+        method: its name, for messages.
+
+    Raises:
+        UserError: a pipeline that has no group (deterministic), or options or weights that cannot work.
+    """
+
+    def __init__(
+        self,
+        adapter: ISRAdapter,
+        rewards: dict[str, Reward],
+        weights: dict[str, float],
+        options: GroupOptions,
+        reference: Reference,
+        method: str,
+    ) -> None:
+        if adapter.deterministic:
+            raise UserError(
+                f"adapter '{adapter.name}' is deterministic as configured, so the outputs of a group would be equal: "
+                "set its option noise_t (GDPO-SR: noise_t=250, net_t=100)"
+            )
+        if options.preference == "conditional" and not adapter.one_step:
+            raise UserError(
+                f"{method}: preference 'conditional' is for one-step pipelines; adapter '{adapter.name}' takes "
+                f"{len(adapter.steps)} steps: leave it out"
+            )
+        if options.shared_noise and options.preference == "paper":
+            raise UserError(f"{method}: shared_noise belongs to preference 'conditional'")
+        if not rewards or sum(weights.values()) <= 0:
+            raise UserError(f"{method} needs at least one reward with a positive weight")
+        if options.weighting == "attribute" and {reward.kind for reward in rewards.values()} != {"fidelity", "detail"}:
+            raise UserError("weighting 'attribute' needs rewards of both kinds: fidelity (psnr) and detail (musiq)")
+        self.adapter, self.rewards, self.weights, self.options = adapter, rewards, weights, options
+        self.reference = reference
+        self.size = options.group_size
+        self._warned = False
+
+    # ---- sampling and scoring ----
+
+    @torch.no_grad()
+    def sample(self, batch: Batch, draws: Source) -> Group:
+        """Sample a group of outputs for each image under the reference policy, and score them.
+
+        Raises:
+            TrainingError: a reward gave a score that is not finite.
+        """
+        adapter = self.adapter
+        with self.reference():
+            condition = adapter.encode(batch, generator=draws)
+            members = condition.repeat(self.size)
+            steps = fewer(adapter.steps, self.options.sampling_steps or len(adapter.steps))
+            latents = adapter.sample_latents(members, draws, steps, rows=self.options.micro_batch)
+            sr = self._chunked(lambda rows: adapter.decode(latents[rows], members.rows(rows)), len(latents))
+            scores = self._score(sr, batch.repeat(self.size))
+            if self.options.preference == "paper" and adapter.one_step:
+                # The original draws a fresh posterior sample of every output, and so does this.
+                latents = self._encode_outputs(sr, latents, draws)
+        advantages = group_advantages(scores, self._reward_weights(batch))
+        if self.options.shuffle_advantages:  # drawn last, so that the control is the same run otherwise
+            advantages = advantages.gather(1, draw(advantages.shape, draws, device=advantages.device).argsort(1))
+        return Group(condition, latents, advantages, self._metrics(sr, scores, advantages))
+
+    def _score(self, sr: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """(B, G) scores by reward."""
+        return {name: reward(sr, batch).float().unflatten(0, (-1, self.size)) for name, reward in self.rewards.items()}
+
+    def _reward_weights(self, batch: Batch) -> dict[str, Tensor]:
+        """(B,) weight of each reward: as configured, or shared out by the texture share of HQ between the two kinds."""
+        ones = torch.ones(len(batch), device=self.adapter.device)
+        if self.options.weighting == "fixed":
+            return {name: ones * self.weights[name] for name in self.rewards}
+        if batch.hq is None:
+            raise TrainingError("weighting 'attribute' needs HQ images")
+        texture = texture_share(batch.hq)
+        share = {"detail": texture, "fidelity": 1 - texture}
+        totals = {
+            kind: sum(self.weights[name] for name, reward in self.rewards.items() if reward.kind == kind)
+            for kind in share
+        }
+        return {name: share[r.kind] * self.weights[name] / totals[r.kind] for name, r in self.rewards.items()}
+
+    def _encode_outputs(self, sr: Tensor, like: Tensor, draws: Source) -> Tensor:
+        """(B*G, C, h, w) latents of the outputs, each a posterior sample."""
+        noise = draw(like.shape, draws)
+        return self._chunked(lambda rows: self.adapter.to_latents(sr[rows], Replay([noise[rows]])), len(sr))
+
+    def _metrics(self, sr: Tensor, scores: dict[str, Tensor], advantages: Tensor) -> dict[str, float]:
+        metrics = {f"reference/{name}": float(values.mean()) for name, values in scores.items()}
+        metrics |= {f"spread/{name}": float(values.std(1).mean()) for name, values in scores.items()}
+        metrics["group/pixel_std"] = float(sr.unflatten(0, (-1, self.size)).std(1).mean())
+        metrics["group/tied"] = float((advantages == 0).all(1).float().mean())
+        if metrics["group/pixel_std"] < FLAT and not self._warned:
+            self._warned = True
+            logger.warning(
+                "the outputs of a group hardly differ (pixel std %.1e): there is little to choose from",
+                metrics["group/pixel_std"],
+            )
+        return metrics
+
+    def _chunked(self, function: Callable[[slice], Tensor], rows: int) -> Tensor:
+        return torch.cat([function(part) for part in self.chunks(0, rows)])
+
+    def chunks(self, first: int, last: int) -> Iterator[slice]:
+        """Rows first .. last-1, at most `micro_batch` at a time."""
+        step = self.options.micro_batch or last - first
+        return (slice(start, min(start + step, last)) for start in range(first, last, step))
+
+    # ---- tasks ----
+
+    @property
+    def rows_per_image(self) -> int:
+        """Rows of a task that belong to one image: G, or 1 where one noise serves the group."""
+        return 1 if self.options.shared_noise else self.size
+
+    def task(self, group: Group, draws: Source) -> Task:
+        """What to compare policy and reference on, with fresh noise."""
+        adapter = self.adapter
+        condition = group.condition.repeat(self.rows_per_image)
+        if not adapter.one_step:
+            return self._diffusion_task(group, condition, draws)
+        t = adapter.schedule.times([adapter.net_t], adapter.device).expand(len(condition))
+        if self.options.preference == "paper":
+            noise = draw(group.latents.shape, draws, device=group.latents.device)
+            noise_t = adapter.net_t if adapter.noise_t is None else adapter.noise_t
+            z_t = adapter.schedule.add_noise(group.latents, noise, noise_t)
+            return Task(condition, z_t, t, adapter.schedule.target(group.latents, noise, adapter.net_t))
+        # The start of inference with fresh noise: with that of the sampling, the target would be what the reference
+        # predicts already, and nothing would train.
+        z_t = adapter.start(condition, draws)
+        each = z_t.repeat_interleave(self.size // self.rows_per_image, 0)
+        return Task(condition, z_t, t, adapter.schedule.target_from(each, group.latents, adapter.net_t))
+
+    def _diffusion_task(self, group: Group, members: Condition, draws: Source) -> Task:
+        """Several steps: the outputs' latents are noised as of one time of the schedule, one noise and time a group.
+
+        As in Diffusion-DPO (arXiv 2311.12908): what conditions the network is not what is noised, so the target is that
+        of the noise itself, and one form does for training and inference.
+        """
+        adapter, images = self.adapter, len(group.condition)
+        place = draw((images, 1), draws, high=len(adapter.steps)).flatten()
+        noise = draw((images, *group.latents.shape[1:]), draws, device=group.latents.device)
+        noise = noise.repeat_interleave(self.size, 0)
+        t = adapter.schedule.times(adapter.steps)[place].to(noise.device).repeat_interleave(self.size, 0)
+        z_t = adapter.schedule.add_noise(group.latents, noise, t)
+        return Task(members, z_t, t, adapter.schedule.target(group.latents, noise, t))
+
+    def errors(self, task: Task, rows: slice) -> Tensor:
+        """Mean squared error (over C, H, W) of the predictions in these rows, (N,): one value an output."""
+        prediction = self.adapter.predict(task.z_t[rows], task.t[rows], task.condition.rows(rows))
+        each = self.size // self.rows_per_image
+        target = task.target[rows.start * each : rows.stop * each]
+        return (prediction.repeat_interleave(each, 0) - target).square().mean((1, 2, 3))
+
+    def reference_errors(self, task: Task, rows: slice) -> Tensor:
+        """`errors` of the reference, without gradients."""
+        with torch.no_grad(), self.reference():
+            return self.errors(task, rows)
