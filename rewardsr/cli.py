@@ -4,6 +4,7 @@ Heavy imports happen inside the commands, so that `--help` is quick.
 """
 
 import errno
+import logging
 import os
 import sys
 from pathlib import Path
@@ -22,6 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+logger = logging.getLogger("rewardsr")
 
 imports = typer.Typer(help="Take over what other programs made.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(imports, name="import")
@@ -65,6 +68,14 @@ def _leave(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+class _Console(logging.Handler):
+    """Messages of the package: warnings go to stderr, all others to stdout."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warns = record.levelno >= logging.WARNING
+        typer.echo(f"warning: {record.getMessage()}" if warns else record.getMessage(), err=warns)
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(__version__)
@@ -77,7 +88,10 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version")
     ] = False,
 ) -> None:
-    pass
+    if not any(isinstance(handler, _Console) for handler in logger.handlers):
+        logger.addHandler(_Console())
+    # Of the processes of a launch one speaks.
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
 
 
 @app.command()
@@ -131,26 +145,12 @@ def finetune(
     resolved = load_recipe(None if recipe is None else str(recipe), overrides, assign or [])
 
     from rewardsr.train.finetune import finetune as run_recipe
+    from rewardsr.train.loop import Result
 
     result = run_recipe(resolved, resume=resume, dry_run=dry_run)
-    from rewardsr.train.dry_run import DryRun
-
-    if isinstance(result, DryRun):
-        typer.echo(
-            f"one step: {result.seconds:.2f} s, peak memory {result.peak_gib:.2f} GiB, {result.trainable} weights train"
-        )
-        for path, size in result.would_save.items():
-            typer.echo(f"would save {path} ({size / 2**20:.1f} MiB)")
-        return
-    if int(os.environ.get("RANK", "0")) != 0:
-        return
-    if not result.finished:
-        typer.echo(f"stopped after step {result.step}; go on with the same command and --resume")
+    logger.info("%s", result)
+    if isinstance(result, Result) and not result.finished:
         raise typer.Exit(130)
-
-    from rewardsr.run_folder import LORA
-
-    typer.echo(f"finished {result.step} steps; LoRA: {result.output / LORA}")
 
 
 @app.command()
@@ -184,7 +184,6 @@ def upscale(
         prompts=prompts,
         seed=seed,
         overwrite=overwrite,
-        progress=lambda done, total, path: typer.echo(f"{done}/{total} {path}"),
     )
 
 

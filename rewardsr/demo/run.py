@@ -1,5 +1,6 @@
 """`rewardsr demo`: the main job, small enough for a CPU and real in every part."""
 
+import logging
 import subprocess
 import sys
 import time
@@ -12,17 +13,21 @@ from torch import Tensor
 from rewardsr import lora, run_folder
 from rewardsr.adapter import ISRAdapter
 from rewardsr.data.folder import open_data
-from rewardsr.data.images import read_image
+from rewardsr.data.images import list_images, read_image
 from rewardsr.demo.photos import write_folders
+from rewardsr.draws import Draws
 from rewardsr.errors import UserError
 from rewardsr.evaluation.pictures import Cell, write_grid
 from rewardsr.evaluation.protocol import HeldOut
 from rewardsr.evaluation.report import Evaluation
+from rewardsr.evaluation.upscale import upscale_tensor
 from rewardsr.pipelines import load_adapter
 from rewardsr.rewards import build
 from rewardsr.storage import write_text
 from rewardsr.train.finetune import finetune
 from rewardsr.train.recipe import Recipe, load_recipe
+
+logger = logging.getLogger(__name__)
 
 RECIPE = Path(__file__).parent / "recipe.yaml"
 DRAWS = 4  # noise draws that each score averages
@@ -48,10 +53,10 @@ def run_demo(output: Path, steps: int | None = None) -> None:
     photos, tuned, control = output / "photos", output / "run", output / "control"
     write_folders(photos)
     recipe = demo_recipe(photos, tuned, steps)
-    print("recipe:\n" + _indent(RECIPE.read_text()))
-    print(f"fine-tuning on {photos / 'train'} ...", flush=True)
+    logger.info("recipe:\n" + _indent(RECIPE.read_text()))
+    logger.info(f"fine-tuning on {photos / 'train'} ...")
     finetune(recipe)
-    print("control: the same, with the advantages dealt out at random ...", flush=True)
+    logger.info("control: the same, with the advantages dealt out at random ...")
     finetune(_shuffled(recipe, control))
 
     found, rows = compare(recipe, tuned)
@@ -59,12 +64,12 @@ def run_demo(output: Path, steps: int | None = None) -> None:
     write_grid(rows, output / "before_after.png")
     write_text(output / "tuned.json", found.to_json())
     write_text(output / "control.json", dealt.to_json())
-    print("\nheld-out photographs, base against tuned:\n" + _indent(str(found)))
-    print("held-out photographs, base against the shuffled control:\n" + _indent(str(dealt)))
-    print(verdict(found, dealt))
+    logger.info("\nheld-out photographs, base against tuned:\n" + _indent(str(found)))
+    logger.info("held-out photographs, base against the shuffled control:\n" + _indent(str(dealt)))
+    logger.info(verdict(found, dealt))
     _in_a_fresh_process(tuned, photos, output / "upscaled", _in_this_process(recipe, tuned, photos))
-    print(f"done in {time.perf_counter() - began:.0f} s\n")
-    print(_where(output))
+    logger.info(f"done in {time.perf_counter() - began:.0f} s\n")
+    logger.info(_where(output))
 
 
 def demo_recipe(photos: Path, run: Path, steps: int | None) -> Recipe:
@@ -117,28 +122,23 @@ def _shuffled(recipe: Recipe, run: Path) -> Recipe:
 
 
 def _in_this_process(recipe: Recipe, run: Path, photos: Path) -> list[Tensor]:
-    """What `upscale` should give for the held-out LQ photographs."""
-    from rewardsr.data.images import list_images
-    from rewardsr.draws import Draws
-    from rewardsr.evaluation.upscale import upscale_tensor
-
+    """What `upscale` gives for the held-out LQ photographs."""
     adapter = _adapter(recipe)
     lora.load(adapter, run)
-    files = list_images(photos / "val" / "lq")
     return [
         upscale_tensor(adapter, read_image(file)[None], generator=Draws(0, 0, [index], "upscale"))[0]
-        for index, file in enumerate(files)
+        for index, file in enumerate(list_images(photos / "val" / "lq"))
     ]
 
 
 def _in_a_fresh_process(run: Path, photos: Path, output: Path, expected: list[Tensor]) -> None:
     """Run the command that a user would, and compare its pictures with this process's."""
     command = ["upscale", str(photos / "val" / "lq"), "--run", str(run), "--output", str(output), "--device", "cpu"]
-    print("in a fresh process: rewardsr " + " ".join(command), flush=True)
+    logger.info("in a fresh process: rewardsr " + " ".join(command))
     subprocess.run([sys.executable, "-m", "rewardsr", *command], check=True)
     written = [read_image(path) for path in sorted(output.glob("*.png"))]
     worst = max(float((a - b).abs().max()) for a, b in zip(written, expected, strict=True))
-    print(f"largest difference to this process: {worst * 255:.2f} of 255 (8-bit rounding is 0.5)")
+    logger.info(f"largest difference to this process: {worst * 255:.2f} of 255 (8-bit rounding is 0.5)")
     if worst > 0.51 / 255:
         raise RuntimeError("the reloaded LoRA gives other pictures than the one that was evaluated")
 

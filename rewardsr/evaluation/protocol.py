@@ -26,7 +26,7 @@ from rewardsr.errors import TrainingError, UserError
 from rewardsr.evaluation.pictures import Cell, comparison_row, shown, write_grid
 from rewardsr.evaluation.report import CONFIDENCE, Comparison, Evaluation
 from rewardsr.evaluation.upscale import upscale_tensor
-from rewardsr.lora.layers import reference
+from rewardsr.lora.layers import attached, reference
 from rewardsr.rewards import build
 from rewardsr.rewards.base import Reward
 from rewardsr.run_folder import VALIDATION
@@ -93,7 +93,12 @@ def evaluate(
         seed: of degradation and noise.
         limit: the first so many images.
         prompts: "adapter", "sidecar" (text files), or one text for all.
+
+    Raises:
+        UserError: there is no LoRA, the folder or a metric cannot be had, or as of `HeldOut`.
     """
+    if not attached(adapter):
+        raise UserError("evaluate compares base and tuned, and this pipeline carries no LoRA: load one first")
     degradation = degradation_for(str(data), LightRecipe(), adapter.scale)
     folder = open_data(data, scale=adapter.scale, degradation=degradation, prompts=prompts, extras=adapter.extras)
     rewards = {name: build(name) for name in metrics}

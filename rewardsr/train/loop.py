@@ -28,6 +28,7 @@ from rewardsr import lora
 from rewardsr.draws import Draws, seed_of
 from rewardsr.errors import TrainingError, UserError
 from rewardsr.evaluation.protocol import HeldOut
+from rewardsr.run_folder import LORA
 from rewardsr.train import checkpoint
 from rewardsr.train.checkpoint import State
 from rewardsr.train.log import RunLog
@@ -55,6 +56,11 @@ class Result:
     finished: bool
     output: Path
     validation: dict[str, Any]
+
+    def __str__(self) -> str:
+        if not self.finished:
+            return f"stopped after step {self.step}; go on with the same command and --resume"
+        return f"finished {self.step} steps; LoRA: {self.output / LORA}"
 
 
 def train(setup: Setup, run: Path, resume: bool) -> Result:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import rewardsr
 from rewardsr import load_adapter, lora
 from rewardsr.adapter import Batch
 from rewardsr.draws import Draws
@@ -287,6 +288,11 @@ def test_json_round_trip(adapter) -> None:
         assert Evaluation.from_dict(content).to_dict() == content
         assert content["color_fix"] == "wavelet" and content["rewards"]["psnr"]["improved"] in (0, 1 / 3, 2 / 3, 1)
         assert (content["rewards"]["psnr"]["interval"] == [None, None]) == (count == 1)
+
+
+def test_without_a_lora_there_is_nothing_to_compare(tiny, hq_folder) -> None:
+    with pytest.raises(UserError, match="carries no LoRA"):
+        rewardsr.evaluate(load_adapter("osediff", tiny, scale=4), hq_folder)
 
 
 def test_refused(adapter) -> None:
