@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -102,30 +102,8 @@ def evaluate(
     degradation = degradation_for(str(data), LightRecipe(), adapter.scale)
     folder = open_data(data, scale=adapter.scale, degradation=degradation, prompts=prompts, extras=adapter.extras)
     rewards = {name: build(name) for name in metrics}
-    return compare(adapter, folder.validation(limit, seed), rewards, seed=seed, draws_per_image=draws_per_image)
-
-
-def compare(
-    adapter: ISRAdapter,
-    images: Iterable[Batch],
-    rewards: Mapping[str, Reward],
-    *,
-    seed: int = 0,
-    draws_per_image: int = 1,
-    color_fix: str = "none",
-    base: Callable[[ISRAdapter], AbstractContextManager[None]] = reference,
-) -> Evaluation:
-    """Score batches of one image each, in this process and once; arguments and errors as of `HeldOut`."""
-    held_out = HeldOut(
-        adapter,
-        lambda first, every: islice(images, first, None, every),
-        rewards,
-        seed=seed,
-        draws_per_image=draws_per_image,
-        color_fix=color_fix,
-        base=base,
-    )
-    return held_out.score()
+    images = partial(folder.validation, limit, seed, None)
+    return HeldOut(adapter, images, rewards, seed=seed, draws_per_image=draws_per_image, pictures=0).score()
 
 
 @dataclass(frozen=True)
@@ -152,7 +130,7 @@ class HeldOut:
         seed: the noise of image i in draw d is seeded by (seed, d, i).
         draws_per_image: scores are averaged over so many draws of noise; a pipeline without noise takes one.
         color_fix: "none", "adain" or "wavelet".
-        base: a context in which the pipeline is the one to compare with.
+        base: a context in which the pipeline is the one to compare with; our LoRA off by default.
         accelerator: the processes that share the images; None: this one alone.
         run: the run's folder: `score` writes pictures and scores of a step to `validation/` there.
         pictures: the first so many images are shown, enlarged LQ beside base, tuned and HQ.
@@ -176,7 +154,7 @@ class HeldOut:
         seed: int = 0,
         draws_per_image: int = 1,
         color_fix: str = "none",
-        base: Callable[[ISRAdapter], AbstractContextManager[None]] = reference,
+        base: Callable[[], AbstractContextManager[None]] | None = None,
         accelerator: Accelerator | None = None,
         run: Path | None = None,
         pictures: int = 4,
@@ -186,10 +164,11 @@ class HeldOut:
         if not rewards:
             raise UserError("nothing to evaluate with: name at least one reward")
         if draws_per_image < 1:
-            raise ValueError(f"compare: expected at least one draw an image, got {draws_per_image}")
+            raise ValueError(f"expected at least one draw an image, got {draws_per_image}")
         self._adapter, self._images, self._rewards, self._seed = adapter, images, rewards, seed
         self._draws = 1 if adapter.deterministic else draws_per_image
-        self._color_fix, self._reference, self._accelerator, self._run = color_fix, base, accelerator, run
+        self._color_fix, self._accelerator, self._run = color_fix, accelerator, run
+        self._reference = base or partial(reference, adapter)
         self._pictures, self._side, self._memory_advice = pictures, picture_side, memory_advice
         self._base: dict[int, tuple[dict[str, float], Tensor | None]] = {}  # scores and, where it is shown, picture
         self.rows: list[list[Cell]] = []
@@ -243,13 +222,13 @@ class HeldOut:
     def _score_image(self, position: int, batch: Batch) -> _Scored:
         name = Path(batch.paths[0]).name if batch.paths else f"image {position}"
         if len(batch) != 1:
-            raise ValueError(f"compare: expected batches of one image, got {len(batch)}")
+            raise ValueError(f"expected batches of one image, got {len(batch)}")
         needing = [] if batch.hq is not None else [key for key, reward in self._rewards.items() if reward.needs_hq]
         if needing:
             raise UserError(f"{', '.join(needing)} compare with an HQ image, and {name} has none: leave them out")
         batch = batch.to(self._adapter.device)
         if position not in self._base:
-            with self._reference(self._adapter):
+            with self._reference():
                 scores, sr = self._score_side(position, batch, f"{name} (base)")
             self._base[position] = scores, shown(sr[0], self._side) if position < self._pictures else None
         tuned, sr = self._score_side(position, batch, f"{name} (tuned)")

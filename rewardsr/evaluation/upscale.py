@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import overload
+from typing import TypedDict, Unpack, overload
 
 import torch
 from PIL import Image
@@ -23,29 +23,24 @@ Input = Path | str | Image.Image
 logger = logging.getLogger(__name__)
 
 
+class Options(TypedDict, total=False):
+    """The keywords of `upscale`, for its two forms."""
+
+    color_fix: str
+    seed: int
+    prompts: str
+    overwrite: bool
+
+
 @overload
 def upscale(
-    adapter: ISRAdapter,
-    inputs: Input | Sequence[Input],
-    output: Path | str,
-    *,
-    color_fix: str = ...,
-    seed: int = ...,
-    prompts: str = ...,
-    overwrite: bool = ...,
+    adapter: ISRAdapter, inputs: Input | Sequence[Input], output: Path | str, **options: Unpack[Options]
 ) -> list[Path]: ...
 
 
 @overload
 def upscale(
-    adapter: ISRAdapter,
-    inputs: Input | Sequence[Input],
-    output: None = None,
-    *,
-    color_fix: str = ...,
-    seed: int = ...,
-    prompts: str = ...,
-    overwrite: bool = ...,
+    adapter: ISRAdapter, inputs: Input | Sequence[Input], output: None = None, **options: Unpack[Options]
 ) -> list[Image.Image]: ...
 
 

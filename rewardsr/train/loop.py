@@ -208,6 +208,7 @@ def _held_out(setup: Setup, run: Path) -> HeldOut | None:
         partial(data.validation, recipe.data.validation_limit, recipe.seed, recipe.data.validation_side),
         setup.metrics,
         seed=recipe.seed,
+        base=setup.method.reference,
         accelerator=setup.accelerator,
         run=run,
         memory_advice=memory_advice(setup, "validation_side", "validation_limit"),
