@@ -238,6 +238,7 @@ def export(
     from rewardsr.lora import exchange
     from rewardsr.pipelines import open_pipeline
 
+    exchange.check_output(output, form)
     pipeline = open_pipeline(run, adapter, base, option or [], lora or [], strength, "cpu", "fp32", force_base)
     for path in sorted(exchange.export(pipeline, output, form).rglob("*")):
         if path.is_file():
@@ -254,15 +255,14 @@ def import_lora(
 ) -> None:
     """Turn a LoRA of another program into one that every command here loads; pickles never run code."""
     from rewardsr import lora
-    from rewardsr.lora import exchange, foreign
+    from rewardsr.lora import exchange
     from rewardsr.pipelines import open_pipeline
 
-    if output.exists():
-        raise UserError(f"'{output}' exists already: choose a new folder")
+    exchange.check_output(output)
     pipeline = open_pipeline(None, adapter, base, option or [], [], 1.0, "cpu", "fp32", False)
-    found = foreign.read_foreign(pipeline, source)
-    exchange.place(pipeline, found)
-    typer.echo(f"rank {found.rank}, alpha {found.alpha:g}: {lora.save(pipeline, output)}")
+    path = exchange.import_lora(pipeline, source, output)
+    rank, alpha = lora.rank_and_alpha(pipeline)
+    typer.echo(f"rank {rank}, alpha {alpha:g}: {path}")
 
 
 @imports.command("stablesr")
@@ -294,13 +294,21 @@ def push(
     licence: Annotated[str | None, typer.Option("--license", help="of the base, where its card is not here")] = None,
 ) -> None:
     """Publish a run on the Hugging Face Hub: LoRA, recipe, metrics, pictures and card, in one commit."""
-    from rewardsr.hub import publish
-    from rewardsr.hub.card import build_card
+    from rewardsr.hub.publish import push as publish
 
-    card = build_card(run, repo, base_model, dataset or [], licence)
-    pushed = publish.push(
-        run, repo, private=private, revision=revision, create_pr=create_pr, dry_run=dry_run, card=card, say=typer.echo
+    pushed = publish(
+        run,
+        repo,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        dry_run=dry_run,
+        base_model=base_model,
+        datasets=dataset or [],
+        licence=licence,
     )
+    for line in pushed.plan.lines():
+        typer.echo(line)
     typer.echo("nothing was sent" if pushed.url is None else pushed.url)
 
 
@@ -310,7 +318,7 @@ def pull(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="new folder; else the Hub's cache")] = None,
 ) -> None:
     """Fetch an adapter from the Hub; --run and --lora take the same reference."""
-    from rewardsr.hub.publish import pull as fetch
+    from rewardsr.hub.fetch import pull as fetch
 
     typer.echo(fetch(reference, output))
 
@@ -322,7 +330,7 @@ def search(
     limit: Annotated[int, typer.Option(min=1, help="at most so many")] = 20,
 ) -> None:
     """List adapters on the Hub."""
-    from rewardsr.hub.publish import search as find
+    from rewardsr.hub.search import search as find
 
     for found in find(query, base, limit):
         typer.echo(f"{found.id:<48} {found.downloads:>8} downloads {found.likes:>5} likes  {found.base or ''}")

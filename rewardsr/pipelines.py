@@ -15,7 +15,6 @@ from rewardsr import lora
 from rewardsr.adapter import ISRAdapter
 from rewardsr.errors import UserError
 from rewardsr.hub.fetch import fetch_lora, is_reference
-from rewardsr.lora.exchange import load_several
 from rewardsr.plugins import names, resolve
 from rewardsr.run_folder import RECIPE
 from rewardsr.train import recipe as recipes
@@ -103,9 +102,7 @@ def load_lora(
     """
     adapter = target if isinstance(target, ISRAdapter) else wrap(target)
     if isinstance(source, Mapping):
-        from rewardsr.lora.exchange import load_several
-
-        load_several(adapter, [(one, scale * weight) for one, weight in source.items()], force_base)
+        lora.load_several(adapter, [(one, scale * weight) for one, weight in source.items()], force_base)
     else:
         lora.load(adapter, source, scale, force_base)
     return adapter
@@ -231,7 +228,7 @@ def open_pipeline(
     if len(parts) == 1:
         lora.load(pipeline, parts[0][0], strength * parts[0][1], force_base)
     elif parts:
-        load_several(pipeline, [(source, strength * weight) for source, weight in parts], force_base)
+        lora.load_several(pipeline, [(source, strength * weight) for source, weight in parts], force_base)
     return pipeline
 
 

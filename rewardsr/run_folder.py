@@ -1,4 +1,4 @@
-"""Every file name of a run, once."""
+"""Every file name of a run, once, and the names in the header of its LoRA."""
 
 RECIPE = "recipe.yaml"
 LORA = "pytorch_lora_weights.safetensors"
@@ -11,3 +11,11 @@ TRAINED = "trained.safetensors"
 METHOD_STATE = "method.safetensors"
 MOMENTS = "optimiser.safetensors"
 STATE = "state.json"
+
+# Of a published run:
+CARD = "README.md"
+SAMPLES = "samples"
+
+# Keys of a LoRA file's text header:
+DIFFUSERS_HEADER = "lora_adapter_metadata"  # where diffusers looks for rank and alpha
+OUR_HEADER = "rewardsr"  # base, rank and alpha, as JSON

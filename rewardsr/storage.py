@@ -35,8 +35,13 @@ def write_text(path: Path, content: str) -> None:
     write_bytes(path, content.encode())
 
 
-def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+def write_folder(path: Path, fill: Callable[[Path], None], replace: bool = False) -> None:
     """Write a folder in one step: `fill` gets a temporary folder beside `path`, which is then renamed.
+
+    Args:
+        path: the folder.
+        fill: writes into the folder that it is given.
+        replace: remove an earlier folder at `path` once the new one is complete.
 
     Raises:
         UserError: the disk is full, or the place cannot be written to; nothing is left behind.
@@ -46,6 +51,8 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     try:
         temporary.mkdir(parents=True)
         fill(temporary)
+        if replace and path.exists():
+            shutil.rmtree(path)
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"cannot write '{path}': {error.strerror or error}") from error

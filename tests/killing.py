@@ -3,7 +3,8 @@
 Each attempt is a fork of this process, which has imported everything and never trained (autograd does not survive a
 fork): an attempt costs its steps and no imports. Prints what each attempt died of, as JSON.
 
-- DISK: attempt n dies just before its n-th operation on the disk, and in the middle of a line of the log.
+- DISK: attempt n dies just before its n-th operation on the disk, and in the middle of a line of the log; one of them
+  dies while the folder of an old checkpoint is removed, which the others may pass by.
 - RANDOM: attempts die at random times.
 """
 
@@ -30,16 +31,16 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def arm(number: int, report: int) -> None:
-    """Die before the operation `number` (from 1) and write its name into the pipe `report`."""
+def arm(number: int, report: int, rare: str) -> None:
+    """Die before the operation `number` (from 1), or the first called `rare`; its name goes into the pipe `report`."""
     count = 0
 
     def counted(name: str) -> bool:
         nonlocal count
         count += 1
-        if count == number:
+        if count == number or name == rare:
             os.write(report, name.encode())
-        return count == number
+        return count == number or name == rare
 
     def wrap(name: str) -> None:
         original = getattr(os, name)
@@ -63,14 +64,14 @@ def arm(number: int, report: int) -> None:
     whole, log.RunLog.write = log.RunLog.write, write
 
 
-def attempt(path: str, number: int | None, delay: float | None) -> str | None:
+def attempt(path: str, number: int | None, delay: float | None, rare: str = "") -> str | None:
     """What killed the attempt; None if it finished."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
         try:
             if number is not None:
-                arm(number, writing)
+                arm(number, writing, rare)
             sys.argv = ["rewardsr", "finetune", path, "--resume"]
             cli.main()
         except SystemExit as leaving:
@@ -97,7 +98,8 @@ def kill_until_finished(path: str, mode: str, chance: random.Random) -> list[tup
     for number in range(1, LIMIT):
         # The last attempts are left alone, for a loaded machine may never get far within the time.
         delay = chance.uniform(0.5, 2.0) if mode == "random" and number < LIMIT - 5 else None
-        death = attempt(path, number if mode == "disk" else None, delay)
+        rare = "" if any(name == "rmdir" for name, _ in deaths) else "rmdir"
+        death = attempt(path, number if mode == "disk" else None, delay, rare)
         if death is None:
             break
         deaths.append((death, log.read_text().count("\n") if log.exists() else 0))

@@ -85,8 +85,9 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     newest = [sorted((run / "checkpoints").iterdir())[-1] for run in (one, other)]
     assert newest[0].name == newest[1].name
-    moments = [load_file(path / "optimiser.safetensors") for path in newest]
-    assert all(torch.equal(value, moments[1][name]) for name, value in moments[0].items())
+    for file in (run_folder.TRAINED, run_folder.MOMENTS):
+        states = [load_file(path / file) for path in newest]
+        assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     assert leftovers(other) == []
 
 

@@ -94,6 +94,7 @@ def test_wheel_is_complete(built):
     [wheel] = built.glob("*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
     assert {"rewardsr/py.typed", "rewardsr/adapters/osediff.py", "rewardsr/demo/pipeline/model_index.json"} <= held
+    assert "rewardsr/hub/card.md" in held
     assert any(name.startswith("rewardsr/demo/pipeline/") and name.endswith(".safetensors") for name in held)
     assert shipped_files() - held == set(), "missing in the wheel: see packages and package-data in pyproject.toml"
     assert not any(name.startswith(("adapters/", "tests/", "examples/")) for name in held)

@@ -324,9 +324,9 @@ def test_a_folder_with_no_more_than_a_killed_writers_leftover_is_free(recipe, tm
     assert leftovers(tmp_path) == []
 
 
-@pytest.mark.parametrize("failing", [4, 5, 6])
+@pytest.mark.parametrize("failing", [5, 6, 7, 8])
 def test_a_full_disk_keeps_the_checkpoint_before(failing, recipe, folder, tmp_path, monkeypatch) -> None:
-    """Each of the three files of the second checkpoint."""
+    """Each of the four files of the second checkpoint."""
     original, calls = os.fsync, []
 
     def fsync(file):

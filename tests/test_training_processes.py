@@ -110,7 +110,7 @@ def test_two_processes_equal_one_with_twice_the_batch(folder) -> None:
     assert max(float((value - two[name]).abs().max()) for name, value in one.items()) <= 1e-5
     assert any(float(value.abs().max()) > 1e-4 for name, value in one.items() if ".lora_B." in name)
     ours, theirs = lines(folder / "one"), lines(folder / "two")
-    assert len(ours) == len(theirs) == 5  # the start, three steps, and the validation of the last
+    assert len(ours) == len(theirs) == 5  # validation at the start and the end, and three steps
     start = [(folder / run / "validation" / "step-00000000.json").read_text() for run in ("one", "two")]
     assert start[0].replace("Brightness", "TwoProcesses") == start[1]  # of equal weights, bit for bit
     for line, other in zip(ours, theirs, strict=True):

@@ -83,6 +83,11 @@ def method_state(run: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(kept(run, step) / "method.safetensors")
 
 
+def trained(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """The weights that were being trained, by their names in the LoRA's file."""
+    return part(load_file(kept(run, step) / run_folder.TRAINED), "lora/")
+
+
 def part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
@@ -207,28 +212,28 @@ def test_the_shipped_lora_is_the_moving_average_of_the_trained(folder) -> None:
     average = {name: value.double() for name, value in fresh(folder / "base").items()}
     for step in range(1, STEPS + 1):
         decay = decay_at(step - 1, EMA_DECAY)
-        trained = weights(kept(folder / "trained", step))
-        average = {name: decay * value + (1 - decay) * trained[name] for name, value in average.items()}
+        newest = weights(kept(folder / "trained", step))
+        average = {name: decay * value + (1 - decay) * newest[name] for name, value in average.items()}
     shipped = weights(folder / "straight")
     assert gap(shipped, average) <= 1e-7
-    assert gap(shipped, trained) > 1e-4
-    assert equal(part(method_state(folder / "straight", STEPS), "trained/"), trained)
+    assert gap(shipped, newest) > 1e-4
+    assert equal(trained(folder / "straight", STEPS), newest)
 
 
 def test_a_checkpoint_shows_the_average_and_keeps_both(folder) -> None:
     for step in (8, 12):
         state = method_state(folder / "straight", step)
         assert equal(weights(kept(folder / "straight", step)), part(state, "average/"))
-        assert equal(weights(kept(folder / "trained", step)), part(state, "trained/"))
-        assert gap(part(state, "average/"), part(state, "trained/")) > 1e-4
+        assert equal(weights(kept(folder / "trained", step)), trained(folder / "straight", step))
+        assert gap(part(state, "average/"), trained(folder / "straight", step)) > 1e-4
         assert int(state["updates"]) == step
     assert equal(weights(folder / "straight"), weights(kept(folder / "straight", STEPS)))
 
 
 def test_without_an_average_the_trained_weights_are_shipped(folder) -> None:
-    state = method_state(folder / "trained", STEPS)
-    assert equal(part(state, "average/"), part(state, "trained/"))
-    assert equal(weights(folder / "trained"), part(state, "trained/"))
+    average = part(method_state(folder / "trained", STEPS), "average/")
+    assert equal(average, trained(folder / "trained", STEPS))
+    assert equal(weights(folder / "trained"), average)
     assert gap(weights(folder / "trained"), fresh(folder / "base")) > 1e-3
 
 
@@ -243,10 +248,10 @@ def test_validation_scores_the_average_and_training_goes_on_from_the_trained(own
     for name in names:
         assert told[name]["tuned"] == list(found.rewards[name].tuned), name
         assert result.validation[name]["tuned_mean"] == found.rewards[name].tuned_mean
-    lora.load_state_dict(adapter, part(method_state(run, STEPS), "trained/"))
-    trained = rewardsr.evaluate(adapter, folder / "images", names, limit=2)
+    lora.load_state_dict(adapter, trained(run, STEPS))
+    newest = rewardsr.evaluate(adapter, folder / "images", names, limit=2)
     for name in names:
-        assert all(a != b for a, b in zip(told[name]["tuned"], trained.rewards[name].tuned, strict=True))
+        assert all(a != b for a, b in zip(told[name]["tuned"], newest.rewards[name].tuned, strict=True))
     assert equal(weights(run), weights(folder / "straight"))  # looking does not change what is learnt
 
 
@@ -259,7 +264,7 @@ def test_a_skipped_update_does_not_reach_the_average(value, own, monkeypatch) ->
         calls.append(None)
         return original(*args) * (value if len(calls) in (3, 5) else 1)
 
-    monkeypatch.setattr(distances, "structure", structure)
+    monkeypatch.setattr(rfsr, "structure", structure)
     path, run = own(steps=6, **EVERY)
     rewardsr.finetune(path)
     assert [line["skipped"] for line in lines(run)] == [0, 0, 1, 1, 2, 2]
@@ -335,14 +340,13 @@ def test_chunks_and_accumulated_passes_equal_the_whole_batch(own) -> None:
 
 
 def test_gradient_checkpointing_gives_the_same_lora(own) -> None:
-    states = []
+    ends = []
     for name, checkpointing in (("plain", False), ("checkpointed", True)):
         path, run = own(name, steps=6, gradient_checkpointing=checkpointing, **STEADY)
         rewardsr.finetune(path)
-        states.append(method_state(run, 6))
-    assert gap(*states) <= 1e-5
-    start = fresh(Path(run).parent / "base")
-    assert gap(part(states[0], "trained/"), start) > 1e-3
+        ends.append(trained(run, 6))
+    assert gap(*ends) <= 1e-5
+    assert gap(ends[0], fresh(Path(run).parent / "base")) > 1e-3
 
 
 @pytest.mark.slow

@@ -2,10 +2,3 @@
 
 `photos` finds the photographs, `train_pipeline` trained the weights in `pipeline/`.
 """
-
-from pathlib import Path
-
-__all__ = ["PIPELINE"]
-
-PIPELINE = Path(__file__).parent / "pipeline"
-"""Folder of the embedded pipeline, in the usual diffusers layout."""

@@ -20,11 +20,6 @@ _MEANINGS = {
 }
 
 
-def endpoint() -> str:
-    """Address of the Hub: HF_ENDPOINT, or the public one."""
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-
-
 @cache
 def online(timeout: float = 3.0) -> bool:
     """Whether the Hub's host answers; asked once a process.
@@ -37,7 +32,7 @@ def online(timeout: float = 3.0) -> bool:
     """
     if (os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or "").upper() in _ON:
         return False
-    parts = urlparse(endpoint())
+    parts = urlparse(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     proxy = getproxies().get(parts.scheme) or getproxies().get("all")
     if proxy and not proxy_bypass(parts.hostname or ""):
         parts = urlparse(proxy if "//" in proxy else f"//{proxy}")

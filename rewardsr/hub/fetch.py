@@ -1,20 +1,36 @@
-"""Where weights come from: a local folder, or a repository of the Hugging Face Hub."""
+"""Fetching base weights and the LoRAs of published runs: from a folder, the Hub's cache or the Hub. Needs no torch."""
 
 import glob
 import hashlib
+import json
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
+from typing import Any
 
-from rewardsr.demo import PIPELINE
+import numpy as np
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+
 from rewardsr.errors import UserError
 from rewardsr.hub.connection import TIMEOUT, online, reason, status_of
-from rewardsr.run_folder import LORA
+from rewardsr.run_folder import CARD, LORA, OUR_HEADER, RECIPE, SAMPLES
+from rewardsr.storage import write_folder
 
 EMBEDDED = "embedded"
+PIPELINE = Path(__file__).parents[1] / "demo" / "pipeline"  # the embedded one, in the usual diffusers layout
 
-_WEIGHTS = (".safetensors", ".bin", ".pkl", ".pickle", ".pt", ".pth", ".ckpt")  # ends of files, not of repositories
+_FILES = (LORA, RECIPE, CARD)  # fetched of a published run, with the samples; the log of its training is not
+_PICKLES = (".bin", ".pkl", ".pickle", ".pt", ".pth", ".ckpt")
+_WEIGHTS = (".safetensors", *_PICKLES)  # ends of files, not of repositories
 _REFERENCE = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\S+))?")
 
 
@@ -46,7 +62,7 @@ def fetch(source: str, what: str, folders: tuple[str, ...], revision: str | None
         revision: branch, tag or commit of a Hub repository.
 
     Returns:
-        The folder and the revision it is at ("local", or the commit).
+        The folder and the revision it is at ("local", "embedded", or the commit).
 
     Raises:
         UserError: no such folder or repository, or it is not in the cache and there is no connection.
@@ -60,32 +76,16 @@ def fetch(source: str, what: str, folders: tuple[str, ...], revision: str | None
         raise UserError(f"{what} '{source}' is a file: give the folder of a diffusers pipeline, or a Hub id")
     if source.count("/") != 1 or source[:1] in "./~" or source.endswith("/"):
         raise UserError(f"{what} '{source}': no such folder, and not a Hub id of the form user/name")
-    patterns = ["model_index.json"]
-    for folder in folders:
-        patterns += [f"{folder}/*.json", f"{folder}/*.txt", f"{folder}/*.safetensors"]
+    wanted = [f"{folder}/*.{end}" for folder in folders for end in ("json", "txt", "safetensors")]
     with _explained(what, source, revision):
-        path = _download(source, revision, patterns, ["*.fp16.*"], cached=not online())
-    return path, path.name
-
-
-def card_of(source: str, revision: str | None = None) -> str | None:
-    """Text of a pipeline's own card, its README.md; None where it has none, or where it cannot be had now.
-
-    Args:
-        source: as for `fetch`.
-        revision: what `fetch` returned as such.
-    """
-    folder = PIPELINE if source == EMBEDDED else Path(source).expanduser()
-    if folder.is_dir():
-        card = folder / "README.md"
-        return card.read_text(errors="replace") if card.is_file() else None
-    from huggingface_hub import hf_hub_download
-
-    for cached in (True, False) if online() else (True,):
-        with suppress(Exception):  # a name that is no repository, no such file, no connection: all the same here
-            path = hf_hub_download(source, "README.md", revision=revision, local_files_only=cached)
-            return Path(path).read_text(errors="replace")
-    return None
+        path = snapshot_download(
+            source,
+            revision=revision,
+            allow_patterns=["model_index.json", *wanted],
+            ignore_patterns=["*.fp16.*"],
+            local_files_only=not online(),
+        )
+    return Path(path), Path(path).name
 
 
 def fetch_lora(reference: str, subfolder: str | None = None) -> Path:
@@ -99,14 +99,11 @@ def fetch_lora(reference: str, subfolder: str | None = None) -> Path:
 
     Raises:
         UserError: no such repository or revision, no connection and nothing in the cache, no LoRA there, a file name
-            that leads out of its folder, or a damaged file.
+            that leads out of its folder, or a LoRA that `check_lora` refuses.
     """
-    from rewardsr.hub.parcel import leads_out
-    from rewardsr.weights import read_safetensors
-
     repo, revision = split_reference(reference)
     what, inside = f"LoRA '{reference}'", "" if subfolder is None else f"{subfolder}/"
-    if leads_out(inside + LORA):
+    if _leads_out(inside + LORA):
         raise UserError(f"{what}: subfolder '{subfolder}' leads out of the repository")
     with _explained("LoRA", repo, revision):
         folder = _download_run(repo, revision, inside, what) / inside
@@ -114,23 +111,73 @@ def fetch_lora(reference: str, subfolder: str | None = None) -> Path:
     if not path.is_file():
         raise UserError(f"{what}: its {LORA} is not in the Hub's cache, and the Hub cannot be reached: connect once")
     _check_sum(path, what)
-    try:
-        read_safetensors(path)
-    except UserError as error:
-        raise UserError(f"{what}: its {LORA} is damaged or not a safetensors file") from error
+    check_lora(path, what)
     return folder
+
+
+def pull(reference: str, output: Path | str | None = None) -> Path:
+    """Fetch a published adapter.
+
+    Args:
+        reference: "user/name" or "user/name@revision".
+        output: new or empty folder to copy it to; None leaves it in the Hub's cache.
+
+    Returns:
+        The folder, which has the layout of a run: LoRA, recipe, card and samples.
+
+    Raises:
+        UserError: as `fetch_lora`; or the folder is in use, or cannot be written.
+    """
+    target = None if output is None else Path(output).expanduser().absolute()
+    if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"output '{output}' is not empty: choose a new folder")
+    folder = fetch_lora(reference)
+    if target is None:
+        return folder
+
+    def fill(copy: Path) -> None:
+        held = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        for name in _of_a_run(held, ""):
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, copy / name)  # of the cache there are only links
+
+    write_folder(target, fill)
+    return target
+
+
+def check_lora(path: Path, what: str) -> dict[str, Any]:
+    """Refuse a LoRA that could not be used; read with numpy.
+
+    Args:
+        path: the file.
+        what: how to call it in the message.
+
+    Returns:
+        What its header says: "base" (with "id" and "revision"), "rank", "alpha" and more.
+
+    Raises:
+        UserError: it is damaged, not written by rewardsr, or holds values that are not finite.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            about: dict[str, Any] = json.loads((file.metadata() or {})[OUR_HEADER])
+            about["base"]["revision"], float(about["rank"]), float(about["alpha"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{what} is damaged or not a safetensors file: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:  # the last also of a bfloat16, which numpy does not know
+        raise UserError(
+            f"{what} was not written by rewardsr: no base, rank and alpha in its header, or not float32"
+        ) from error
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise UserError(f"{what}: {name} holds values that are not finite")
+    return about
 
 
 @contextmanager
 def _explained(what: str, source: str, revision: str | None) -> Iterator[None]:
     """Turns what can go wrong while `source` is fetched into one line."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
     try:
         yield
     except UserError:
@@ -154,41 +201,57 @@ def _explained(what: str, source: str, revision: str | None) -> Iterator[None]:
         raise UserError(f"{what} '{source}': download failed: {reason(error)}") from error
 
 
-def _download(repo: str, revision: str | None, patterns: list[str], ignored: list[str], cached: bool) -> Path:
-    from huggingface_hub import snapshot_download
-
-    path = snapshot_download(
-        repo, revision=revision, allow_patterns=patterns, ignore_patterns=ignored, local_files_only=cached
-    )
-    return Path(path)
-
-
 def _download_run(repo: str, revision: str | None, inside: str, what: str) -> Path:
     """The files of a published run, once the repository's list of names has been looked at; or from the cache."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    from rewardsr.hub import parcel
-
     trouble: Exception | None = None
     if online():
         try:
             info = HfApi().model_info(repo, revision=revision, timeout=TIMEOUT)
-            names = parcel.chosen([file.rfilename for file in info.siblings or []], inside, what)
-            return _download(repo, revision, [glob.escape(name) for name in names], [], cached=False)
+            names = _to_fetch([file.rfilename for file in info.siblings or []], inside, what)
+            return Path(snapshot_download(repo, revision=revision, allow_patterns=list(map(glob.escape, names))))
         except Exception as error:
-            status = status_of(error)
-            if isinstance(error, UserError) or (status is not None and status < 500):
+            if isinstance(error, UserError) or 400 <= (status_of(error) or 0) < 500:
                 raise
-            trouble = error
-    wanted = [glob.escape(inside) + pattern for pattern in parcel.PATTERNS]
+            trouble = error  # no answer, or the Hub has trouble: the cache may do
+    patterns = [glob.escape(inside) + name for name in (*_FILES, f"{SAMPLES}/*.png", f"{SAMPLES}/*.json")]
     try:
-        folder = _download(repo, revision, wanted, [], cached=True)
-        if trouble is None or (folder / inside / parcel.LORA).is_file():  # else a download broke off before it
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=True))
+        if trouble is None or (folder / inside / LORA).is_file():  # else a download broke off before it
             return folder
     except LocalEntryNotFoundError as error:
         trouble = trouble or error
     raise trouble
+
+
+def _to_fetch(held: list[str], inside: str, what: str) -> list[str]:
+    """What to download of the file names that a repository says it holds; `inside` is a sub-folder with its slash.
+
+    Raises:
+        UserError: a name leads out of the repository, or there is no LoRA of ours.
+    """
+    for name in filter(_leads_out, held):
+        raise UserError(f"{what}: the repository has a file named {name!r}, which leads out of it: nothing was fetched")
+    ours, wanted = _of_a_run(held, inside), inside + LORA
+    if wanted in ours:
+        return ours
+    weights = [name for name in held if name.endswith(_WEIGHTS)]
+    if not weights:
+        raise UserError(f"{what}: there is no {wanted} in that repository: not published with rewardsr push")
+    hint = "pickles can run code and are refused" if weights[0].endswith(_PICKLES) else "not one of ours"
+    raise UserError(f"{what}: there is no {wanted} in that repository, but '{weights[0]}': {hint}")
+
+
+def _of_a_run(names: Iterable[str], inside: str) -> list[str]:
+    """Those file names in the sub-folder `inside` that belong to a published run: LoRA, recipe, card and samples."""
+    sample = re.compile(rf"{re.escape(inside)}{SAMPLES}/\w[\w.-]*\.(png|json)")
+    ours = {inside + name for name in _FILES}
+    return sorted(name for name in names if name in ours or sample.fullmatch(name))
+
+
+def _leads_out(name: str) -> bool:
+    """Whether a path of a repository would be written elsewhere than below its own folder, on any system."""
+    path = PureWindowsPath(name)  # knows both kinds of slashes
+    return bool(path.anchor or path.drive) or ".." in path.parts or not name.isprintable()
 
 
 def _check_sum(path: Path, what: str) -> None:

@@ -1,14 +1,23 @@
-"""Our LoRA: on the networks (`layers`), in files (`file`), and in the forms of other programs (`exchange`)."""
+"""LoRAs on the networks of a pipeline (`layers`), in files (`file`) and in other programs' formats (`exchange`)."""
 
-from rewardsr.lora.file import DIFFUSERS_HEADER, OUR_HEADER, header, load, locate, read, save
+from rewardsr.lora.file import (
+    load,
+    load_several,
+    locate,
+    read,
+    save,
+)
 from rewardsr.lora.layers import (
     NAME,
+    active,
     attach,
     attached,
     delta,
-    keep_float32,
+    detach,
     load_state_dict,
     merge,
+    names,
+    only,
     parameters,
     rank_and_alpha,
     reference,
@@ -18,18 +27,19 @@ from rewardsr.lora.layers import (
 )
 
 __all__ = [
-    "DIFFUSERS_HEADER",
     "NAME",
-    "OUR_HEADER",
+    "active",
     "attach",
     "attached",
     "delta",
-    "header",
-    "keep_float32",
+    "detach",
     "load",
+    "load_several",
     "load_state_dict",
     "locate",
     "merge",
+    "names",
+    "only",
     "parameters",
     "rank_and_alpha",
     "read",

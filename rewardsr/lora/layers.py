@@ -1,121 +1,201 @@
-"""Our LoRA: attach, switch off, save, load, merge.
+"""LoRAs by name on the networks of a pipeline: attach, switch, read and write, merge.
 
-One peft adapter named `rewardsr` sits on the modules in `ISRAdapter.lora_targets`; its tensors are float32 even on a
-bf16 base. Files are `pytorch_lora_weights.safetensors` with peft's own key names under the component's name
-(`unet.<module>.lora_A.weight`) and the LoRA's configuration in the header, which plain diffusers reads.
+A LoRA is a peft adapter on modules of one or more of the pipeline's networks (`ISRAdapter.networks`); its tensors are
+float32 even on a bf16 base. A tensor is named as in the file: component, module and peft's own key
+(`unet.<module>.lora_A.weight`). Where several LoRAs are on, their changes are added in the order of the sorted names.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from rewardsr.adapter import ISRAdapter
-from rewardsr.errors import UserError
+from rewardsr.errors import UserError, nearest
 
-NAME = "rewardsr"
+NAME = "rewardsr"  # the LoRA that is trained and shipped, unless a method names others
+
+# The peft layers of a network by module name, and the LoRAs that it carried when they were looked up.
+_CACHE: WeakKeyDictionary[nn.Module, tuple[tuple[str, ...], dict[str, Any]]] = WeakKeyDictionary()
 
 
-def attach(adapter: ISRAdapter, rank: int = 4, alpha: float = 8, seed: int = 0) -> None:
+def attach(
+    adapter: ISRAdapter,
+    rank: int = 4,
+    alpha: float = 8,
+    seed: int = 0,
+    *,
+    name: str = NAME,
+    targets: Mapping[str, Sequence[str]] | None = None,
+    active: bool = True,
+) -> None:
     """Put a fresh LoRA on every target module; outputs stay bit-equal until it is trained (B is zero).
 
+    The first LoRA on a network freezes the network's weights; other LoRAs stay as they are.
+
     Args:
-        adapter: the pipeline; its base weights are frozen.
+        adapter: the pipeline.
         rank: r of the LoRA.
         alpha: the LoRA is scaled by alpha / rank; 8 at rank 4 is what OSEDiff and GDPO-SR release.
         seed: of the initial A matrices.
+        name: letters, digits, - and _.
+        targets: module names (suffixes) by component of `adapter.networks`; `adapter.lora_targets` by default.
+        active: whether the LoRA is on; otherwise it takes part inside `only` alone.
 
     Raises:
-        UserError: a LoRA is there already, or a target module does not exist.
+        UserError: a LoRA of that name is there already, or the name, a component or a target module does not exist.
     """
-    from peft import LoraConfig, inject_adapter_in_model
-
-    if attached(adapter):
-        raise UserError("this pipeline carries a rewardsr LoRA already")
-    for component, network in adapter.trainable.items():
-        targets = list(adapter.lora_targets[component])
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian")
-        # A is drawn by peft from torch's global generator: seed it here and give it back as it was.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            try:
-                inject_adapter_in_model(config, network, adapter_name=NAME)
-            except ValueError as error:
-                raise UserError(f"LoRA targets of '{component}' fit no module: {error}") from error
-    for layer in _layers(adapter):
+    if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict, name):
+        raise UserError(f"'{name}' cannot name a LoRA: use letters, digits, - and _, and no word of torch's")
+    if rank < 1:
+        raise UserError(f"a LoRA's rank is at least 1, got {rank}")
+    if attached(adapter, name):
+        raise UserError(f"this pipeline carries a {name} LoRA already")
+    wanted = adapter.lora_targets if targets is None else targets
+    for component, modules in wanted.items():
+        if component not in adapter.networks:
+            raise UserError(f"LoRA targets of '{component}', no network here: {nearest(component, adapter.networks)}")
+        if not _targeted(adapter.networks[component], modules):
+            raise UserError(f"LoRA targets of '{component}' fit no module: {', '.join(modules)}")
+    before = {layer: layer.active_adapters for layer in _layers(adapter)}
+    for component, modules in wanted.items():
+        inject(adapter.networks[component], name, rank, alpha, seed, modules)
+    for layer in _layers(adapter):  # peft activates LoRAs by rules of its own
+        own = [name] if active and name in layer.lora_A else []
+        layer._active_adapter = sorted([*before.get(layer, []), *own])
+    for layer in _layers(adapter, name):
         # Under autocast the LoRA computes in the base's precision; peft's own cast to float32 would only cost memory.
         layer.cast_input_dtype_enabled = False
-    for parameter in parameters(adapter).values():  # peft gives them the base's precision
+    for parameter in parameters(adapter, name).values():  # peft gives them the base's precision
         parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
 
 
-def attached(adapter: ISRAdapter) -> bool:
-    """Whether the pipeline carries our LoRA."""
-    return next(iter(_layers(adapter)), None) is not None
+def inject(network: nn.Module, name: str, rank: int, alpha: float, seed: int, targets: Sequence[str]) -> None:
+    """peft's layers on the targets; what trained before on a network with LoRAs still does, and nothing else."""
+    from peft import LoraConfig, inject_adapter_in_model  # slow to import, and commands of the Hub need it not
+
+    trained = {parameter: parameter.requires_grad for parameter in network.parameters()} if _layers_of(network) else {}
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
+    # A is drawn by peft from torch's global generator: seed it here and give it back as it was.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        torch.manual_seed(seed)
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several LoRAs are meant
+        inject_adapter_in_model(config, network, adapter_name=name)
+    for parameter, flag in trained.items():  # peft changes those of the LoRAs that are off
+        parameter.requires_grad_(flag)
+    _CACHE.pop(network, None)
 
 
-def parameters(adapter: ISRAdapter) -> dict[str, nn.Parameter]:
-    """The trainable tensors, by their names in the file, in a fixed order."""
-    found: dict[str, nn.Parameter] = {}
-    for component, network in adapter.trainable.items():
-        for name, parameter in network.named_parameters():
-            if f".{NAME}." in name:
-                found[f"{component}.{name.replace(f'.{NAME}.', '.')}"] = parameter
+def names(adapter: ISRAdapter) -> list[str]:
+    """Names of the LoRAs that the pipeline carries, sorted."""
+    return sorted({name for layer in _layers(adapter) for name in layer.lora_A})
+
+
+def active(adapter: ISRAdapter) -> list[str]:
+    """Names of the LoRAs that are on, sorted."""
+    return sorted({name for layer in _layers(adapter) for name in layer.active_adapters if name in layer.lora_A})
+
+
+def attached(adapter: ISRAdapter, name: str = NAME) -> bool:
+    """Whether the pipeline carries the LoRA, on or off."""
+    return next(_layers(adapter, name), None) is not None
+
+
+def parameters(adapter: ISRAdapter, name: str = NAME) -> dict[str, nn.Parameter]:
+    """The LoRA's tensors by their names in the file, in a fixed order; empty where the pipeline does not carry it."""
+    found = {
+        f"{component}.{key}": parameter
+        for component, network in adapter.networks.items()
+        for key, parameter in parameters_of(network, name).items()
+    }
     return dict(sorted(found.items()))
 
 
-@contextmanager
-def keep_float32(adapter: ISRAdapter) -> Iterator[None]:
-    """Inside, the networks may be moved to another device and precision: the LoRA goes along unrounded, in float32."""
-    exact = {name: parameter.detach().clone() for name, parameter in parameters(adapter).items()}
-    yield
-    for name, parameter in parameters(adapter).items():
-        parameter.data = torch.empty_like(parameter, dtype=torch.float32).copy_(exact[name])
+def parameters_of(network: nn.Module, name: str = NAME) -> dict[str, nn.Parameter]:
+    """The LoRA's tensors on one network, by module and peft's key."""
+    return {
+        f"{module}.{matrix}.weight": getattr(layer, matrix)[name].weight
+        for module, layer in _layers_of(network).items()
+        if name in layer.lora_A
+        for matrix in ("lora_A", "lora_B")
+    }
 
 
-@contextmanager
-def reference(adapter: ISRAdapter, *names: str) -> Iterator[None]:
-    """Inside, the pipeline is what it was before fine-tuning: our LoRA is off, and no second network is needed.
+def reference(adapter: ISRAdapter, *off: str) -> AbstractContextManager[None]:
+    """Inside, these LoRAs (by default the one named "rewardsr") are off and the others as they are.
 
-    Never back-propagate inside: the LoRA's gradients would be zero, silently.
+    So the pipeline is what it was before they were trained, without a second network. Never back-propagate inside:
+    their gradients would be zero, silently.
     """
-    switched = [layer for layer in _layers(adapter) if not layer.disable_adapters]  # none inside another `reference`
-    for layer in switched:
-        layer.enable_adapters(False)
+    return _switched(adapter, lambda on: [name for name in on if name not in (off or (NAME,))])
+
+
+def only(adapter: ISRAdapter, *on: str) -> AbstractContextManager[None]:
+    """Inside, exactly these LoRAs are on; without any, the pipeline is its base.
+
+    Raises:
+        UserError: the pipeline does not carry one of them.
+    """
+    for name in on:
+        _require(adapter, name)
+    return _switched(adapter, lambda _: sorted(on))
+
+
+@contextmanager
+def _switched(adapter: ISRAdapter, choose: Callable[[list[str]], list[str]]) -> Iterator[None]:
+    """Inside, each layer uses the LoRAs that are chosen from those that it used.
+
+    Writes the attribute that peft's forward pass reads: `set_adapter` and `enable_adapters` would change requires_grad.
+    """
+    before = [(layer, layer.active_adapters) for layer in _layers(adapter)]
+    for layer, on in before:
+        layer._active_adapter = choose(on)
     try:
         yield
     finally:
-        for layer in switched:
-            layer.enable_adapters(True)
+        for layer, on in before:
+            layer._active_adapter = on
 
 
-def set_scale(adapter: ISRAdapter, scale: float) -> None:
+def set_scale(adapter: ISRAdapter, scale: float, name: str = NAME) -> None:
     """Strength of the LoRA: 0 is the base bit for bit, 1 as trained."""
-    for layer in _layers(adapter):
-        layer.set_scale(NAME, scale)
+    for layer in _layers(adapter, name):
+        layer.set_scale(name, scale)
 
 
-def state_dict(adapter: ISRAdapter) -> dict[str, Tensor]:
+def state_dict(adapter: ISRAdapter, name: str = NAME) -> dict[str, Tensor]:
     """The LoRA's tensors on the CPU, float32, by their names in the file.
 
     Raises:
-        UserError: there is no LoRA.
+        UserError: the pipeline does not carry it.
     """
-    tensors = {name: value.detach().float().cpu().contiguous() for name, value in parameters(adapter).items()}
-    if not tensors:
-        raise UserError("this pipeline carries no rewardsr LoRA: attach or load one first")
-    return tensors
+    _require(adapter, name)
+    return {key: value.detach().float().cpu().contiguous() for key, value in parameters(adapter, name).items()}
 
 
-def load_state_dict(adapter: ISRAdapter, tensors: dict[str, Tensor], source: str = "LoRA") -> None:
+def load_state_dict(
+    adapter: ISRAdapter, tensors: Mapping[str, Tensor], source: str = "LoRA", *, name: str = NAME
+) -> None:
     """Put tensors into the attached LoRA.
 
     Raises:
-        UserError: missing, unexpected or misshapen tensors, or values that are not finite.
+        UserError: missing, unexpected or misshapen tensors, or values that are not finite; `source` is named.
     """
-    own = parameters(adapter)
+    fill(parameters(adapter, name), tensors, source)
+
+
+def fill(own: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy tensors into parameters of the same names.
+
+    Raises:
+        UserError: as `load_state_dict`; nothing has been copied then.
+    """
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or extra:
         parts = [
@@ -124,40 +204,52 @@ def load_state_dict(adapter: ISRAdapter, tensors: dict[str, Tensor], source: str
             if keys
         ]
         raise UserError(f"{source} does not fit this pipeline: {', '.join(parts)}")
-    for name, parameter in own.items():
-        if tensors[name].shape != parameter.shape:
-            raise UserError(f"{source}: {name} is {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}")
-        if not tensors[name].isfinite().all():
-            raise UserError(f"{source}: {name} holds values that are not finite")
+    for key, parameter in own.items():
+        if tensors[key].shape != parameter.shape:
+            raise UserError(f"{source}: {key} is {tuple(tensors[key].shape)}, expected {tuple(parameter.shape)}")
+        if not tensors[key].isfinite().all():
+            raise UserError(f"{source}: {key} holds values that are not finite")
     with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(tensors[name])
+        for key, parameter in own.items():
+            parameter.copy_(tensors[key])
 
 
-def merge(adapter: ISRAdapter) -> None:
-    """Add the LoRA into the base weights and drop it.
+def merge(adapter: ISRAdapter, name: str = NAME) -> None:
+    """Add the LoRA into the base weights and drop it; other LoRAs stay.
 
     Raises:
-        UserError: there is no LoRA, or the base is not in float32 (merging in bf16 loses about a tenth of a LoRA).
+        UserError: there is no such LoRA, or the base is not in float32 (bf16 loses about a tenth of a LoRA).
     """
-    if not attached(adapter):
-        raise UserError("nothing to merge: this pipeline carries no rewardsr LoRA")
+    if not attached(adapter, name):
+        raise UserError(f"nothing to merge: this pipeline carries no {name} LoRA")
     if adapter.dtype != torch.float32:
         raise UserError("merge in float32: load the adapter with dtype=torch.float32, and cast afterwards")
-    for layer in _layers(adapter):
-        layer.merge(adapter_names=[NAME])
-    _detach(adapter)
+    for layer in _layers(adapter, name):
+        layer.get_base_layer().weight.data += layer.get_delta_weight(name).detach()
+    detach(adapter, name)
 
 
-def _detach(adapter: ISRAdapter) -> None:
-    """Give the networks their plain modules back."""
-    for network in adapter.trainable.values():
-        for name, layer in [(name, layer) for name, layer in network.named_modules() if _is_lora(layer)]:
-            parent, _, child = name.rpartition(".")
+def detach(adapter: ISRAdapter, name: str = NAME) -> None:
+    """Drop the LoRA; modules that carry no other become plain again, and a network without any is frozen."""
+    for network in adapter.networks.values():
+        detach_from(network, name)
+
+
+def detach_from(network: Any, name: str = NAME) -> None:
+    """Drop the LoRA from one network, if it is there."""
+    if name not in getattr(network, "peft_config", ()):
+        return
+    for module, layer in _layers_of(network).items():
+        layer._active_adapter = [other for other in layer.active_adapters if other != name]
+        layer.delete_adapter(name)
+        if not layer.lora_A:
+            parent, _, child = module.rpartition(".")
             setattr(network.get_submodule(parent), child, layer.get_base_layer())
+    _CACHE.pop(network, None)
+    del network.peft_config[name]
+    if not network.peft_config:
+        del network.peft_config
         network.requires_grad_(False)
-        if hasattr(network, "peft_config"):
-            del network.peft_config
 
 
 def delta(a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -165,34 +257,65 @@ def delta(a: Tensor, b: Tensor, scale: float) -> Tensor:
     return scale * torch.einsum("or,r...->o...", b.flatten(1), a)
 
 
-def rank_and_alpha(adapter: ISRAdapter) -> tuple[int, float]:
-    """Rank of the attached LoRA, and the alpha by which it acts: its strength is taken in.
+def rank_and_alpha(adapter: ISRAdapter, name: str = NAME) -> tuple[int, float]:
+    """Rank of the LoRA, and the alpha by which it acts: its strength is taken in.
 
     Raises:
-        UserError: there is no LoRA.
+        UserError: the pipeline does not carry it.
     """
-    layer = next(iter(_layers(adapter)), None)
-    if layer is None:
-        raise UserError("this pipeline carries no rewardsr LoRA: attach or load one first")
-    return layer.r[NAME], layer.scaling[NAME] * layer.r[NAME]
+    layer = _require(adapter, name)
+    return layer.r[name], layer.scaling[name] * layer.r[name]
 
 
 def target_shapes(adapter: ISRAdapter, component: str) -> dict[str, tuple[int, tuple[int, ...]]]:
     """What `attach` would put a LoRA on: by module, its output channels and the shape of one output's weights."""
-    targets = tuple(adapter.lora_targets[component])
-    suffixes = tuple(f".{target}" for target in targets)
     return {
         name: (int(module.weight.shape[0]), tuple(module.weight.shape[1:]))
-        for name, module in adapter.trainable[component].named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and (name in targets or name.endswith(suffixes))
+        for name, module in _targeted(adapter.networks[component], adapter.lora_targets[component]).items()
     }
 
 
-def _layers(adapter: ISRAdapter) -> Iterator[Any]:
-    """The peft layers that carry our LoRA."""
-    for network in adapter.trainable.values():
-        yield from (module for module in network.modules() if _is_lora(module))
+def _targeted(network: nn.Module, targets: Sequence[str]) -> dict[str, Any]:
+    """The linear layers and convolutions that targets fit, by module name.
+
+    Raises:
+        UserError: a target fits a module of another kind.
+    """
+    fitting: dict[str, Any] = {
+        name: getattr(module, "base_layer", module)
+        for name, module in network.named_modules()
+        if name in targets or name.endswith(tuple(f".{target}" for target in targets))
+    }
+    for name, module in fitting.items():
+        if not isinstance(module, nn.Linear | nn.Conv2d):
+            raise UserError(f"LoRA target '{name}' is {type(module).__name__}, expected a Linear or a Conv2d")
+    return fitting
 
 
-def _is_lora(module: nn.Module) -> bool:
-    return NAME in getattr(module, "lora_A", {})
+def _require(adapter: ISRAdapter, name: str) -> Any:
+    """A layer that carries the LoRA; a `UserError` where none does."""
+    layer = next(_layers(adapter, name), None)
+    if layer is None:
+        raise UserError(f"this pipeline carries no {name} LoRA: attach or load one first")
+    return layer
+
+
+def _layers(adapter: ISRAdapter, name: str | None = None) -> Iterator[Any]:
+    """The peft layers of the pipeline's networks: those that carry the LoRA, or any."""
+    for network in adapter.networks.values():
+        yield from (layer for layer in _layers_of(network).values() if name is None or name in layer.lora_A)
+
+
+def _layers_of(network: Any) -> dict[str, Any]:
+    """The peft layers of a network by module name; looked up again only where its LoRAs have changed."""
+    present = tuple(getattr(network, "peft_config", ()))
+    if not present:
+        return {}
+    if network not in _CACHE or _CACHE[network][0] != present:
+        found = {
+            name: module
+            for name, module in network.named_modules()
+            if isinstance(getattr(module, "lora_A", None), nn.ModuleDict)
+        }
+        _CACHE[network] = present, found
+    return _CACHE[network][1]

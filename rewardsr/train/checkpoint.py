@@ -60,7 +60,8 @@ def save(run: Path, method: Method, optimiser: torch.optim.Optimizer, state: Sta
             lora.save(method.adapter, folder)
         weights = {name: value.detach().cpu() for name, value in trained_weights(method).items()}
         write_safetensors(folder / TRAINED, weights)
-        write_safetensors(folder / METHOD_STATE, method.state_dict())
+        if own := method.state_dict():
+            write_safetensors(folder / METHOD_STATE, own)
         write_safetensors(folder / MOMENTS, _moments(method, optimiser))
         write_text(folder / STATE, json.dumps(asdict(state)))
 
@@ -96,7 +97,8 @@ def resume(run: Path, method: Method, optimiser: torch.optim.Optimizer) -> State
         ) from error
     lora.load(method.adapter, newest)  # says it best if the checkpoint is another pipeline's
     _put(newest / TRAINED, lambda saved: copy_into(trained_weights(method), saved))
-    _put(newest / METHOD_STATE, method.load_state_dict)
+    if method.state_dict():
+        _put(newest / METHOD_STATE, method.load_state_dict)
     _set_moments(method, optimiser, read_safetensors(newest / MOMENTS)[0], newest)
     return state
 

@@ -290,8 +290,8 @@ def _update(
         state.skipped_in_a_row = 0
     else:
         bad = (name for name, p in parameters.items() if p.grad is not None and not p.grad.isfinite().all())
-        tensor = next(bad, None)
-        metrics["not_finite"] = culprit or ("norm of the gradient" if tensor is None else f"gradient of {tensor}")
+        tensor = next(bad, "").partition("/")[2]
+        metrics["not_finite"] = culprit or (f"gradient of {tensor}" if tensor else "norm of the gradient")
         state.skipped += 1
         state.skipped_in_a_row += 1
     return metrics

@@ -169,7 +169,7 @@ class Reference:
         try:
             for parameter, start in zip(self._full, self._start, strict=True):
                 parameter.data = start
-            with lora.reference(self._adapter, *self._loras):
+            with lora.reference(self._adapter, *self._loras) if self._loras else nullcontext():
                 yield
         finally:
             for parameter, own in zip(self._full, trained, strict=True):

@@ -292,8 +292,9 @@ def test_a_group_is_sampled_as_at_inference(make) -> None:
     with lora.reference(adapter):
         for t, following in zip(adapter.steps, (*adapter.steps[1:], 0), strict=True):  # it ends at the noise of time 0
             without, with_text = (adapter.predict(z, t, c) for c in (negative, condition))
-            eps = without + 3.0 * (with_text - without)
-            x0 = (z - (1 - alphas[t]).sqrt() * eps) / alphas[t].sqrt()
+            v = without + 3.0 * (with_text - without)
+            x0 = alphas[t].sqrt() * z - (1 - alphas[t]).sqrt() * v
+            eps = alphas[t].sqrt() * v + (1 - alphas[t]).sqrt() * z
             z = alphas[following].sqrt() * x0 + (1 - alphas[following]).sqrt() * eps
     assert torch.allclose(z, group.latents, atol=1e-4)
 

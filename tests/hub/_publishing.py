@@ -1,6 +1,7 @@
 """What the tests of the Hub share: a finished run without training, and the client pointed at a Hub on 127.0.0.1."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,6 +51,8 @@ def make_run(folder: Path, base: Path) -> Path:
     """A run of two steps as training leaves it."""
     adapter = load_adapter("osediff", str(base), noise_t=250)
     lora.attach(adapter, rank=2)
+    for name, parameter in lora.parameters(adapter).items():  # a fresh LoRA changes nothing
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
     lora.save(adapter, folder)
     recipe = {"base": str(base), "rewards": [{"name": "psnr"}], "data": {"train": "images"}, "output": "run"}
     write_text(folder / "recipe.yaml", json.dumps(recipe | {"steps": 2}))
@@ -96,6 +99,18 @@ def connected(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
             huggingface_hub.utils.close_session()  # whose connections end here
 
 
+def client_environment(hub: Hub, home: Path) -> dict[str, str]:
+    """Environment of another process that takes this for the Hub, with a cache of its own."""
+    return os.environ | {
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+        "HF_HOME": str(home),
+    }
+
+
 def go_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with HF_HUB_OFFLINE=1 from the start."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -104,8 +119,8 @@ def go_offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sent(run: Path, **options: Any) -> Pushed:
-    """Push a run with the card above, in silence."""
-    return push(run, REPO, card=CARD, say=lambda line: None, **options)
+    """Push a run with the card above."""
+    return push(run, REPO, card=CARD, **options)
 
 
 def refusal(call: Callable[..., Any], *arguments: Any, **options: Any) -> str:

@@ -178,6 +178,9 @@ def test_damaged_and_foreign_files_are_refused(bases, saved, tmp_path) -> None:
     headers = {"bad": "{", "empty": "{}", "old": json.dumps({"base": {"id": "x"}, "rank": 2, "alpha": 3})}
     for name, header in headers.items():
         save_file(load_file(saved[0]), tmp_path / f"{name}.safetensors", {"rewardsr": header})
+    with safe_open(saved[0], "pt") as file:
+        settings = {run_folder.DIFFUSERS_HEADER: json.dumps({"unet.target_modules": "all-linear"})}
+        save_file(load_file(saved[0]), tmp_path / "pattern.safetensors", file.metadata() | settings)
     for name, message in {
         "short.safetensors": "damaged",
         "code.pkl": "could run code",
@@ -186,6 +189,7 @@ def test_damaged_and_foreign_files_are_refused(bases, saved, tmp_path) -> None:
         "bad.safetensors": "damaged header",
         "empty.safetensors": "damaged header",
         "old.safetensors": "damaged header",
+        "pattern.safetensors": "damaged header",
         "nowhere.safetensors": "no LoRA at",
     }.items():
         with pytest.raises(UserError, match=message):

@@ -56,7 +56,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._serve()
 
-    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815
+    do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
 
     def _serve(self) -> None:
         parts = urlsplit(self.path)
@@ -195,14 +195,7 @@ def _validate(ask: _Handler, body: bytes) -> Any:
 
 def _info(ask: _Handler, body: bytes, kind: str, owner: str, name: str, revision: str = "main") -> Any:
     found, sha = ask.at(kind, owner, name, revision)
-    siblings = []
-    for path, content in found.commits[sha].items():
-        entry = described(path, content)
-        siblings.append({"rfilename": path})
-        if "blobs" in ask.query:
-            siblings[-1] |= {"size": entry["size"], "blobId": entry["oid"]}
-            if "lfs" in entry:
-                siblings[-1]["lfs"] = {**entry["lfs"], "sha256": entry["lfs"]["oid"]}
+    siblings = [{"rfilename": path} for path in found.commits[sha]]
     return {"id": found.name, "sha": sha, "private": found.private, "tags": found.card_tags(), "siblings": siblings}
 
 
@@ -241,13 +234,9 @@ def _refs(ask: _Handler, body: bytes, kind: str, owner: str, name: str) -> Any:
 def _branch(ask: _Handler, body: bytes, kind: str, owner: str, name: str, branch: str) -> Any:
     ask.may_write(owner)
     found = ask.repository(kind, owner, name)
-    if ask.command == "DELETE":
-        if found.refs.pop(branch, None) is None:
-            raise RefusalError(404, f"Invalid rev id: {branch}", "RevisionNotFound")
-    elif branch in found.refs:
+    if branch in found.refs:
         raise RefusalError(409, "Reference already exists")
-    else:
-        found.refs[branch] = found.refs["main"]
+    found.refs[branch] = found.refs["main"]
     return {}
 
 
@@ -337,7 +326,6 @@ ROUTES: list[tuple[str, str, Callable[..., Any]]] = [
     ("GET", _REPO + "/tree/([^/]+)", _tree),
     ("GET", _REPO + "/refs", _refs),
     ("POST", _REPO + "/branch/([^/]+)", _branch),
-    ("DELETE", _REPO + "/branch/([^/]+)", _branch),
     ("POST", _REPO + "/preupload/([^/]+)", _preupload),
     ("POST", _REPO + "/commit/([^/]+)", _commit),
     ("POST", r"/([^/]+)/([^/]+)\.git/info/lfs/objects/batch", _batch),

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rewardsr import UserError, load_adapter, lora, run_folder
-from rewardsr.lora import exchange, foreign
+from rewardsr.lora import exchange
+from rewardsr.lora.formats import FORMATS
 
 TOLERANCE = 1e-5
 
@@ -55,7 +56,7 @@ def exports(tmp_path_factory, tiny, data) -> Path:
     shaken(adapter)
     save_file(given(adapter), root / "input.safetensors")
     save_file({"ours": run(adapter)}, root / "ours.safetensors")
-    for form in exchange.FORMATS:
+    for form in FORMATS:
         exchange.export(adapter, root / form, form)
     subprocess.run([sys.executable, Path(__file__).with_name("consumers.py"), root], check=True, capture_output=True)
     return root
@@ -104,9 +105,8 @@ def test_there_and_back(exports, form, tiny, data) -> None:
     adapter = osediff(tiny, data)
     source = exports / form
     source = {"diffusers": source / run_folder.LORA, "peft": source, "kohya": source / "lora.safetensors"}[form]
-    back = foreign.read_foreign(adapter, source)
-    assert (back.rank, back.alpha) == (4, 8.0)
-    exchange.place(adapter, back)
+    exchange.import_lora(adapter, source)
+    assert lora.rank_and_alpha(adapter) == (4, 8.0)
     assert torch.equal(run(adapter), load_file(exports / "ours.safetensors")["ours"])
 
 
@@ -128,7 +128,7 @@ def test_a_file_with_other_ranks_and_fewer_modules(tmp_path, tiny_base) -> None:
         expected[module] = lora.delta(down, up, (1.0 + rank) / rank)
     save_file(tensors, tmp_path / "some.safetensors")
     before = {name: value.clone() for name, value in adapter.unet.state_dict().items()}
-    exchange.place(adapter, foreign.read_foreign(adapter, tmp_path / "some.safetensors"))
+    exchange.import_lora(adapter, tmp_path / "some.safetensors")
     lora.merge(adapter)
     for module in shapes:
         change = adapter.unet.state_dict()[f"{module}.weight"] - before[f"{module}.weight"]
@@ -136,28 +136,43 @@ def test_a_file_with_other_ranks_and_fewer_modules(tmp_path, tiny_base) -> None:
         assert torch.allclose(change, wanted, atol=1e-5), module
 
 
-def test_without_alpha_it_is_the_rank(tmp_path, tiny_base, exports, tiny, data) -> None:
+def test_without_alpha_it_is_the_rank(tmp_path, exports, tiny, data) -> None:
     adapter = osediff(tiny, data)
     tensors = load_file(exports / "kohya" / "lora.safetensors")
     save_file({n: v for n, v in tensors.items() if not n.endswith(".alpha")}, tmp_path / "bare.safetensors")
-    assert foreign.read_foreign(adapter, tmp_path / "bare.safetensors").alpha == 4
     save_file(load_file(exports / "diffusers" / run_folder.LORA), tmp_path / "headless.safetensors")
-    assert foreign.read_foreign(adapter, tmp_path / "headless.safetensors").alpha == 4
+    for name in ("bare", "headless"):
+        exchange.import_lora(adapter, tmp_path / f"{name}.safetensors")
+        assert lora.rank_and_alpha(adapter) == (4, 4.0)
+        lora.detach(adapter)
+
+
+def test_what_is_imported_is_saved_as_ours(exports, tmp_path, tiny, data) -> None:
+    adapter = osediff(tiny, data)
+    file = exchange.import_lora(adapter, exports / "kohya" / "lora.safetensors", tmp_path / "out")
+    assert file == tmp_path / "out" / run_folder.LORA
+    for source, message in ((tmp_path / "out", "exists already"), (tmp_path / "other", "carries a rewardsr LoRA")):
+        with pytest.raises(UserError, match=message):
+            exchange.import_lora(adapter, exports / "kohya" / "lora.safetensors", source)
+    again = osediff(tiny, data)
+    lora.load(again, file)
+    assert torch.equal(run(again), run(adapter))
 
 
 # ---- several at once ----
 
 
-def test_several_together_are_the_sum_of_their_weights(tiny_base) -> None:
-    one = exchange.lora_of(shaken(load_adapter("osediff", tiny_base, noise_t=250), 1))
-    other = exchange.lora_of(shaken(load_adapter("osediff", tiny_base, noise_t=250), 2, rank=2, alpha=3))
+def test_several_together_are_the_sum_of_their_weights(tiny_base, tmp_path) -> None:
+    for name, settings in {"one": {"seed": 1}, "other": {"seed": 2, "rank": 2, "alpha": 3}}.items():
+        lora.save(shaken(load_adapter("osediff", tiny_base, noise_t=250), **settings), tmp_path / name)
     adapter = load_adapter("osediff", tiny_base, noise_t=250)
     before = {name: value.clone() for name, value in adapter.unet.state_dict().items()}
-    exchange.place(adapter, exchange.combine([(one, 0.7), (other, -0.3)]))
+    one, other = (lora.read(adapter, lora.locate(tmp_path / name)).tensors for name in ("one", "other"))
+    lora.load_several(adapter, [(tmp_path / "one", 0.7), (tmp_path / "other", -0.3)])
     lora.merge(adapter)
-    for module in one.pairs["unet"]:
-        (a1, b1), (a2, b2) = one.pairs["unet"][module], other.pairs["unet"][module]
-        wanted = lora.delta(a1, b1, 0.7 * 2.0) + lora.delta(a2, b2, -0.3 * 1.5)
+    for module in lora.target_shapes(adapter, "unet"):
+        a, b = f"unet.{module}.lora_A.weight", f"unet.{module}.lora_B.weight"
+        wanted = lora.delta(one[a], one[b], 0.7 * 2.0) + lora.delta(other[a], other[b], -0.3 * 1.5)
         change = adapter.unet.state_dict()[f"{module}.weight"] - before[f"{module}.weight"]
         assert torch.allclose(change, wanted, atol=1e-5), module
 
@@ -184,10 +199,10 @@ def test_each_component_of_seesr_has_its_file_and_its_loader(tiny_seesr, tmp_pat
         return of.predict(entry["z"], 100, condition)
 
     assert torch.equal(eps(plain), eps(adapter))
+    other = load_adapter("seesr", tiny_seesr)
     with pytest.raises(UserError, match="does not fit"):
-        exchange.load_component(
-            load_adapter("seesr", tiny_seesr).unet, tmp_path / "out" / "controlnet_lora.safetensors"
-        )
+        exchange.load_component(other.unet, tmp_path / "out" / "controlnet_lora.safetensors")
+    assert not lora.names(other)
     with pytest.raises(UserError, match="kohya"):
         exchange.export(adapter, tmp_path / "kohya", "kohya")
     assert not (tmp_path / "kohya").exists()
@@ -217,7 +232,7 @@ def test_a_component_file_with_a_damaged_header_is_refused(tiny_seesr, tmp_path)
     network = load_adapter("seesr", tiny_seesr).controlnet
     tensors = {"controlnet.conv_in.lora_A.weight": torch.zeros(1, 4, 3, 3)}
     for header in ("{", "{}", "[]"):
-        save_file(tensors, tmp_path / "c.safetensors", {lora.DIFFUSERS_HEADER: header})
+        save_file(tensors, tmp_path / "c.safetensors", {run_folder.DIFFUSERS_HEADER: header})
         with pytest.raises(UserError, match="damaged header"):
             exchange.load_component(network, tmp_path / "c.safetensors")
 
@@ -236,41 +251,68 @@ def test_exports_that_cannot_be(tiny_base, tmp_path, data) -> None:
         exchange.export(adapter, tmp_path, "peft")
     with pytest.raises(UserError, match=r"weights=FILE\.pkl"):
         exchange.export(adapter, tmp_path / "out", "osediff")
+    lora.attach(adapter, name="second", active=False)
+    with pytest.raises(UserError, match="merge or detach second first"):
+        exchange.export(adapter, tmp_path / "out", "merged")
     adapter.released = str(data / "osediff.pkl")
     with pytest.raises(UserError, match="another size"):
         exchange.export(adapter, tmp_path / "out", "osediff")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_files_that_do_not_belong(exports, tiny_base, tmp_path) -> None:
+DOWN, UP, ALPHA = (f"lora_unet_conv_in.{part}" for part in ("lora_down.weight", "lora_up.weight", "alpha"))
+LINEAR = "unet.time_embedding.linear_1"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"lora_unet_nowhere.lora_down.weight": (1, 1)}, "nowhere.lora_down.weight is no LoRA tensor of a module"),
+        ({"lora_te_x.lora_down.weight": (1, 1), DOWN: (1, 4, 3, 3), UP: (8, 1, 1, 1)}, "lora_te_x.* is no LoRA tensor"),
+        ({DOWN: (1, 4, 3, 3)}, "lora_up.weight is missing"),
+        ({UP: (8, 1, 1, 1)}, "lora_down.weight is missing"),
+        ({DOWN: (1, 4, 3, 3), UP: (8, 1, 1, 1), "lora_unet_conv_in.dora_scale": (8,)}, "dora_scale is no LoRA tensor"),
+        ({DOWN: (1, 4, 3, 3), UP: (8, 1, 1, 1), ALPHA: ()}, "expected positive numbers"),
+        ({DOWN: (1, 4, 3, 3), UP: (8, 1, 1, 1), ALPHA: (2,)}, "expected positive numbers"),
+        ({DOWN: (), UP: (8, 1, 1, 1)}, "expected positive numbers"),
+        ({DOWN: (1, 4, 1, 1), UP: (8, 1, 1, 1)}, "another size"),
+        ({DOWN: (1, 4, 3, 3), UP: (1, 8, 1, 1)}, "another size"),
+        ({"unet.conv_in.weight": (1,)}, "unet.conv_in.weight is no LoRA tensor"),
+        ({"transformer.x.lora_A.weight": (1, 1)}, "transformer.x.* is no LoRA tensor"),
+        (
+            {f"{LINEAR}.lora_A.weight": (1, 8), f"{LINEAR}.lora_B.weight": (32, 1)},
+            "time_embedding.linear_1.* of a module that adapter 'osediff' adapts",
+        ),
+        ({}, "no LoRA tensors"),
+    ],
+)
+def test_every_key_is_used_or_refused_by_name(tensors, message, tiny_base, tmp_path) -> None:
     adapter = load_adapter("osediff", tiny_base, noise_t=250)
+    save_file({key: torch.zeros(shape) for key, shape in tensors.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=message):
+        exchange.import_lora(adapter, tmp_path / "a.safetensors")
+    assert not lora.attached(adapter)
 
-    def refused(source: Path) -> str:
-        with pytest.raises(UserError) as caught:
-            foreign.read_foreign(adapter, source)
-        assert "\n" not in str(caught.value)
-        return str(caught.value)
 
-    assert "another size" in refused(exports / "kohya" / "lora.safetensors")
-    save_file({"lora_unet_nowhere.lora_down.weight": torch.zeros(1, 1)}, tmp_path / "a.safetensors")
-    assert "no module of this UNet" in refused(tmp_path / "a.safetensors")
-    save_file({"lora_unet_conv_in.lora_down.weight": torch.zeros(1, 4, 3, 3)}, tmp_path / "b.safetensors")
-    assert "lora_up.weight is missing" in refused(tmp_path / "b.safetensors")
-    save_file({"unet.conv_in.weight": torch.zeros(1)}, tmp_path / "c.safetensors")
-    assert "unexpected key" in refused(tmp_path / "c.safetensors")
-    save_file({"transformer.x.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "d.safetensors")
-    assert "no component" in refused(tmp_path / "d.safetensors")
-    name = "unet.time_embedding.linear_1"
-    pair = {f"{name}.lora_A.weight": torch.zeros(1, 8), f"{name}.lora_B.weight": torch.zeros(32, 1)}
-    save_file(pair, tmp_path / "e.safetensors")
-    assert "does not (first: time_embedding.linear_1)" in refused(tmp_path / "e.safetensors")
-    flat = {"lora_unet_conv_in.lora_down.weight": torch.zeros(1, 4, 3, 3), "lora_unet_conv_in.alpha": torch.tensor(0.0)}
-    save_file(flat | {"lora_unet_conv_in.lora_up.weight": torch.zeros(8, 1, 1, 1)}, tmp_path / "h.safetensors")
-    assert "expected positive numbers" in refused(tmp_path / "h.safetensors")
-    (tmp_path / "f").mkdir()
-    assert "adapter_config.json" in refused(tmp_path / "f")
-    (tmp_path / "f" / "adapter_config.json").write_text(json.dumps({"r": 4}))
-    assert "damaged" in refused(tmp_path / "f")
+def test_sources_that_are_no_loras(exports, tiny_base, tmp_path) -> None:
+    adapter = load_adapter("osediff", tiny_base, noise_t=250)
+    for folder, config in {"bare": None, "damaged": {"r": 4}}.items():
+        (tmp_path / folder).mkdir()
+        if config is not None:
+            (tmp_path / folder / "adapter_config.json").write_text(json.dumps(config))
     torch.save({"x": torch.zeros(1)}, tmp_path / "g.pt")
-    assert "neither safetensors nor" in refused(tmp_path / "g.pt")
-    assert "no file" in refused(tmp_path / "nowhere.safetensors")
+    for source, message in {
+        exports / "kohya" / "lora.safetensors": "another size",
+        tmp_path / "bare": "adapter_config.json",
+        tmp_path / "damaged": "damaged",
+        tmp_path / "g.pt": "neither safetensors nor",
+        tmp_path / "nowhere.safetensors": "no file",
+    }.items():
+        with pytest.raises(UserError, match=message) as caught:
+            exchange.import_lora(adapter, source)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_command_names_every_format(commands) -> None:
+    said = " ".join(commands("export", "--help").out.split())
+    assert all(form in said for form in FORMATS)

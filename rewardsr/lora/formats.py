@@ -1,0 +1,266 @@
+"""Formats of LoRAs in other programs, each with what writes and what reads it: `FORMATS` is the one table of them."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rewardsr import run_folder
+from rewardsr.adapter import ISRAdapter
+from rewardsr.errors import UserError
+from rewardsr.lora import layers
+from rewardsr.lora.file import SUFFIXES, Lora, header, settings_of
+from rewardsr.weights import read_pickle, read_safetensors, write_networks, write_safetensors
+
+PEFT_CONFIG, PEFT_WEIGHTS, PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+KOHYA_PREFIX = "lora_unet_"
+KOHYA_SUFFIXES = {"A": ".lora_down.weight", "B": ".lora_up.weight", "alpha": ".alpha"}
+RELEASED_ALPHA = 8.0  # OSEDiff's layout states no alpha; peft's default holds there, at every rank
+
+
+@dataclass(frozen=True)
+class Format:
+    """How another program keeps LoRAs.
+
+    Attributes:
+        about: what reads such files.
+        write: writes a LoRA that an adapter carries under a name, its strength taken in, into an empty folder.
+        read: reads a file or folder for an adapter; None where that is of another format. Without it: export only.
+    """
+
+    about: str
+    write: Callable[[ISRAdapter, str, Lora, Path], None]
+    read: Callable[[ISRAdapter, Path], Lora | None] | None = None
+
+
+# ---- diffusers and peft: peft's names ----
+
+
+def _by_component(given: Lora) -> dict[str, dict[str, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in given.tensors.items():
+        component, _, rest = key.partition(".")
+        found.setdefault(component, {})[rest] = tensor
+    return found
+
+
+def _write_diffusers(adapter: ISRAdapter, name: str, given: Lora, folder: Path) -> None:
+    for component, tensors in _by_component(given).items():
+        file = run_folder.LORA if component == "unet" else f"{component}_lora.safetensors"
+        named = {f"{component}.{key}": tensor for key, tensor in tensors.items()}
+        write_safetensors(folder / file, named, header(adapter, [component], given.alpha, name))
+
+
+def _read_diffusers(adapter: ISRAdapter, path: Path) -> Lora | None:
+    if path.suffix != ".safetensors":
+        return None
+    tensors, about = read_safetensors(path)
+    if any(key.startswith(KOHYA_PREFIX) for key in tensors):
+        return None
+    settings = settings_of(path, about)
+    try:
+        stated = {component: settings.get(f"{component}.lora_alpha") for component in adapter.lora_targets}
+        alphas = {component: float(alpha) for component, alpha in stated.items() if alpha is not None}
+    except (ValueError, TypeError) as error:
+        raise UserError(f"'{path}' has a damaged header: {error}") from error
+    return _read(adapter, path, tensors, SUFFIXES, "{}.{}".format, alphas)
+
+
+def _write_peft(adapter: ISRAdapter, name: str, given: Lora, folder: Path) -> None:
+    from peft import LoraConfig
+
+    for component, tensors in _by_component(given).items():
+        modules = sorted({key.removesuffix(SUFFIXES["A"]) for key in tensors if key.endswith(SUFFIXES["A"])})
+        config = LoraConfig(r=given.rank, lora_alpha=given.alpha, target_modules=modules)
+        config.save_pretrained(str(folder / component))
+        named = {f"{PEFT_PREFIX}{key}": tensor for key, tensor in tensors.items()}
+        write_safetensors(folder / component / PEFT_WEIGHTS, named, {"format": "pt"})
+
+
+def _read_peft(adapter: ISRAdapter, folder: Path) -> Lora | None:
+    """One peft folder (of the only component that is adapted), or one a component."""
+    if not folder.is_dir():
+        return None
+    known = list(adapter.lora_targets)
+    inside = {component: folder / component for component in known if (folder / component / PEFT_CONFIG).is_file()}
+    if (folder / PEFT_CONFIG).is_file() and len(known) == 1:
+        inside = {known[0]: folder}
+    if not inside:
+        raise UserError(f"'{folder}' holds no {PEFT_CONFIG}, nor folders {', '.join(known)} with one")
+    tensors, alphas = {}, {}
+    for component, path in inside.items():
+        try:
+            alphas[component] = float(json.loads((path / PEFT_CONFIG).read_text())["lora_alpha"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"'{path / PEFT_CONFIG}' is damaged: {error}") from error
+        for key, tensor in read_safetensors(path / PEFT_WEIGHTS)[0].items():
+            tensors[f"{component}.{key.removeprefix(PEFT_PREFIX)}"] = tensor
+    return _read(adapter, folder, tensors, SUFFIXES, "{}.{}".format, alphas)
+
+
+# ---- kohya's sd-scripts, and with them ComfyUI ----
+
+
+def _write_kohya(adapter: ISRAdapter, name: str, given: Lora, folder: Path) -> None:
+    found = _by_component(given)
+    if set(found) != {"unet"} or any("image_attentions" in key for key in found["unet"]):
+        raise UserError(
+            f"kohya's form holds a LoRA on Stable Diffusion's UNet; this one sits on {', '.join(found)} of "
+            "another pipeline: export for diffusers or peft"
+        )
+    tensors = {}
+    for key, tensor in found["unet"].items():
+        part = "A" if key.endswith(SUFFIXES["A"]) else "B"
+        flat = KOHYA_PREFIX + key.removesuffix(SUFFIXES[part]).replace(".", "_")
+        tensors[f"{flat}{KOHYA_SUFFIXES[part]}"] = tensor
+        tensors[f"{flat}{KOHYA_SUFFIXES['alpha']}"] = torch.tensor(float(given.alpha))
+    about = {"ss_network_module": "networks.lora", "ss_network_dim": str(given.rank)}
+    write_safetensors(folder / "lora.safetensors", tensors, about | {"ss_network_alpha": f"{given.alpha:g}"})
+
+
+def _read_kohya(adapter: ISRAdapter, path: Path) -> Lora | None:
+    if path.suffix != ".safetensors":
+        return None
+    tensors = read_safetensors(path)[0]
+    if not any(key.startswith(KOHYA_PREFIX) for key in tensors):
+        return None
+    return _read(adapter, path, tensors, KOHYA_SUFFIXES, lambda c, m: f"lora_{c}_{m.replace('.', '_')}", {})
+
+
+# ---- a pipeline family's own checkpoints ----
+
+
+def _write_osediff(adapter: ISRAdapter, name: str, given: Lora, folder: Path) -> None:
+    """OSEDiff's layout: its own LoRA and ours side by side, rescaled, since that layout's scale is 8 / rank."""
+    released = None if adapter.released is None else Path(adapter.released).expanduser()
+    if released is None or not released.is_file():
+        raise UserError(
+            "export --format osediff combines the LoRA with the released checkpoint that the base was made of: load "
+            "the adapter with weights=FILE.pkl"
+        )
+    content = read_pickle(released)
+    state = content.get("state_dict_unet") if isinstance(content, dict) else None
+    theirs = content.get("rank_unet") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not isinstance(theirs, int):
+        raise UserError(f"'{released}' is no checkpoint of OSEDiff: it has no state_dict_unet, or no rank_unet")
+    found = _by_component(given)
+    if set(found) != {"unet"}:
+        raise UserError(f"osediff's form holds a LoRA on the UNet; this one sits on {', '.join(found)}")
+    left, rank = dict(found["unet"]), theirs + given.rank
+    made: dict[str, Tensor] = {}
+    for key, value in state.items():
+        module, _, rest = key.partition(".lora_A.")
+        if not rest:
+            made.setdefault(key, value)
+            continue
+        b_key = key.replace(".lora_A.", ".lora_B.")
+        if f"{module}{SUFFIXES['A']}" not in left:
+            raise UserError(f"'{released}' has a LoRA on {module}, and this one has none there")
+        a, b = (left.pop(f"{module}{suffix}") for suffix in SUFFIXES.values())
+        if a.shape[1:] != value.shape[1:] or len(b) != len(state[b_key]):
+            raise UserError(f"'{released}': {module} belongs to a module of another size")
+        made[key] = torch.cat([value.float(), a])
+        # Each half keeps its own scale under the common one of 8 / rank.
+        halves = state[b_key].float() * rank / theirs, b * (given.alpha / given.rank) * rank / RELEASED_ALPHA
+        made[b_key] = torch.cat(halves, 1)
+    if left:
+        module = next(iter(left)).removesuffix(SUFFIXES["A"])
+        raise UserError(f"'{released}' has no LoRA on {module}, and its layout has no place for one")
+    torch.save({**content, "rank_unet": rank, "state_dict_unet": made}, folder / "osediff.pkl")
+
+
+def _read_family(adapter: ISRAdapter, path: Path) -> Lora | None:
+    if path.is_dir() or path.suffix == ".safetensors":
+        return None
+    imported = adapter.import_lora(str(path))
+    return None if imported is None else Lora(*imported)
+
+
+def _write_merged(adapter: ISRAdapter, name: str, given: Lora, folder: Path) -> None:
+    layers.merge(adapter, name)
+    write_networks(adapter.networks, folder)
+
+
+FORMATS = {
+    "diffusers": Format(
+        "diffusers' `load_lora_weights`; components but the UNet in a file each, for rewardsr's `load_component`",
+        _write_diffusers,
+        _read_diffusers,
+    ),
+    "peft": Format("`PeftModel.from_pretrained`, a folder a component", _write_peft, _read_peft),
+    "kohya": Format("ComfyUI and its kin, one file for the UNet", _write_kohya, _read_kohya),
+    "osediff": Format(
+        "OSEDiff's repository, a checkpoint together with the released one that the base was made of",
+        _write_osediff,
+        _read_family,
+    ),
+    "merged": Format("any program, whole networks in diffusers' layout", _write_merged),
+}
+
+
+# ---- what all readers share ----
+
+
+def _read(
+    adapter: ISRAdapter,
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    suffixes: Mapping[str, str],
+    stem_of: Callable[[str, str], str],
+    alphas: Mapping[str, float],
+) -> Lora:
+    """A LoRA of all tensors of a file: each key is used, or refused by name.
+
+    Files may have another rank and alpha for every module, and nothing for some; they are brought to one rank and
+    scale, with zeros where there is nothing, without changing what B A does.
+
+    Args:
+        adapter: whose modules the keys are matched with.
+        path: of the file, for messages.
+        tensors: by key.
+        suffixes: of a key, by what it holds: "A", "B" and, in some formats, "alpha".
+        stem_of: a key without its suffix, of component and module.
+        alphas: by component, where a module states none of its own; the module's rank by default.
+    """
+    shapes = {
+        (component, module): shape
+        for component in adapter.lora_targets
+        for module, shape in layers.target_shapes(adapter, component).items()
+    }
+    left, found = dict(tensors), {}
+    for (component, module), (out, kernel) in shapes.items():
+        stem = stem_of(component, module)
+        parts = {p: left.pop(stem + suffix).float() for p, suffix in suffixes.items() if stem + suffix in left}
+        if parts:
+            missing = [stem + suffixes[part] for part in "AB" if part not in parts]
+            if missing:
+                raise UserError(f"'{path}': {missing[0]} is missing")
+            a, b = parts["A"], parts["B"]
+            rank = len(a) if a.ndim else 0
+            alpha = parts.get("alpha", torch.tensor(alphas.get(component, float(rank))))
+            if not rank or alpha.numel() != 1 or not (alpha.isfinite() and alpha > 0):
+                raise UserError(
+                    f"'{path}': {stem} has rank {rank} and alpha {alpha.tolist()}, expected positive numbers"
+                )
+            if a.shape[1:] != kernel or b.shape[:2] != (out, rank) or b.numel() != out * rank:
+                raise UserError(f"'{path}': {component}.{module} belongs to a module of another size")
+            found[component, module] = a, b, float(alpha) / rank
+    if left:
+        raise UserError(f"'{path}': {min(left)} is no LoRA tensor of a module that adapter '{adapter.name}' adapts")
+    if not found:
+        raise UserError(f"'{path}' holds no LoRA tensors")
+    rank = max(len(a) for a, _, _ in found.values())
+    kinds = {(len(a), scale) for a, _, scale in found.values()}
+    common = kinds.pop()[1] if len(kinds) == 1 else 1.0
+    made: dict[str, Tensor] = {}
+    for place, (out, kernel) in shapes.items():
+        a, b = torch.zeros(rank, *kernel), torch.zeros(out, rank, *[1] * (len(kernel) - 1))
+        if place in found:
+            own_a, own_b, scale = found[place]
+            a[: len(own_a)], b[:, : len(own_a)] = own_a, own_b.reshape(out, -1, *b.shape[2:]) * (scale / common)
+        stem = ".".join(place)
+        made |= {f"{stem}{SUFFIXES['A']}": a, f"{stem}{SUFFIXES['B']}": b}
+    return Lora(made, rank, common * rank)
