@@ -176,15 +176,7 @@ def upscale(
     from rewardsr.pipelines import open_pipeline
 
     pipeline = open_pipeline(run, adapter, base, option or [], lora or [], strength, device, precision, force_base)
-    run_upscale(
-        pipeline,
-        inputs,
-        output,
-        color_fix=color_fix,
-        prompts=prompts,
-        seed=seed,
-        overwrite=overwrite,
-    )
+    run_upscale(pipeline, inputs, output, color_fix=color_fix, prompts=prompts, seed=seed, overwrite=overwrite)
 
 
 @app.command()

@@ -6,6 +6,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from torch import Tensor
@@ -53,7 +54,7 @@ def run_demo(output: Path, steps: int | None = None) -> None:
     photos, tuned, control = output / "photos", output / "run", output / "control"
     write_folders(photos)
     recipe = demo_recipe(photos, tuned, steps)
-    logger.info("recipe:\n" + _indent(RECIPE.read_text()))
+    logger.info("recipe:\n" + indent(RECIPE.read_text(), "  "))
     logger.info(f"fine-tuning on {photos / 'train'} ...")
     finetune(recipe)
     logger.info("control: the same, with the advantages dealt out at random ...")
@@ -64,8 +65,8 @@ def run_demo(output: Path, steps: int | None = None) -> None:
     write_grid(rows, output / "before_after.png")
     write_text(output / "tuned.json", found.to_json())
     write_text(output / "control.json", dealt.to_json())
-    logger.info("\nheld-out photographs, base against tuned:\n" + _indent(str(found)))
-    logger.info("held-out photographs, base against the shuffled control:\n" + _indent(str(dealt)))
+    logger.info("\nheld-out photographs, base against tuned:\n" + indent(str(found), "  "))
+    logger.info("held-out photographs, base against the shuffled control:\n" + indent(str(dealt), "  "))
     logger.info(verdict(found, dealt))
     _in_a_fresh_process(tuned, photos, output / "upscaled", _in_this_process(recipe, tuned, photos))
     logger.info(f"done in {time.perf_counter() - began:.0f} s\n")
@@ -85,12 +86,10 @@ def demo_recipe(photos: Path, run: Path, steps: int | None) -> Recipe:
 
 def compare(recipe: Recipe, run: Path) -> tuple[Evaluation, list[list[Cell]]]:
     """Base against the LoRA of a run on the held-out photographs, as scores and as pictures."""
-    adapter = _adapter(recipe)
-    lora.load(adapter, run)
+    adapter = _tuned(recipe, run)
     assert recipe.data.validation is not None
-    photos = open_data(recipe.data.validation, scale=adapter.scale)
+    images = partial(open_data(recipe.data.validation, scale=adapter.scale).validation, None, 0, None)
     rewards = {name: build(name) for name in METRICS}
-    images = partial(photos.validation, None, 0, None)
     held_out = HeldOut(adapter, images, rewards, seed=1, draws_per_image=DRAWS, picture_side=None)
     return held_out.score(), held_out.rows
 
@@ -112,8 +111,10 @@ def verdict(found: Evaluation, control: Evaluation) -> str:
     return "\n".join(lines)
 
 
-def _adapter(recipe: Recipe) -> ISRAdapter:
-    return load_adapter(recipe.adapter, recipe.base, **recipe.adapter_options)
+def _tuned(recipe: Recipe, run: Path) -> ISRAdapter:
+    adapter = load_adapter(recipe.adapter, recipe.base, **recipe.adapter_options)
+    lora.load(adapter, run)
+    return adapter
 
 
 def _shuffled(recipe: Recipe, run: Path) -> Recipe:
@@ -123,8 +124,7 @@ def _shuffled(recipe: Recipe, run: Path) -> Recipe:
 
 def _in_this_process(recipe: Recipe, run: Path, photos: Path) -> list[Tensor]:
     """What `upscale` gives for the held-out LQ photographs."""
-    adapter = _adapter(recipe)
-    lora.load(adapter, run)
+    adapter = _tuned(recipe, run)
     return [
         upscale_tensor(adapter, read_image(file)[None], generator=Draws(0, 0, [index], "upscale"))[0]
         for index, file in enumerate(list_images(photos / "val" / "lq"))
@@ -144,20 +144,13 @@ def _in_a_fresh_process(run: Path, photos: Path, output: Path, expected: list[Te
 
 
 def _where(output: Path) -> str:
-    lines = {
-        "before/after picture": output / "before_after.png",
-        "LoRA": output / "run" / run_folder.LORA,
-        "metrics of every step": output / "run" / "metrics.jsonl",
-        "tables, per image": output / "tuned.json",
-        "upscaled photographs": output / "upscaled",
-    }
-    listing = "\n".join(f"  {name:<22} {path}" for name, path in lines.items())
-    return (
-        f"{listing}\n\nyour own pipeline and photographs:\n"
-        "  rewardsr finetune --base FOLDER_OR_ID --set adapter_options.noise_t=250 --rewards psnr=0.5,musiq=0.5 \\\n"
-        "    --data YOUR_HQ_FOLDER --validation HELD_OUT_FOLDER --steps 1000 --output runs/first"
-    )
+    return f"""\
+  before/after picture   {output / "before_after.png"}
+  LoRA                   {output / "run" / run_folder.LORA}
+  metrics of every step  {output / "run" / run_folder.METRICS}
+  tables, per image      {output / "tuned.json"}
+  upscaled photographs   {output / "upscaled"}
 
-
-def _indent(text: str) -> str:
-    return "\n".join("  " + line for line in text.splitlines())
+your own pipeline and photographs:
+  rewardsr finetune --base FOLDER_OR_ID --set adapter_options.noise_t=250 --rewards psnr=0.5,musiq=0.5 \\
+    --data YOUR_HQ_FOLDER --validation HELD_OUT_FOLDER --steps 1000 --output runs/first"""
