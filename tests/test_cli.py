@@ -1,6 +1,7 @@
 """The commands, from options to files: `finetune`, and what is done with its LoRA."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -56,7 +57,7 @@ def test_finetune_leaves_a_run(commands: Commands, tiny_base, hq_folder, tmp_pat
     assert answer.code == 0, answer.err
     assert str(tmp_path / "run" / LORA) in answer.out
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 1, 2, 2]  # held-out images are scored before and after
+    assert [line["step"] for line in lines] == [0, 1, 2, 2]
     assert set(lines[-1]["validation"]) == {"psnr", "detail", "ssim"}
     assert (tmp_path / "run" / "validation" / "step-00000002.png").is_file()
 
@@ -269,6 +270,19 @@ def test_doctor_names_versions_devices_and_connection(commands: Commands) -> Non
     assert answer.code == 0
     assert all(name in answer.out for name in ("torch", "diffusers", "peft", "CPU", "cuda", "Hub"))
     assert "not reachable" in answer.out, "HF_HUB_OFFLINE is set in the tests"
+
+
+@pytest.mark.parametrize(("rank", "out", "err"), [("0", "by the way\n", "warning: careful\n"), ("1", "", "")])
+def test_messages_of_the_package_are_shown_once_by_the_main_process(
+    commands: Commands, capfd, monkeypatch, rank, out, err
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    for _ in range(2):
+        assert commands("rewards").code == 0
+    logger = logging.getLogger("rewardsr.somewhere")
+    logger.info("by the way")
+    logger.warning("careful")
+    assert tuple(capfd.readouterr()) == (out, err)
 
 
 def test_version_and_help(commands: Commands) -> None:
