@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from rewardsr.errors import UserError
 from rewardsr.weights import read_safetensors
 
+# On a CPU it warns of a kernel that nobody asked for as soon as diffusers is imported.
+logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+
 Change = Callable[[Any, dict[str, Tensor]], None]
 
 
@@ -73,7 +76,6 @@ def assemble(
     Raises:
         UserError: they do not fit each other.
     """
-    hush()
     import diffusers
     from accelerate import init_empty_weights
 
@@ -128,24 +130,16 @@ def _first(keys: list[str]) -> str:
 
 @contextmanager
 def _silenced() -> Iterator[None]:
-    """What the libraries would warn of is refused here, in one line."""
+    """What the libraries would warn of is refused here, in one line; and loading a part takes no progress bar."""
     from diffusers.utils import logging as diffusers
     from transformers.utils import logging as transformers
 
     before = [(library, library.get_verbosity()) for library in (diffusers, transformers)]
     for library, _ in before:
         library.set_verbosity_error()
+    transformers.disable_progress_bar()
     try:
         yield
     finally:
         for library, level in before:
             library.set_verbosity(level)
-
-
-def hush() -> None:
-    """Quieten what loading a pipeline prints: bitsandbytes on a CPU kernel that nobody asked for, progress bars of a
-    second's loading. Warnings and errors of the libraries themselves stay."""
-    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()

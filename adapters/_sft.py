@@ -20,7 +20,7 @@ TIME_WIDTH = 4  # of the time embedding, in widths of the first level
 
 
 class Modulation(nn.Module):
-    """Scale and shift of a normalised residual, place by place. Submodules have their released names."""
+    """Scale and shift of a normalised residual, place by place (SPADE, eq. 1). Submodules have their released names."""
 
     def __init__(self, channels: int, features: int, hidden: int, groups: int) -> None:
         super().__init__()

@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewardsr.adapters._networks import assemble, hush, load_changed
+from rewardsr.adapters._networks import assemble, load_changed
 from rewardsr.errors import UserError
 from rewardsr.schedule import PREDICTIONS
 from rewardsr.storage import write_folder
 from rewardsr.weights import read_pickle, read_safetensors, write_networks
 
 UNET, ENCODER = "model.diffusion_model.", "structcond_stage_model."
-HEAD_WIDTH, GROUPS, ENCODER_HEADS = 64, 32, 4  # which the sizes of tensors do not tell; those of all released networks
+# What the sizes of tensors do not tell, as all released networks have it: channels of an attention head of the UNet,
+# groups of the group norms, heads of the encoder.
+HEAD_WIDTH, GROUPS, ENCODER_HEADS = 64, 32, 4
 LAST_T = 999
 PREDICTION = "prediction_type"  # in the UNet's configuration, as in that of a scheduler
 EXPECTED = "a folder that `rewardsr import stablesr` has written"
@@ -28,13 +30,11 @@ EXPECTED = "a folder that `rewardsr import stablesr` has written"
 State = dict[str, Tensor]
 
 
-def read_checkpoint(path: Path, groups: int = GROUPS, head_width: int = HEAD_WIDTH) -> tuple[Any, Any]:
+def read_checkpoint(path: Path) -> tuple[Any, Any]:
     """UNet and encoder of a released checkpoint, in float32 on the CPU.
 
     Args:
         path: a `.ckpt` (read without running code) or a `.safetensors`.
-        groups: of all group norms.
-        head_width: channels of an attention head of the UNet.
 
     Raises:
         UserError: it cannot be read, it is no StableSR checkpoint, or a part of it is missing.
@@ -52,9 +52,8 @@ def read_checkpoint(path: Path, groups: int = GROUPS, head_width: int = HEAD_WID
     )
     _check_kind(path, unet, encoder)
     unet, encoder = ({key: value.float() for key, value in part.items()} for part in (unet, encoder))
-    hush()
     try:
-        unet_config, encoder_config = _unet_config(unet, groups, head_width), _encoder_config(encoder, groups)
+        unet_config, encoder_config = _unet_config(unet), _encoder_config(encoder)
         unet, encoder = unet_names(unet, unet_config), encoder_names(encoder, encoder_config)
     except KeyError as error:
         raise UserError(f"'{path}' is damaged or incomplete: it has no {error.args[0]}") from error
@@ -99,28 +98,19 @@ def read_folder(folder: Path) -> tuple[Any, Any]:
     for part in ("unet", "struct_encoder"):
         if not (folder / part).is_dir():
             raise UserError(f"'{folder}' has no folder '{part}/': expected {EXPECTED}")
-    hush()
     from rewardsr.adapters._sft import StructEncoder
 
     unet = load_changed(folder / "unet", "UNet2DConditionModel", EXPECTED, _modulate)
     return unet, load_changed(folder / "struct_encoder", StructEncoder, EXPECTED)
 
 
-def import_checkpoint(
-    source: Path,
-    output: Path,
-    prediction: str = "auto",
-    check: bool = True,
-    groups: int = GROUPS,
-    head_width: int = HEAD_WIDTH,
-) -> str:
+def import_checkpoint(source: Path, output: Path, prediction: str = "auto", check: bool = True) -> str:
     """Write a released checkpoint as a folder of safetensors; whole, or nothing.
 
     Args:
         source: the checkpoint.
         output: new folder.
         prediction, check: as in `note_prediction`.
-        groups, head_width: as in `read_checkpoint`.
 
     Returns:
         What it predicts, "epsilon" or "v_prediction".
@@ -130,7 +120,7 @@ def import_checkpoint(
     """
     if output.exists():
         raise UserError(f"'{output}' exists already: choose a new folder")
-    unet, encoder = read_checkpoint(source, groups, head_width)
+    unet, encoder = read_checkpoint(source)
     found = note_prediction(source, unet, encoder, prediction, check)
     networks = {"unet": unet, "struct_encoder": encoder}
     write_folder(output, lambda folder: write_networks(networks, folder))
@@ -171,7 +161,7 @@ def _levels(state: State, layers: int) -> list[tuple[int, bool]]:
     ]
 
 
-def _unet_config(state: State, groups: int, head_width: int) -> dict[str, Any]:
+def _unet_config(state: State) -> dict[str, Any]:
     layers = _layers(state)
     levels = _levels(state, layers)
     key = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
@@ -182,15 +172,15 @@ def _unet_config(state: State, groups: int, head_width: int) -> dict[str, Any]:
         "layers_per_block": layers,
         "down_block_types": ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for _, attends in levels],
         "up_block_types": ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for _, attends in reversed(levels)],
-        "attention_head_dim": [max(1, width // head_width) for width, _ in levels],  # heads, in spite of the name
+        "attention_head_dim": [max(1, width // HEAD_WIDTH) for width, _ in levels],  # heads, in spite of the name
         "cross_attention_dim": state[key].shape[1],
         "use_linear_projection": state["middle_block.1.proj_in.weight"].ndim == 2,
-        "norm_num_groups": groups,
+        "norm_num_groups": GROUPS,
         "sample_size": 64,
     }
 
 
-def _encoder_config(state: State, groups: int) -> dict[str, Any]:
+def _encoder_config(state: State) -> dict[str, Any]:
     layers = _layers(state)
     levels = _levels(state, layers)
     return {
@@ -200,7 +190,7 @@ def _encoder_config(state: State, groups: int) -> dict[str, Any]:
         "layers_per_block": layers,
         "attention": [attends for _, attends in levels],
         "heads": ENCODER_HEADS,
-        "norm_num_groups": groups,
+        "norm_num_groups": GROUPS,
     }
 
 
@@ -245,7 +235,7 @@ def noise_share(unet: Any, encoder: Any) -> float:
     """How strongly the prediction at the last time follows pure noise, as a slope.
 
     The best guess of the noise is then the noise itself: 1 for a trained network that predicts it. The velocity
-    sqrt(a) eps - sqrt(1 - a) z0 holds sqrt(a) = 0.07 of it.
+    sqrt(a) e - sqrt(1 - a) z0 (progressive distillation, appendix D) holds sqrt(a) = 0.07 of it.
     """
     from rewardsr.adapters._sft import modulated
 

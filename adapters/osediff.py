@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from rewardsr.adapter import Condition
 from rewardsr.adapters._networks import load_network
-from rewardsr.adapters.stable_diffusion import StableDiffusion, check_fit, load_parts, parts_of
+from rewardsr.adapters.stable_diffusion import Parts, Scale, StableDiffusion, check_fit, load_parts, parts_of
 from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError
 from rewardsr.hub.fetch import fetch
 from rewardsr.lora.layers import delta
-from rewardsr.tiling import Tiling
 from rewardsr.weights import read_pickle
 
 # The released checkpoints never set lora_alpha, so peft's default of 8 holds at every rank.
@@ -31,39 +31,27 @@ class OSEDiff(StableDiffusion):
 
     name = "osediff"
 
+    class Options(StableDiffusion.Options):
+        """Options of OSEDiff and of GDPO-SR's one-step base."""
+
+        scale: Scale = 4
+        weights: str | None = Field(
+            None,
+            description="what was trained on the base: a released `.pkl` (OSEDiff, GDPO-SR; read without running code, "
+            "merged in float32), or a folder or Hub id with merged `unet/` and, where it was trained, `vae/`",
+        )
+        noise_t: int | None = Field(
+            None, description="the latents are noised as of this time (GDPO-SR: 250); null: not at all (OSEDiff)"
+        )
+        net_t: int | None = Field(None, description="time that the UNet is told; null: 100 with noise_t, 999 without")
+
+    options: Options
+
     @classmethod
-    def load(
-        cls,
-        base: str,
-        *,
-        weights: str | None = None,
-        noise_t: int | None = None,
-        net_t: int | None = None,
-        scale: int = 4,
-        prompt: str = "",
-        tile: int | None = None,
-        tile_overlap: int = 32,
-        revision: str | None = None,
-    ) -> Self:
-        """Load the pipeline, in float32 on the CPU.
-
-        Args:
-            base: diffusers folder or Hub id of the Stable Diffusion base.
-            weights: what was trained on that base: a released `.pkl` (merged into the base here), or a folder or Hub id
-                with merged `unet/` and, where it was trained, `vae/`.
-            noise_t: the latents are noised as of this time; None adds no noise (OSEDiff). GDPO-SR: 250.
-            net_t: time that the UNet is told; by default 999 without noise (OSEDiff), 100 with noise (GDPO-SR).
-            scale: `sr` is this many times `lq`; 1 for inputs already at output size.
-            prompt: text for images that bring none.
-            tile, tile_overlap: latents of more than tile x tile are predicted in tiles (OSEDiff: 96 with 32); None
-                never cuts. The autoencoder works on whole images.
-            revision: branch, tag or commit of a Hub base.
-
-        Raises:
-            UserError: anything that cannot be had, read or fitted.
-        """
-        parts = load_parts(base, revision)
-        identity, released = base, None
+    def load(cls, base: str, options: Options) -> Self:
+        """Load the pipeline, and merge into it what was trained."""
+        parts = load_parts(base, options.revision)
+        identity, released, weights = base, None, options.weights
         if weights is not None:
             identity = f"{base} + {weights}"
             if Path(weights).expanduser().is_file():
@@ -77,7 +65,7 @@ class OSEDiff(StableDiffusion):
                 if (folder / "vae").is_dir():
                     parts.vae = load_network(folder / "vae")
                 check_fit(weights, parts)
-        adapter = cls(parts, identity, scale, prompt, noise_t, net_t, tile, tile_overlap)
+        adapter = cls(parts, identity, options)
         adapter.released = released
         return adapter
 
@@ -91,43 +79,23 @@ class OSEDiff(StableDiffusion):
         return taken is not None and taken == latents and not more
 
     @classmethod
-    def from_pipeline(cls, pipe: Any, **options: Any) -> Self:
-        """An adapter on a live pipeline, whose networks carry what was trained already (OSEDiff's LoRA merged in).
-
-        Args:
-            pipe: its networks are shared, not copied, and stay where they are.
-            options: of `load`, but for the base, its revision and the weights.
-
-        Raises:
-            UserError: a part is missing or does not fit.
-        """
+    def from_pipeline(cls, pipe: Any, options: Options) -> Self:
+        """An adapter on a live pipeline, whose networks carry what was trained already (OSEDiff's LoRA merged in)."""
         if not cls.fits(pipe):
             raise UserError(
                 f"{type(pipe).__name__} is more than plain Stable Diffusion: it has a controlnet or a second text "
                 "encoder, or its UNet takes more than latents"
             )
         parts, identity = parts_of(pipe)
-        return cls(parts, identity, **options)
+        return cls(parts, identity, options)
 
-    def __init__(
-        self,
-        parts: Any,
-        base: str,
-        scale: int = 4,
-        prompt: str = "",
-        noise_t: int | None = None,
-        net_t: int | None = None,
-        tile: int | None = None,
-        tile_overlap: int = 32,
-    ) -> None:
-        super().__init__(parts, base, scale, prompt)
-        if net_t is None:
-            net_t = 999 if noise_t is None else 100
-        for option, time in (("noise_t", noise_t), ("net_t", net_t)):
+    def __init__(self, parts: Parts, base: str, options: Options) -> None:
+        super().__init__(parts, base, options, options.scale)
+        net_t = options.net_t if options.net_t is not None else 999 if options.noise_t is None else 100
+        for option, time in (("noise_t", options.noise_t), ("net_t", net_t)):
             if time is not None and not 0 <= time <= self.schedule.last:
                 raise UserError(f"{option} is {time}, expected 0 to {self.schedule.last}")
-        self.steps, self.noise_t = (net_t,), noise_t
-        self.tiling = None if tile is None else Tiling(tile, tile_overlap)
+        self.steps, self.noise_t = (net_t,), options.noise_t
 
     def _start(self, condition: Condition, generator: Source | None) -> Tensor:
         if self.noise_t is None or generator is None:

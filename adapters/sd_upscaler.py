@@ -6,19 +6,22 @@ how many times `sr` is larger. The LQ image is noised itself, and the UNet is to
 """
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from rewardsr.adapter import Batch, Condition
 from rewardsr.adapters.stable_diffusion import (
     PARTS,
+    Guidance,
     Parts,
     StableDiffusion,
+    Steps,
+    TileOverlap,
     check_scheduler,
     compression,
     load_parts,
@@ -31,7 +34,6 @@ from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError
 from rewardsr.hub.fetch import fetch
 from rewardsr.schedule import VP, Coefficient
-from rewardsr.tiling import Tiling
 
 LOW_RES = "low_res_scheduler"  # the part whose schedule the LQ image is noised by
 SCALING_FACTOR = 0.08333  # of the autoencoder; diffusers' pipeline sets it, whatever the files say
@@ -49,55 +51,29 @@ class SDUpscaler(StableDiffusion):
     extra_channels = 3
     noisy_condition = True
 
+    class Options(StableDiffusion.Options):
+        """Options of the upscaler; its latents are as large as the LQ image, and so are its tiles."""
+
+        tile_overlap: TileOverlap = 16
+        steps: Steps = 75
+        noise_level: int = Field(
+            20, ge=0, description="time of `low_res_scheduler` that the LQ image is noised as of; the UNet is told so"
+        )
+        guidance: Guidance = 9.0
+        negative_prompt: str = Field("", description="of the guidance")
+
+    options: Options
+
     @classmethod
-    def load(
-        cls,
-        base: str,
-        *,
-        steps: int = 75,
-        noise_level: int = 20,
-        guidance: float = 9.0,
-        prompt: str = "",
-        negative_prompt: str = "",
-        tile: int | None = None,
-        tile_overlap: int = 16,
-        revision: str | None = None,
-    ) -> Self:
-        """Load the pipeline, in float32 on the CPU.
-
-        Args:
-            base: diffusers folder or Hub id of the upscaler.
-            steps: of the sampler (deterministic DDIM).
-            noise_level: the LQ image is noised as of this time of the `low_res_scheduler`, and the UNet is told so.
-            guidance: classifier-free guidance scale; 1 means none.
-            prompt: text for images that bring none.
-            negative_prompt: of classifier-free guidance.
-            tile, tile_overlap: latents (pixels of the LQ image) of more than tile x tile are sampled in tiles; None
-                never cuts.
-            revision: branch, tag or commit of a Hub base.
-
-        Raises:
-            UserError: anything that cannot be had, read or fitted.
-        """
-        folder, _ = fetch(base, "base", (*PARTS, LOW_RES), revision)
+    def load(cls, base: str, options: Options) -> Self:
+        """Load the pipeline, in float32 on the CPU."""
+        folder, _ = fetch(base, "base", (*PARTS, LOW_RES), options.revision)
         if not (folder / LOW_RES).is_dir():
             raise UserError(f"base '{base}' has no folder '{LOW_RES}/': it is no Stable Diffusion upscaler")
         low_res, highest = scheduler_config(folder / LOW_RES), _highest_level(folder / "model_index.json")
-        parts = load_parts(base, revision)
+        parts = load_parts(base, options.revision)
         parts.vae.register_to_config(scaling_factor=SCALING_FACTOR)
-        return cls(
-            parts,
-            low_res,
-            base,
-            highest_level=highest,
-            steps=steps,
-            noise_level=noise_level,
-            guidance=guidance,
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            tile=tile,
-            tile_overlap=tile_overlap,
-        )
+        return cls(parts, base, options, low_res, highest)
 
     @classmethod
     def fits(cls, pipe: Any) -> bool:
@@ -107,16 +83,8 @@ class SDUpscaler(StableDiffusion):
         return getattr(pipe, LOW_RES, None) is not None and taken == latents + cls.extra_channels
 
     @classmethod
-    def from_pipeline(cls, pipe: Any, **options: Any) -> Self:
-        """An adapter on a live StableDiffusionUpscalePipeline.
-
-        Args:
-            pipe: its networks are shared, not copied, and stay where they are.
-            options: of `load`, but for the base and its revision.
-
-        Raises:
-            UserError: a part is missing or does not fit.
-        """
+    def from_pipeline(cls, pipe: Any, options: Options) -> Self:
+        """An adapter on a live StableDiffusionUpscalePipeline."""
         kind = type(pipe).__name__
         if getattr(pipe, LOW_RES, None) is None:
             raise UserError(f"{kind} has no {LOW_RES}: it is no Stable Diffusion upscaler")
@@ -124,35 +92,20 @@ class SDUpscaler(StableDiffusion):
         low_res = dict(getattr(pipe, LOW_RES).config)
         check_scheduler(low_res, f"{kind}.{LOW_RES}")
         highest = getattr(pipe, "config", {}).get("max_noise_level")
-        return cls(parts, low_res, identity, highest_level=highest, **options)
+        return cls(parts, identity, options, low_res, highest)
 
     def __init__(
-        self,
-        parts: Parts,
-        low_res: Mapping[str, Any],
-        base: str,
-        *,
-        highest_level: int | None = None,
-        steps: int = 75,
-        noise_level: int = 20,
-        guidance: float = 9.0,
-        prompt: str = "",
-        negative_prompt: str = "",
-        tile: int | None = None,
-        tile_overlap: int = 16,
+        self, parts: Parts, base: str, options: Options, low_res: Mapping[str, Any], highest_level: int | None
     ) -> None:
-        super().__init__(parts, base, compression(parts.vae), prompt)
-        if not (math.isfinite(guidance) and guidance >= 1):
-            raise UserError(f"guidance is {guidance}, expected a finite number, 1 (none) or more")
+        super().__init__(parts, base, options, compression(parts.vae))
         self._low_res = VP(make_scheduler(low_res).alphas_cumprod)
         classes = self.unet.config.get("num_class_embeds")
         limits = (int(self._low_res.last), None if classes is None else classes - 1, highest_level)
         highest = min(limit for limit in limits if limit is not None)
-        if not 0 <= noise_level <= highest:
-            raise UserError(f"noise_level is {noise_level}, expected 0 to {highest}")
-        self.steps = times(parts.scheduler, steps)
-        self.noise_level, self.guidance, self.negative_prompt = noise_level, guidance, negative_prompt
-        self.tiling = None if tile is None else Tiling(tile, tile_overlap)
+        if options.noise_level > highest:
+            raise UserError(f"noise_level is {options.noise_level}, expected 0 to {highest}")
+        self.steps = times(parts.scheduler, options.steps)
+        self.guidance = options.guidance
         self._to_one = bool(parts.scheduler.get("set_alpha_to_one", True))
 
     @property
@@ -170,8 +123,8 @@ class SDUpscaler(StableDiffusion):
             # Denoising starts from noise alone: only their shape matters, and encoding would be for nothing.
             latents=image.new_zeros(count, self.vae.config.latent_channels, height, width),
             size=(height * self.scale, width * self.scale),
-            negative=self._text((self.negative_prompt,) * count, count) if self.guidance != 1 else None,
-            control=self._low_res.add_noise(image, noise, self.noise_level),
+            negative=self._text((self.options.negative_prompt,) * count, count) if self.guidance != 1 else None,
+            control=self._low_res.add_noise(image, noise, self.options.noise_level),
         )
 
     def _start(self, condition: Condition, generator: Source | None) -> Tensor:
@@ -181,7 +134,7 @@ class SDUpscaler(StableDiffusion):
     def _predict(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         assert condition.control is not None
         seen = torch.cat([z_t, condition.control], 1).to(self.dtype)
-        level = torch.full_like(t, self.noise_level)
+        level = torch.full_like(t, self.options.noise_level)
         return self.unet(seen, t, condition.text.to(self.dtype), class_labels=level).sample
 
     def transition(self, z: Tensor, prediction: Tensor, t: float, t_next: float) -> tuple[Tensor, Coefficient]:

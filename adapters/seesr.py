@@ -6,29 +6,21 @@ embeddings of a tagger (RAM, or SeeSR's DAPE): tokens of 512 numbers, which come
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from rewardsr.adapter import Batch, Condition
 from rewardsr.adapters._networks import load_changed
-from rewardsr.adapters.stable_diffusion import (
-    Ancestral,
-    Parts,
-    load_parts,
-    parts_of,
-    times,
-)
+from rewardsr.adapters.stable_diffusion import Ancestral, Guidance, Parts, Steps, Tile, load_parts, parts_of, times
 from rewardsr.draws import Source
 from rewardsr.errors import UserError
 from rewardsr.hub.fetch import fetch
 from rewardsr.plugins import resolve
-from rewardsr.tiling import Tiling
 
 EMBEDDING = "ram"  # its name in Batch.extras, and in the files beside the images
-TEMPLATE = "{tags}, ,clean, high-resolution, 8k"
-NEGATIVE = "dotted, noise, blur, lowres, smooth"
 ALIKE = ("in_channels", "block_out_channels", "layers_per_block", "down_block_types", "attention_head_dim")
 
 Tagger = Callable[[Tensor], tuple[Tensor, Sequence[str]]]
@@ -40,73 +32,41 @@ class SeeSR(Ancestral):
     name = "seesr"
     extras = (EMBEDDING,)
 
+    class Options(Ancestral.Options):
+        """Options of SeeSR; its `prompt` are the tags of images that bring none, where there is no tagger."""
+
+        weights: str | None = Field(
+            None, description="folder or Hub id with SeeSR's `unet/` and `controlnet/`; null: those of the base"
+        )
+        tagger: str | None = Field(
+            None,
+            description="looks at images that bring no embeddings: `module:Name`, or a name of the entry-point group "
+            "`rewardsr.taggers`",
+        )
+        steps: Steps = 50
+        guidance: Guidance = 5.5
+        conditioning_scale: float = Field(1.0, description="of what the ControlNet adds to the UNet")
+        template: str = Field(
+            "{tags}, ,clean, high-resolution, 8k",
+            description="text around the tags; `{tags}`: the tags alone, as in RFSR's training. An empty prompt that "
+            "comes with an image stays empty",
+        )
+        negative_prompt: str = Field("dotted, noise, blur, lowres, smooth", description="of the guidance")
+        tile: Tile = 96
+
+    options: Options
+
     @classmethod
-    def load(
-        cls,
-        base: str,
-        *,
-        weights: str | None = None,
-        tagger: str | None = None,
-        steps: int = 50,
-        start_point: Literal["lq", "noise"] = "lq",
-        guidance: float = 5.5,
-        conditioning_scale: float = 1.0,
-        scale: int = 4,
-        prompt: str = "",
-        template: str = TEMPLATE,
-        negative_prompt: str = NEGATIVE,
-        tile: int | None = 96,
-        tile_overlap: int = 32,
-        tile_weights: Literal["centred", "original"] = "centred",
-        revision: str | None = None,
-    ) -> Self:
-        """Load the pipeline, in float32 on the CPU.
-
-        Args:
-            base: diffusers folder or Hub id with vae, text encoder, tokenizer and scheduler (Stable Diffusion 2 base).
-            weights: folder or Hub id with SeeSR's `unet/` and `controlnet/`; by default they lie in the base as well.
-            tagger: plug-in `module:Name` (or an entry point of group rewardsr.taggers) for images that bring no
-                embeddings: a function, or a class made without arguments, that turns images (B, 3, H, W) in [0, 1] at
-                output size into embeddings (B, tokens, 512) and one string of tags an image.
-            steps: of the sampler (ancestral DDPM).
-            start_point: "lq" starts from the LQ latents noised as of t=999, "noise" from noise alone.
-            guidance: classifier-free guidance scale.
-            conditioning_scale: of what the ControlNet adds to the UNet.
-            scale: `sr` is this many times `lq`; 1 for inputs already at output size.
-            prompt: tags of images that bring none, where there is no tagger.
-            template: text around the tags; "{tags}" for the tags alone, as in RFSR's training. An empty prompt that
-                comes with an image stays empty.
-            negative_prompt: of classifier-free guidance.
-            tile, tile_overlap: latents of more than tile x tile are sampled in tiles; None never cuts.
-            tile_weights: "centred", or "original", which lie half a latent pixel too low.
-            revision: branch, tag or commit of a Hub base.
-
-        Raises:
-            UserError: anything that cannot be had, read or fitted.
-        """
-        source = base if weights is None else weights
-        folder, _ = fetch(source, "weights", tuple(_KINDS))
+    def load(cls, base: str, options: Options) -> Self:
+        """Load the pipeline, in float32 on the CPU."""
+        source = base if options.weights is None else options.weights
+        folder, _ = fetch(source, "weights", tuple(_KINDS), options.revision if options.weights is None else None)
         for part in _KINDS:
             if not (folder / part).is_dir():
                 raise UserError(f"'{source}' has no folder '{part}/': expected SeeSR's unet/ and controlnet/")
         unet, controlnet = (_load(folder / part, kind) for part, kind in _KINDS.items())
-        return cls(
-            load_parts(base, revision, unet),
-            controlnet,
-            base if weights is None else f"{base} + {weights}",
-            tagger=tagger,
-            steps=steps,
-            start_point=start_point,
-            guidance=guidance,
-            conditioning_scale=conditioning_scale,
-            scale=scale,
-            prompt=prompt,
-            template=template,
-            negative_prompt=negative_prompt,
-            tile=tile,
-            tile_overlap=tile_overlap,
-            tile_weights=tile_weights,
-        )
+        identity = base if options.weights is None else f"{base} + {source}"
+        return cls(load_parts(base, options.revision, unet), identity, options, controlnet)
 
     @classmethod
     def fits(cls, pipe: Any) -> bool:
@@ -115,46 +75,18 @@ class SeeSR(Ancestral):
         return getattr(pipe, "controlnet", None) is not None and hasattr(middle, "image_attentions")
 
     @classmethod
-    def from_pipeline(cls, pipe: Any, **options: Any) -> Self:
-        """An adapter on a live pipeline: SeeSR's own object, or a diffusers ControlNet pipeline with its networks.
-
-        Args:
-            pipe: its networks are shared, not copied, and stay where they are.
-            options: of `load`, but for the base, its revision and the weights.
-
-        Raises:
-            UserError: a part is missing or does not fit.
-        """
+    def from_pipeline(cls, pipe: Any, options: Options) -> Self:
+        """An adapter on a live pipeline: SeeSR's own object, or a diffusers ControlNet pipeline with its networks."""
         if not cls.fits(pipe):
             raise UserError(
                 f"{type(pipe).__name__} is no SeeSR: it needs a controlnet, and a UNet with image_attentions"
             )
         parts, identity = parts_of(pipe)
-        return cls(parts, pipe.controlnet, identity, **options)
+        return cls(parts, identity, options, pipe.controlnet)
 
-    def __init__(
-        self,
-        parts: Parts,
-        controlnet: Any,
-        base: str,
-        *,
-        tagger: str | None = None,
-        steps: int = 50,
-        start_point: str = "lq",
-        guidance: float = 5.5,
-        conditioning_scale: float = 1.0,
-        scale: int = 4,
-        prompt: str = "",
-        template: str = TEMPLATE,
-        negative_prompt: str = NEGATIVE,
-        tile: int | None = 96,
-        tile_overlap: int = 32,
-        tile_weights: str = "centred",
-    ) -> None:
+    def __init__(self, parts: Parts, base: str, options: Options, controlnet: Any) -> None:
         _check_alike(base, parts.unet, controlnet)
-        if not guidance >= 1:
-            raise UserError(f"guidance is {guidance}, expected 1 (none) or more")
-        super().__init__(parts, base, scale, prompt, {"controlnet": controlnet})
+        super().__init__(parts, base, options, options.scale, {"controlnet": controlnet})
         self.controlnet = controlnet
         self.trainable = {"unet": self.unet, "controlnet": controlnet}
         # What RFSR trains in full: the UNet's image attentions, and all of the ControlNet (but its time embeddings).
@@ -162,24 +94,22 @@ class SeeSR(Ancestral):
             "unet": _layers(self.unet, lambda name: ".image_attentions." in name),
             "controlnet": _layers(self.controlnet, lambda name: "time_emb" not in name),
         }
-        self.steps = times(parts.scheduler, steps)
-        self.start_point, self.guidance, self.conditioning_scale = start_point, guidance, conditioning_scale
-        self.template, self.negative_prompt = template, negative_prompt
-        self.tiling = None if tile is None else Tiling(tile, tile_overlap, off_centre=tile_weights == "original")
+        self.steps = times(parts.scheduler, options.steps)
+        self.guidance = options.guidance
         self._width = _width(self.unet.state_dict())
-        self._tagger = None if tagger is None else _make_tagger(tagger)
+        self._tagger = None if options.tagger is None else _make_tagger(options.tagger)
 
     def _encode(self, batch: Batch, generator: Source | None) -> Condition:
         image = self.upsample(batch.lq)
         height, width = image.shape[-2:]
-        tokens, tags = self._look(batch, image)
+        tokens, tags = self._embeddings_and_tags(batch, image)
         padded = self.pad(image)
-        if self.start_point == "lq":
+        if self.options.start_point == "lq":
             latents = self.to_latents(image, generator)
         else:  # then only their shape matters, and encoding would be for nothing
             shape = (len(batch), self.vae.config.latent_channels, *(s // self.compression for s in padded.shape[-2:]))
             latents = torch.zeros(shape, device=self.device)
-        negative = self._text((self.negative_prompt,) * len(batch), len(batch)) if self.guidance != 1 else None
+        negative = self._text((self.options.negative_prompt,) * len(batch), len(batch)) if self.guidance != 1 else None
         return Condition(
             text=self._text([self._prompt(tag) for tag in tags], len(batch)),
             latents=latents,
@@ -193,30 +123,15 @@ class SeeSR(Ancestral):
         assert condition.control is not None
         z_t, text, control = (value.to(self.dtype) for value in (z_t, condition.text, condition.control))
         tokens = condition.extras[EMBEDDING].to(self.dtype)
+        seen = {"encoder_hidden_states": text, "return_dict": False}
+        strength = self.options.conditioning_scale
         down, middle = _attend(
-            self.controlnet,
-            tokens,
-            z_t,
-            t,
-            encoder_hidden_states=text,
-            controlnet_cond=control,
-            conditioning_scale=self.conditioning_scale,
-            return_dict=False,
+            self.controlnet, tokens, z_t, t, controlnet_cond=control, conditioning_scale=strength, **seen
         )
-        (prediction,) = _attend(
-            self.unet,
-            tokens,
-            z_t,
-            t,
-            encoder_hidden_states=text,
-            down_block_additional_residuals=down,
-            mid_block_additional_residual=middle,
-            return_dict=False,
-        )
-        made: Tensor = prediction
-        return made
+        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        return _attend(self.unet, tokens, z_t, t, **residuals, **seen)[0]
 
-    def _look(self, batch: Batch, image: Tensor) -> tuple[Tensor, list[str | None]]:
+    def _embeddings_and_tags(self, batch: Batch, image: Tensor) -> tuple[Tensor, list[str | None]]:
         """Embeddings (B, tokens, width) and tags: what came with the images, and from the tagger what did not."""
         tokens = batch.extras.get(EMBEDDING)
         tags: list[str | None] = [None] * len(batch) if batch.prompts is None else list(batch.prompts)
@@ -242,7 +157,7 @@ class SeeSR(Ancestral):
     def _prompt(self, tags: str | None) -> str:
         if tags == "":
             return ""
-        return self.template.replace("{tags}", self.prompt if tags is None else tags)
+        return self.options.template.replace("{tags}", self.options.prompt if tags is None else tags)
 
 
 def _tagged(tagger: Tagger, image: Tensor) -> tuple[Tensor, Sequence[str]]:
@@ -260,7 +175,11 @@ def _tagged(tagger: Tagger, image: Tensor) -> tuple[Tensor, Sequence[str]]:
 
 def _make_tagger(name: str) -> Tagger:
     made: Any = resolve("taggers", name)
-    tagger: Tagger = made() if isinstance(made, type) else made
+    try:
+        tagger: Tagger = made() if isinstance(made, type) else made
+    except Exception as error:  # a tagger may be a stranger's
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"tagger '{name}' cannot be made without arguments: {reason}") from error
     if not callable(tagger):
         raise UserError(f"tagger '{name}': expected a function, or a class whose instances can be called")
     return tagger
@@ -278,26 +197,27 @@ def add_image_attentions(network: Any, width: int) -> None:
     for block in (*network.down_blocks, network.mid_block, *getattr(network, "up_blocks", ())):
         if not hasattr(block, "attentions"):
             continue
-        twins = [_twin(text, width) for text in block.attentions]
+        twins = [_as_wide(text, width) for text in block.attentions]
         block.image_attentions = nn.ModuleList(twins)
         for text, image in zip(block.attentions, twins, strict=True):
 
-            def look(module: nn.Module, given: Any, result: Any, image: nn.Module = image) -> Any:
+            def attend_to_image(module: nn.Module, given: Any, result: Any, image: nn.Module = image) -> Any:
                 return image(result[0], encoder_hidden_states=network.image_tokens, return_dict=False)
 
-            text.register_forward_hook(look)
+            text.register_forward_hook(attend_to_image)
     network.image_tokens = None
     network.register_to_config(use_image_cross_attention=True)
 
 
-def _twin(text: Any, width: int) -> Any:
+def _as_wide(text: Any, width: int) -> Any:
+    """A new attention of the same configuration that attends to tokens of this width."""
     # Past `from_config`, which takes arguments that were given by position for defaults, and leaves them out.
     own = {name: value for name, value in text.config.items() if not name.startswith("_")}
     return type(text)(**{**own, "cross_attention_dim": width})
 
 
 def _attend(network: Any, tokens: Tensor, *arguments: Any, **options: Any) -> Any:
-    """Call a network with image embeddings: one of ours, or SeeSR's own class, which takes them as an argument."""
+    """Call a network, ours or SeeSR's own class, with image embeddings (B, tokens, width)."""
     if not hasattr(network, "image_tokens"):
         return network(*arguments, image_encoder_hidden_states=tokens, **options)
     network.image_tokens = tokens
@@ -341,13 +261,9 @@ def _layers(network: nn.Module, wanted: Callable[[str], bool]) -> tuple[str, ...
 
 def _check_alike(base: str, unet: Any, controlnet: Any) -> None:
     for key in ALIKE:
-        one, other = (getattr(network.config, key, None) for network in (unet, controlnet))
-        same = (
-            list(one) == list(other)
-            if isinstance(one, list | tuple) and isinstance(other, list | tuple)
-            else one == other
-        )
-        if not same:
+        values = (getattr(network.config, key, None) for network in (unet, controlnet))
+        one, other = (tuple(value) if isinstance(value, list) else value for value in values)
+        if one != other:
             raise UserError(f"'{base}': UNet and ControlNet do not fit each other: {key} is {one} and {other}")
     widths = [_width(network.state_dict()) for network in (unet, controlnet)]
     if widths[0] != widths[1]:

@@ -5,28 +5,38 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from rewardsr import options
 from rewardsr.adapter import BaseModel, Batch, Condition, ISRAdapter
-from rewardsr.adapters._networks import hush, load_network, read_part
+from rewardsr.adapters._networks import load_network, read_part
 from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError
 from rewardsr.hub.fetch import fetch
 from rewardsr.lora.fingerprint import fingerprint
 from rewardsr.schedule import VP
+from rewardsr.tiling import Tiling
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 CACHED_PROMPTS = 512  # embeddings kept on the device: 160 MB at the width of SD 2.1
+BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 # Every convolution and every attention and feed-forward projection of the UNet, as OSEDiff and GDPO-SR adapt them;
 # no time embeddings, norms or biases.
-BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 UNET_TARGETS = (
     *("conv_in", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "conv_out"),
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
 )
+
+# Options that several families have, each with a default of its own.
+Scale = Annotated[int, Field(ge=1, description="`sr` is this many times `lq`; 1 for inputs already at output size")]
+Steps = Annotated[int, Field(ge=1, description="of the sampler")]
+Guidance = Annotated[float, Field(ge=1, description="classifier-free guidance scale; 1: none")]
+Tile = Annotated[int | None, Field(description="latents larger than tile x tile are sampled in tiles; null: never")]
+TileOverlap = Annotated[int, Field(description="of neighbouring tiles, in latents")]
 
 
 @dataclass
@@ -62,7 +72,6 @@ def load_parts(base: str, revision: str | None = None, unet: Any = None) -> Part
     for part in needed:
         if not (folder / part).is_dir():
             raise UserError(f"base '{base}' has no folder '{part}/': expected a diffusers pipeline folder")
-    hush()
     from transformers import CLIPTextModel, CLIPTokenizer
 
     scheduler = scheduler_config(folder / "scheduler")
@@ -150,10 +159,10 @@ def times(config: Mapping[str, Any], count: int) -> tuple[int, ...]:
     """The times of a sampler of `count` steps, spaced as the configuration says.
 
     Raises:
-        UserError: fewer than one step, or more than the schedule has.
+        UserError: more steps than the schedule has.
     """
     scheduler = make_scheduler(config)
-    if not 1 <= count <= scheduler.config.num_train_timesteps:
+    if count > scheduler.config.num_train_timesteps:
         raise UserError(f"steps is {count}, expected 1 to {scheduler.config.num_train_timesteps}")
     scheduler.set_timesteps(count)
     # With an offset and very many steps the first time lies one past the end.
@@ -186,19 +195,40 @@ def check_fit(base: str, parts: Parts) -> None:
 class StableDiffusion(ISRAdapter):
     """Common ground of adapters on SD-shaped parts; a family adds `_start`, its times and what else it encodes.
 
-    Its constructor takes in `more` the networks that a family has besides, by component.
+    Args:
+        parts: loaded, or taken from a live pipeline.
+        base: id or path of the base weights.
+        options: of the family.
+        scale: `sr` is this many times `lq`.
+        more: networks that the family has besides, by component.
 
     Attributes:
         extra_channels: what the UNet takes beside the latents.
     """
 
+    class Options(options.Options):
+        """Options of every family; most have a `Scale`, too."""
+
+        prompt: str = Field("", description="text for images that bring none")
+        tile: Tile = None
+        tile_overlap: TileOverlap = 32
+        revision: str | None = Field(None, description="branch, tag or commit of a Hub base")
+
+        def tiling(self) -> Tiling | None:
+            """How latents are cut."""
+            return None if self.tile is None else Tiling(self.tile, self.tile_overlap)
+
+        @model_validator(mode="after")
+        def _tiles_fit(self) -> Self:
+            self.tiling()
+            return self
+
     extra_channels: ClassVar[int] = 0
+    options: Options
 
     def __init__(
-        self, parts: Parts, base: str, scale: int, prompt: str, more: Mapping[str, nn.Module] | None = None
+        self, parts: Parts, base: str, options: Options, scale: int, more: Mapping[str, nn.Module] | None = None
     ) -> None:
-        if scale < 1:
-            raise UserError(f"scale is {scale}, expected 1 or more")
         taken = parts.unet.config.in_channels
         if taken != parts.vae.config.latent_channels + self.extra_channels:
             raise UserError(
@@ -206,7 +236,7 @@ class StableDiffusion(ISRAdapter):
                 f"{parts.vae.config.latent_channels} of latents and {self.extra_channels} more"
             )
         self.unet, self.vae = parts.unet, parts.vae
-        self.scale, self.prompt = scale, prompt
+        self.options, self.scale, self.tiling = options, scale, options.tiling()
         self.size_multiple = compression(parts.vae)
         self.networks = {"unet": self.unet, **(more or {}), "vae": self.vae}
         self.trainable = {"unet": self.unet}
@@ -241,7 +271,7 @@ class StableDiffusion(ISRAdapter):
     def _text(self, prompts: Sequence[str | None] | None, count: int) -> Tensor:
         """(count, L, D) float32 embeddings; each prompt is encoded once; the text encoder then goes back."""
         given = prompts if prompts is not None else (None,) * count
-        wanted = [self.prompt if prompt is None else prompt for prompt in given]
+        wanted = [self.options.prompt if prompt is None else prompt for prompt in given]
         new = [prompt for prompt in dict.fromkeys(wanted) if prompt not in self._embeddings]
         if new:
             # A tokenizer without its own config file names no length.
@@ -289,16 +319,28 @@ class StableDiffusion(ISRAdapter):
 
 
 class Ancestral(StableDiffusion):
-    """Common ground of families that take many steps of ancestral DDPM, starting near the LQ image.
+    """Common ground of families that take many steps of ancestral DDPM (eq. 6 and 7), starting near the LQ image."""
 
-    Attributes:
-        start_point: "lq" starts from the LQ latents noised as of the last time, whatever the first step is; "noise"
-            from noise alone.
-    """
+    class Options(StableDiffusion.Options):
+        """Options of SeeSR and StableSR."""
+
+        scale: Scale = 4
+        start_point: Literal["lq", "noise"] = Field(
+            "lq", description="lq: the LQ latents, noised as of the schedule's last time; noise: noise alone"
+        )
+        tile_weights: Literal["centred", "original"] = Field(
+            "centred", description="original: half a latent pixel too low, as released"
+        )
+
+        def tiling(self) -> Tiling | None:
+            """How latents are cut."""
+            if self.tile is None:
+                return None
+            return Tiling(self.tile, self.tile_overlap, off_centre=self.tile_weights == "original")
 
     noisy_condition = True
     eta = 1.0
-    start_point: str = "lq"
+    options: Options
 
     @property
     def deterministic(self) -> bool:
@@ -308,7 +350,7 @@ class Ancestral(StableDiffusion):
     def _start(self, condition: Condition, generator: Source | None) -> Tensor:
         assert generator is not None  # `start` has seen to it
         noise = draw(condition.latents.shape, generator, device=condition.latents.device)
-        if self.start_point == "noise":
+        if self.options.start_point == "noise":
             return noise
         return self.schedule.add_noise(condition.latents, noise, self.schedule.last)
 

@@ -5,8 +5,9 @@ and shift the residual of each residual block (`_sft.py`). Released checkpoints 
 """
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
+from pydantic import Field
 from torch import Tensor
 
 from rewardsr.adapter import Condition
@@ -17,10 +18,9 @@ from rewardsr.adapters._stablesr_checkpoint import (
     read_checkpoint,
     read_folder,
 )
-from rewardsr.adapters.stable_diffusion import Ancestral, Parts, check_scheduler, load_parts
+from rewardsr.adapters.stable_diffusion import Ancestral, Parts, Steps, Tile, check_scheduler, load_parts
 from rewardsr.errors import UserError
 from rewardsr.hub.fetch import fetch
-from rewardsr.tiling import Tiling
 
 __all__ = ["StableSR", "import_checkpoint", "respaced"]
 
@@ -31,81 +31,39 @@ class StableSR(Ancestral):
     name = "stablesr"
     licence = "S-Lab License 1.0 (non-commercial)"  # of the released weights
 
+    class Options(Ancestral.Options):
+        """Options of StableSR, which was trained with the empty prompt."""
+
+        weights: str | None = Field(
+            None,
+            description="folder or Hub id that `rewardsr import stablesr` has written, or a released checkpoint itself "
+            "(`.ckpt`, `.safetensors`; slower); null: `unet/` and `struct_encoder/` of the base",
+        )
+        steps: Steps = 200
+        tile: Tile = 64
+
+    options: Options
+
     @classmethod
-    def load(
-        cls,
-        base: str,
-        *,
-        weights: str | None = None,
-        steps: int = 200,
-        start_point: Literal["lq", "noise"] = "lq",
-        scale: int = 4,
-        prompt: str = "",
-        tile: int | None = 64,
-        tile_overlap: int = 32,
-        tile_weights: Literal["centred", "original"] = "centred",
-        revision: str | None = None,
-    ) -> Self:
-        """Load the pipeline, in float32 on the CPU.
-
-        Args:
-            base: diffusers folder or Hub id with vae, text encoder, tokenizer and scheduler (Stable Diffusion 2.1).
-            weights: folder or Hub id that `rewardsr import stablesr` has written (`unet/` and `struct_encoder/`), or a
-                released checkpoint itself (`.ckpt`, `.safetensors`; slower to load). By default the folders lie in the
-                base. The UNet's configuration says what it predicts; else the base's scheduler does.
-            steps: of the sampler (ancestral DDPM on respaced times).
-            start_point: "lq" starts from the LQ latents noised as of t=999, "noise" from noise alone.
-            scale: `sr` is this many times `lq`; 1 for inputs already at output size.
-            prompt: text for images that bring none; StableSR was trained with the empty one.
-            tile, tile_overlap: latents of more than tile x tile are sampled in tiles; None never cuts.
-            tile_weights: "centred", or "original", which lie half a latent pixel too low.
-            revision: branch, tag or commit of a Hub base.
-
-        Raises:
-            UserError: anything that cannot be had, read or fitted.
-        """
-        unet, encoder = _networks(base if weights is None else weights)
-        parts = load_parts(base, revision, unet)
+    def load(cls, base: str, options: Options) -> Self:
+        """Load the pipeline. The UNet's configuration says what it predicts; else the base's scheduler does."""
+        source = base if options.weights is None else options.weights
+        unet, encoder = _networks(source, options.revision if options.weights is None else None)
+        parts = load_parts(base, options.revision, unet)
         if PREDICTION in unet.config:
             parts.scheduler = {**parts.scheduler, PREDICTION: unet.config[PREDICTION]}
-            check_scheduler(parts.scheduler, f"{base if weights is None else weights}/unet")
-        return cls(
-            parts,
-            encoder,
-            base if weights is None else f"{base} + {weights}",
-            steps=steps,
-            start_point=start_point,
-            scale=scale,
-            prompt=prompt,
-            tile=tile,
-            tile_overlap=tile_overlap,
-            tile_weights=tile_weights,
-        )
+            check_scheduler(parts.scheduler, f"{source}/unet")
+        return cls(parts, base if options.weights is None else f"{base} + {source}", options, encoder)
 
-    def __init__(
-        self,
-        parts: Parts,
-        encoder: Any,
-        base: str,
-        *,
-        steps: int = 200,
-        start_point: str = "lq",
-        scale: int = 4,
-        prompt: str = "",
-        tile: int | None = 64,
-        tile_overlap: int = 32,
-        tile_weights: str = "centred",
-    ) -> None:
-        super().__init__(parts, base, scale, prompt, {"struct_encoder": encoder})
+    def __init__(self, parts: Parts, base: str, options: Options, encoder: Any) -> None:
+        super().__init__(parts, base, options, options.scale, {"struct_encoder": encoder})
         self.struct_encoder = encoder
         _check_fit(base, self.unet, encoder)
-        self.start_point = start_point
         self._multiple = 2 ** (len(self.unet.config.block_out_channels) - 1)  # features are not resized
         self.size_multiple *= self._multiple
-        if tile is not None and tile % self._multiple:
-            raise UserError(f"tile is {tile}, expected a multiple of {self._multiple} latents")
-        self.steps = respaced(steps, int(self.schedule.last) + 1)
-        self.tiling = None if tile is None else Tiling(tile, tile_overlap, off_centre=tile_weights == "original")
+        if options.tile is not None and options.tile % self._multiple:
+            raise UserError(f"tile is {options.tile}, expected a multiple of {self._multiple} latents")
+        self.steps = respaced(options.steps, int(self.schedule.last) + 1)
 
     def _predict(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         from rewardsr.adapters._sft import modulated
@@ -114,8 +72,7 @@ class StableSR(Ancestral):
         if height % self._multiple or width % self._multiple:
             raise ValueError(f"predict: latents are {height} x {width}, expected multiples of {self._multiple}")
         features = self.struct_encoder(condition.latents.to(self.dtype), t)
-        prediction: Tensor = modulated(self.unet, features, z_t.to(self.dtype), t, condition.text.to(self.dtype)).sample
-        return prediction
+        return modulated(self.unet, features, z_t.to(self.dtype), t, condition.text.to(self.dtype)).sample
 
 
 def respaced(count: int, times: int) -> tuple[int, ...]:
@@ -125,9 +82,9 @@ def respaced(count: int, times: int) -> tuple[int, ...]:
     from that by one at a step of most odd counts.
 
     Raises:
-        UserError: fewer than one step, or more than the schedule has.
+        UserError: more steps than the schedule has.
     """
-    if not 1 <= count <= times:
+    if count > times:
         raise UserError(f"steps is {count}, expected 1 to {times}")
     stride, place, taken = (times - 1) / max(1, count - 1), 0.0, []
     for _ in range(count):
@@ -136,14 +93,14 @@ def respaced(count: int, times: int) -> tuple[int, ...]:
     return tuple(reversed(taken))
 
 
-def _networks(source: str) -> tuple[Any, Any]:
+def _networks(source: str, revision: str | None) -> tuple[Any, Any]:
     """UNet and encoder of a folder, a Hub id or a checkpoint."""
     path = Path(source).expanduser()
     if path.is_file():
         unet, encoder = read_checkpoint(path)
         note_prediction(path, unet, encoder)
         return unet, encoder
-    folder, _ = fetch(source, "weights", ("unet", "struct_encoder"))
+    folder, _ = fetch(source, "weights", ("unet", "struct_encoder"), revision)
     return read_folder(folder)
 
 

@@ -7,11 +7,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from rewardsr import Batch
+from rewardsr import Batch, Options
+
+
+class ContrastOptions(Options):
+    window: int = 8  # pixels a side; in a recipe: {name: "custom_reward:Contrast", options: {window: 16}}
 
 
 class Contrast:
-    """Agreement of the standard deviation in 8 x 8 windows with that of HQ; 0 is perfect, less is worse."""
+    """Agreement of the standard deviation in square windows with that of HQ; 0 is perfect, less is worse."""
+
+    Options = ContrastOptions
 
     name = "contrast"
     differentiable = True
@@ -19,13 +25,15 @@ class Contrast:
     licence = "Apache-2.0"
     kind = "detail"
 
+    def __init__(self, options: ContrastOptions) -> None:
+        self._window = options.window
+
     def __call__(self, sr: Tensor, batch: Batch) -> Tensor:
         """(B,) scores of `sr` (B, 3, H, W) in [0, 1], one an image."""
         assert batch.hq is not None
-        difference = self._deviation(sr) - self._deviation(batch.hq)
-        return -difference.abs().mean((1, 2, 3))
+        return -(self._deviation(sr) - self._deviation(batch.hq)).abs().mean((1, 2, 3))
 
     def _deviation(self, image: Tensor) -> Tensor:
         gray = image.mean(1, keepdim=True)
-        variance = avg_pool2d(gray.square(), 8) - avg_pool2d(gray, 8).square()
+        variance = avg_pool2d(gray.square(), self._window) - avg_pool2d(gray, self._window).square()
         return torch.sqrt(variance.clamp(min=0) + 1e-6)

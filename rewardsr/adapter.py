@@ -9,8 +9,9 @@ Tensors at every public boundary:
 
 `rewardsr.batch` has what goes in (`Batch`) and what denoising is conditioned on (`Condition`).
 
-An adapter writes five hooks (`_encode`, `_start`, `_predict`, `_to_latents`, `_to_image`); their public namesakes check
-what they are given, call them in the adapter's precision, and give float32 back.
+An adapter declares its `Options`, says how to `load`, and writes five hooks (`_encode`, `_start`, `_predict`,
+`_to_latents`, `_to_image`); their public namesakes check what they are given, call them in the adapter's precision, and
+give float32 back.
 """
 
 from abc import ABC, abstractmethod
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from rewardsr.batch import Batch, Condition
 from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError
+from rewardsr.options import Options
 from rewardsr.schedule import Coefficient, Schedule, Time
 from rewardsr.tiling import Tiling
 
@@ -44,6 +46,7 @@ class ISRAdapter(ABC):
 
     Attributes:
         name: registered name of the family.
+        Options: what users can set, a subclass of `rewardsr.Options`.
         scale: `sr` is this many times `lq`; 1 for inputs already at output size.
         size_multiple: the upsampled image is padded (replicate) to a multiple of this many pixels.
         schedule: how latents are noised, and what the network's predictions mean.
@@ -65,6 +68,7 @@ class ISRAdapter(ABC):
     """
 
     name: ClassVar[str] = ""
+    Options: ClassVar[type[Options]] = Options
     scale: int
     size_multiple: int
     schedule: Schedule
@@ -183,6 +187,25 @@ class ISRAdapter(ABC):
 
     # ---- what every adapter must also say ----
 
+    @classmethod
+    @abstractmethod
+    def load(cls, base: str, options: Any) -> Self:
+        """An adapter on a local diffusers folder or a Hub id, in float32 on the CPU.
+
+        Args:
+            base: folder or Hub id.
+            options: an instance of the adapter's `Options`.
+
+        Raises:
+            UserError: anything that cannot be had, read or fitted.
+        """
+
+    @classmethod
+    def scale_of(cls, options: Any) -> int | None:
+        """`scale` as far as the options tell it before anything is loaded; None: only the loaded pipeline knows."""
+        scale: int | None = getattr(options, "scale", None)
+        return scale
+
     @property
     def deterministic(self) -> bool:
         """Whether sampling draws no noise, so that a group of samples would be copies of one."""
@@ -202,8 +225,12 @@ class ISRAdapter(ABC):
         return False
 
     @classmethod
-    def from_pipeline(cls, pipe: Any, **options: Any) -> Self:
+    def from_pipeline(cls, pipe: Any, options: Any) -> Self:
         """An adapter on the networks of a live pipeline object: shared, not copied, and left where they are.
+
+        Args:
+            pipe: any object with the networks that the family needs.
+            options: an instance of the adapter's `Options`; what it says of loading has no meaning here.
 
         Raises:
             UserError: the family takes no live pipelines, or the parts do not fit each other.

@@ -173,9 +173,11 @@ def upscale(
 ) -> None:
     """Super-resolve images, with a LoRA or without."""
     from rewardsr.evaluation.upscale import upscale as run_upscale
-    from rewardsr.pipelines import open_pipeline
+    from rewardsr.pipelines import open_run
 
-    pipeline = open_pipeline(run, adapter, base, option or [], lora or [], strength, device, precision, force_base)
+    pipeline, _ = open_run(
+        run, adapter, base, option, lora, strength=strength, device=device, precision=precision, force_base=force_base
+    )
     run_upscale(pipeline, inputs, output, color_fix=color_fix, prompts=prompts, seed=seed, overwrite=overwrite)
 
 
@@ -203,10 +205,10 @@ def evaluate(
     if run is None and not lora:
         raise UserError("evaluate compares base and tuned: give --run, or --lora")
     from rewardsr.evaluation import protocol
-    from rewardsr.pipelines import open_pipeline
+    from rewardsr.pipelines import open_run
     from rewardsr.storage import write_text
 
-    pipeline = open_pipeline(run, adapter, base, option or [], lora or [], 1.0, device, precision, force_base)
+    pipeline, _ = open_run(run, adapter, base, option, lora, device=device, precision=precision, force_base=force_base)
     names = [name.strip() for name in metrics.split(",") if name.strip()]
     found = protocol.evaluate(pipeline, data, names, draws_per_image=draws, seed=seed, limit=limit, prompts=prompts)
     typer.echo(found)
@@ -228,10 +230,12 @@ def export(
 ) -> None:
     """Write a LoRA in the form of another program; merged networks serve as an adapter's `weights`."""
     from rewardsr.lora import exchange
-    from rewardsr.pipelines import open_pipeline
+    from rewardsr.pipelines import open_run
 
     exchange.check_output(output, form)
-    pipeline = open_pipeline(run, adapter, base, option or [], lora or [], strength, "cpu", "fp32", force_base)
+    pipeline, _ = open_run(
+        run, adapter, base, option, lora, strength=strength, device="cpu", precision="fp32", force_base=force_base
+    )
     for path in sorted(exchange.export(pipeline, output, form).rglob("*")):
         if path.is_file():
             typer.echo(path)
@@ -248,10 +252,10 @@ def import_lora(
     """Turn a LoRA of another program into one that every command here loads; pickles never run code."""
     from rewardsr import lora
     from rewardsr.lora import exchange
-    from rewardsr.pipelines import open_pipeline
+    from rewardsr.pipelines import open_run
 
     exchange.check_output(output)
-    pipeline = open_pipeline(None, adapter, base, option or [], [], 1.0, "cpu", "fp32", False)
+    pipeline, _ = open_run(None, adapter, base, option, device="cpu", precision="fp32")
     path = exchange.import_lora(pipeline, source, output)
     rank, alpha = lora.rank_and_alpha(pipeline)
     typer.echo(f"rank {rank}, alpha {alpha:g}: {path}")
@@ -329,12 +333,19 @@ def search(
 
 
 @app.command()
-def adapters() -> None:
-    """List the pipelines that can be fine-tuned."""
-    from rewardsr.pipelines import describe_adapters
+def adapters(
+    name: Annotated[str | None, typer.Argument(help="registered adapter, or module:Name: lists its options")] = None,
+) -> None:
+    """List the pipelines that can be fine-tuned, or the options of one."""
+    from rewardsr.options import describe
+    from rewardsr.pipelines import adapter_class, describe_adapters
 
-    for name, text in describe_adapters():
-        typer.echo(f"{name:<16} {text}")
+    if name is not None:
+        for option in describe(adapter_class(name).Options):
+            typer.echo(f"{option.name} ({option.type}, default {option.default}): {option.description}")
+        return
+    for registered, text in describe_adapters():
+        typer.echo(f"{registered:<16} {text}")
 
 
 @app.command()

@@ -1,7 +1,9 @@
-"""Options that users set: strict models, and one line for the first thing that is wrong."""
+"""Options that users set: strict models, one line for the first thing that is wrong, and the list of what there is."""
 
 from collections.abc import Mapping
-from typing import Any, TypeVar, get_args
+from pathlib import PurePath
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -21,20 +23,59 @@ def parse(model: type[Model], content: Mapping[str, Any], where: str) -> Model:
 
     Args:
         model: subclass of `Options`.
-        content: keys and values.
+        content: keys and values; a path counts as its text, which is what recipes and LoRA files hold.
         where: what to call them in a message.
 
     Raises:
         UserError: the first thing that is wrong: an unknown key (the nearest is named), a missing or a wrong value.
     """
     try:
-        return model.model_validate(dict(content))
+        return model.model_validate(
+            {key: str(value) if isinstance(value, PurePath) else value for key, value in content.items()}
+        )
     except ValidationError as error:
         # A key that is misspelt is missing under its right name, too: say the former.
         first = min(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
         raise UserError(
             f"{where}: {_explain(model, first['loc'], first['type'], first['msg'], first['input'])}"
         ) from error
+
+
+class Option(NamedTuple):
+    """One option of a model, in words."""
+
+    name: str
+    type: str
+    default: str
+    description: str
+
+
+def describe(model: type[Options]) -> list[Option]:
+    """All options of a model, in its order."""
+    return [
+        Option(
+            name,
+            _in_words(entry.annotation),
+            "required" if entry.is_required() else _default(entry.get_default(call_default_factory=True)),
+            entry.description or "",
+        )
+        for name, entry in model.model_fields.items()
+    ]
+
+
+def _in_words(annotation: Any) -> str:
+    """A type as recipes have it: "int or null", "lq or noise"."""
+    if get_origin(annotation) is Literal:
+        return " or ".join(map(str, get_args(annotation)))
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(map(_in_words, get_args(annotation)))
+    if annotation is NoneType:
+        return "null"
+    return annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
+
+
+def _default(value: Any) -> str:
+    return "null" if value is None else repr(value) if value == "" else str(value)
 
 
 def _explain(model: type[BaseModel], loc: tuple[int | str, ...], kind: str, message: str, value: Any) -> str:

@@ -1,21 +1,19 @@
 """Where every command and the Python API get a pipeline: loaded, taken from memory, or as a run left it."""
 
-import difflib
-import inspect
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
-from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from rewardsr import lora
 from rewardsr.adapter import ISRAdapter
 from rewardsr.errors import UserError
 from rewardsr.hub.fetch import fetch_lora, is_reference
-from rewardsr.plugins import names, resolve
+from rewardsr.options import describe, parse
+from rewardsr.plugins import names, resolve_class
 from rewardsr.run_folder import RECIPE
 from rewardsr.train import recipe as recipes
 from rewardsr.train.recipe import Recipe
@@ -39,14 +37,12 @@ def load_adapter(
         base: local diffusers folder, Hub id, or "embedded" for the small pipeline that comes along.
         device: where the networks go.
         dtype: precision that they compute in; a LoRA stays float32.
-        options: of the adapter's own `load`; osediff: weights, noise_t, net_t, scale, prompt, revision.
+        options: of the adapter (`rewardsr adapters NAME` lists them).
 
     Raises:
         UserError: unknown adapter or option, or the base cannot be had, read or fitted.
     """
-    given = {key: value for key, value in adapter_options(name, options).items() if key in options}
-    adapter: ISRAdapter = resolve("adapters", name).load(str(base), **given)
-    return adapter.to(device, dtype)
+    return adapter_class(name).load(str(base), adapter_options(name, options)).to(device, dtype)
 
 
 def wrap(pipe: Any, name: str | None = None, **options: Any) -> ISRAdapter:
@@ -58,22 +54,26 @@ def wrap(pipe: Any, name: str | None = None, **options: Any) -> ISRAdapter:
     Args:
         pipe: an object with `unet`, `vae`, `text_encoder`, `tokenizer` and `scheduler`, as diffusers' pipelines are.
         name: registered adapter, or `module:Name`; by default the one that fits.
-        options: of the adapter's own `load`, but for what is loaded from where.
+        options: of the adapter, but for what is loaded from where.
 
     Raises:
         UserError: no adapter fits (the known ones are named), several do, or parts or options do not.
     """
-    kinds = {key: resolve("adapters", key) for key in (names("adapters") if name is None else [name])}
+    kinds, broken = {}, []
+    for key in names("adapters") if name is None else [name]:
+        try:
+            kinds[key] = adapter_class(key)
+        except UserError as error:
+            if name is not None:
+                raise
+            broken.append(str(error))  # a stranger's, and perhaps not the one that is needed
     fitting = [key for key, kind in kinds.items() if name is not None or _fits(kind, pipe)]
     if len(fitting) != 1:
-        found = f"these do: {', '.join(fitting)}; give name=" if fitting else f"known: {', '.join(kinds)}"
+        found = f"these do: {', '.join(fitting)}; give name=" if fitting else f"known: {', '.join([*kinds, *broken])}"
         raise UserError(f"expected one adapter that fits {type(pipe).__name__}; {found} (or give name='module:Name')")
-    kind = kinds[fitting[0]]
     for option in LOADING & options.keys():
         raise UserError(f"wrap: '{option}' says what to load, and this pipeline is in memory already: leave it out")
-    checked = adapter_options(fitting[0], options)
-    adapter: ISRAdapter = kind.from_pipeline(pipe, **{key: checked[key] for key in options})
-    return adapter
+    return kinds[fitting[0]].from_pipeline(pipe, adapter_options(fitting[0], options))
 
 
 def _fits(kind: Any, pipe: Any) -> bool:
@@ -108,48 +108,36 @@ def load_lora(
     return adapter
 
 
-def adapter_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of an adapter's `load`, checked against its signature, defaults filled in.
+def adapter_class(name: str) -> type[ISRAdapter]:
+    """The adapter of this name.
+
+    Args:
+        name: registered adapter, or `module:Name`.
+
+    Raises:
+        UserError: there is none, or it breaks the contract.
+    """
+    return resolve_class("adapters", name, ISRAdapter)  # type: ignore[type-abstract]  # only its subclasses are made
+
+
+def adapter_options(name: str, given: Mapping[str, Any]) -> Any:
+    """Options of an adapter, checked, defaults filled in: an instance of its `Options`.
 
     Args:
         name: registered adapter, or `module:Name`.
         given: what was chosen; values of the right kind may come as text.
 
     Raises:
-        UserError: unknown adapter, an option that it does not have (the nearest is named), or a value of another type.
+        UserError: unknown adapter, an option that it does not have (the nearest is named), or a value it cannot have.
     """
-    kind = resolve("adapters", name)
-    if not callable(getattr(kind, "load", None)):
-        raise UserError(f"adapter '{name}' has no `load(base, ...)`: expected a class like rewardsr.ISRAdapter")
-    parameters = {
-        key: entry
-        for key, entry in inspect.signature(kind.load).parameters.items()
-        if key != "base" and entry.kind not in (entry.VAR_KEYWORD, entry.VAR_POSITIONAL)
-    }
-    chosen = {key: entry.default for key, entry in parameters.items() if entry.default is not entry.empty}
-    for key, value in given.items():
-        if key not in parameters:
-            close = difflib.get_close_matches(key, parameters, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(parameters) or 'none'}"
-            raise UserError(f"adapter '{name}' has no option '{key}': {hint}")
-        try:
-            # A path is as good as its text, and text is what recipes and LoRA files hold.
-            chosen[key] = _type_of(kind.load, key).validate_python(str(value) if isinstance(value, Path) else value)
-        except ValidationError as error:
-            message = error.errors()[0]["msg"]
-            raise UserError(f"adapter '{name}': {key} is {value!r}: {message[:1].lower()}{message[1:]}") from error
-    missing = [key for key in parameters if key not in chosen]
-    if missing:
-        raise UserError(f"adapter '{name}' needs the option '{missing[0]}'")
-    return chosen
+    return parse(adapter_class(name).Options, given, f"adapter '{name}'")
 
 
-def _type_of(function: Callable[..., Any], parameter: str) -> TypeAdapter[Any]:
-    """What checks a parameter's values; anything passes where it says no type, or one that cannot be checked."""
-    try:
-        return TypeAdapter(get_type_hints(function).get(parameter, Any))
-    except (NameError, TypeError, PydanticUserError):
-        return TypeAdapter(Any)
+def options_table(name: str) -> str:
+    """The options of an adapter as a Markdown table, as adapters/README.md has it."""
+    rows = [("option", "type", "default", "meaning"), ("---",) * 4]
+    rows += [(f"`{o.name}`", o.type, f"`{o.default}`", o.description) for o in describe(adapter_class(name).Options)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def choose_device(device: str, precision: str) -> tuple[torch.device, torch.dtype]:
@@ -180,27 +168,32 @@ def choose_device(device: str, precision: str) -> tuple[torch.device, torch.dtyp
     return chosen, torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def open_pipeline(
-    run: str | None,
-    adapter: str,
-    base: str | None,
-    options: list[str],
-    loras: list[str],
-    strength: float,
-    device: str,
-    precision: str,
-    force_base: bool,
-) -> ISRAdapter:
+def open_run(
+    run: str | None = None,
+    adapter: str = "osediff",
+    base: str | None = None,
+    options: Sequence[str] | None = None,
+    loras: Sequence[str] | None = None,
+    *,
+    strength: float = 1.0,
+    device: str = "auto",
+    precision: str = "auto",
+    force_base: bool = False,
+) -> tuple[ISRAdapter, Recipe | None]:
     """Load a pipeline and, where there is one, its LoRA.
 
     Args:
         run: folder of a run, or "user/name[@revision]" on the Hub; its recipe names adapter, base and options, and its
             LoRA is loaded.
-        adapter, base, options: without a run; options are `key=value` strings.
+        adapter, base: without a run.
+        options: `key=value` strings; they override those of the recipe.
         loras: LoRA files, folders or Hub references, instead of the run's; `:weight` behind one is its share.
         strength: scale of the LoRA.
         device, precision: as in a recipe.
         force_base: load the LoRA although it belongs to another base.
+
+    Returns:
+        The pipeline, and the recipe of the run.
 
     Raises:
         UserError: neither run nor base, or anything that cannot be had.
@@ -209,6 +202,7 @@ def open_pipeline(
         raise UserError(f"strength is {strength}, expected a finite number")
     chosen, dtype = choose_device(device, precision)
     settings: dict[str, Any] = {}
+    recipe = None
     if run is not None:
         if base is not None:
             raise UserError("give --run or --base, not both")
@@ -222,14 +216,14 @@ def open_pipeline(
         raise UserError(
             "say which pipeline: --run FOLDER of a run, or --base with a diffusers folder, a Hub id or 'embedded'"
         )
-    settings |= recipes.assignments_of(options, "--option")
+    settings |= recipes.assignments_of(list(options or ()), "--option")
     pipeline = load_adapter(adapter, base, device=chosen, dtype=dtype, **settings)
-    parts = [weighted(text) for text in loras]
+    parts = [weighted(text) for text in loras or ()]
     if len(parts) == 1:
         lora.load(pipeline, parts[0][0], strength * parts[0][1], force_base)
     elif parts:
         lora.load_several(pipeline, [(source, strength * weight) for source, weight in parts], force_base)
-    return pipeline
+    return pipeline, recipe
 
 
 def _refuse_code(recipe: Recipe, run: str) -> None:
@@ -268,8 +262,8 @@ def describe_adapters() -> list[tuple[str, str]]:
     described = []
     for name in names("adapters"):
         try:
-            text = (resolve("adapters", name).__doc__ or "").strip()
-        except Exception as error:  # of another package: a list is no place to stop at a stranger's mistake
+            text = (adapter_class(name).__doc__ or "").strip()
+        except UserError as error:  # of another package: a list is no place to stop at a stranger's mistake
             text = f"does not load: {error}"
         described.append((name, text.partition("\n")[0]))
     return described

@@ -26,7 +26,7 @@ class Row:
 
     Attributes:
         name: of the row.
-        adapter: registered name.
+        adapter: registered name, or `module:Name`.
         base: which of `bases`.
         options: of the adapter.
         extras: whether image embeddings lie beside the images.
@@ -48,6 +48,7 @@ ROWS = (
     Row("seesr, files", "seesr", "seesr", {"steps": SAMPLER}, extras=True),
     Row("sd_upscaler", "sd_upscaler", "upscaler", {"steps": SAMPLER}),
     Row("stablesr", "stablesr", "stablesr", {"steps": SAMPLER}),
+    Row("flow", "rewardsr.testing.flow:TinyFlow", "flow", {"steps": SAMPLER, "guidance": 1.5}),
 )
 
 # What each trainer gets besides its defaults; the narrow VGG19 is here so that RFSR's style term runs.
@@ -63,6 +64,7 @@ def bases(folder: Path) -> dict[str, str]:
         "sd": str(tiny_pipeline(folder / "sd")),
         "upscaler": str(tiny_pipeline(folder / "upscaler", family="upscaler")),
         "stablesr": str(tiny_pipeline(folder / "stablesr", family="stablesr")),
+        "flow": str(tiny_pipeline(folder / "flow", family="flow")),
         "seesr": str(DATA / "tiny_seesr"),
     }
 

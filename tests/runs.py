@@ -11,9 +11,17 @@ from torch import Tensor
 
 from rewardsr import run_folder
 from rewardsr.adapter import Batch
+from rewardsr.options import Options
 
 MAIN = "runs:Brightness"
 OPTIONS = {"group_size": 2, "preference": "conditional", "beta": 100.0}
+
+
+class BrightnessOptions(Options):
+    """Of the rewards below."""
+
+    pause: float = 0.0  # seconds a call; gives a test the time to send a signal
+    seen: Path = Path()  # folder where `TwoProcesses` writes
 
 
 class Brightness:
@@ -21,26 +29,23 @@ class Brightness:
 
     name, kind, licence = "brightness", "fidelity", "Apache-2.0"
     needs_hq, differentiable = False, True
+    Options = BrightnessOptions
 
-    def __init__(self, pause: float = 0.0) -> None:
-        self._pause = pause  # gives a test the time to send a signal
+    def __init__(self, options: BrightnessOptions) -> None:
+        self._options = options
 
     def __call__(self, sr: Tensor, batch: Batch) -> Tensor:
-        time.sleep(self._pause)
+        time.sleep(self._options.pause)
         return sr.mean((1, 2, 3))
 
 
 class TwoProcesses(Brightness):
     """The same; refuses to score unless two processes run, and notes the images that each sees in `seen`."""
 
-    def __init__(self, seen: str) -> None:
-        super().__init__()
-        self._seen = Path(seen)
-
     def __call__(self, sr: Tensor, batch: Batch) -> Tensor:
         if torch.distributed.get_world_size() != 2:
             raise AssertionError("expected two processes")
-        with (self._seen / str(torch.distributed.get_rank())).open("a") as file:
+        with (self._options.seen / str(torch.distributed.get_rank())).open("a") as file:
             file.write(f"{len(batch)}\n")
         return super().__call__(sr, batch)
 

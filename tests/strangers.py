@@ -1,4 +1,4 @@
-"""Rewards and taggers as strangers might write them: each is wrong in one way, and a run must say so beforehand."""
+"""Plug-ins as strangers might write them: most are wrong in one way, and a run must say so beforehand."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rewardsr.adapter import Batch
+from rewardsr.options import Options
 
 NUMBER = 7  # neither a function nor a class
 
@@ -61,3 +62,83 @@ def alone(image: Tensor) -> Tensor:
 def failing(image: Tensor) -> tuple[Tensor, Sequence[str]]:
     """A tagger that does not work."""
     raise RuntimeError("no weights\nfor the tagger")
+
+
+class DimmedOptions(Options):
+    """Of a degradation."""
+
+    factor: float = 0.5
+
+
+class Dimmed:
+    """A degradation that is right: every k-th pixel, darker."""
+
+    Options = DimmedOptions
+
+    def __init__(self, options: DimmedOptions, scale: int) -> None:
+        self._factor, self._scale = options.factor, scale
+
+    def __call__(self, hq: Tensor, generator: torch.Generator) -> Tensor:
+        return hq[:, :: self._scale, :: self._scale] * self._factor
+
+
+class Unshrunk(Dimmed):
+    """A degradation that forgets the scale."""
+
+    def __call__(self, hq: Tensor, generator: torch.Generator) -> Tensor:
+        return hq
+
+
+class Overshooting(Dimmed):
+    """A degradation that leaves [0, 1]."""
+
+    def __call__(self, hq: Tensor, generator: torch.Generator) -> Tensor:
+        return super().__call__(hq, generator) * 4
+
+
+class Unseeded(Dimmed):
+    """A degradation with randomness of its own."""
+
+    def __call__(self, hq: Tensor, generator: torch.Generator) -> Tensor:
+        lq = super().__call__(hq, generator)
+        return lq * torch.rand(())
+
+
+class LooseOptions(Dimmed):
+    """A degradation or reward whose options would swallow what they do not know."""
+
+    Options = dict
+
+
+def shade(lq: Tensor) -> list[str]:
+    """A captioner: how bright the images are, in percent."""
+    return [f"{100 * float(image.mean()):.2f} percent bright" for image in lq]
+
+
+class Shades:
+    """The same as a class."""
+
+    def __call__(self, lq: Tensor) -> list[str]:
+        return shade(lq)
+
+
+def speechless(lq: Tensor) -> list[str]:
+    """A captioner that gives no texts."""
+    return []
+
+
+def one_text(lq: Tensor) -> str:
+    """A captioner that gives a text in place of a list."""
+    return "a"
+
+
+def unread(lq: Tensor) -> list[str]:
+    """A captioner that does not work."""
+    raise RuntimeError("no weights\nfor the captioner")
+
+
+class Unmakeable:
+    """A captioner or reward that wants something to be made of."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder

@@ -55,20 +55,20 @@ def test_recipe_that_says_nonsense(refused, tmp_path, monkeypatch, text, says) -
     [
         (("--adapter", "osedif"), "did you mean 'osediff'?"),
         (("--adapter", "no_such_module:Thing"), "importing no_such_module failed"),
-        (("--adapter", "json:dumps"), "no `load(base, ...)`"),
+        (("--adapter", "json:dumps"), "expected a subclass of rewardsr.adapter.ISRAdapter"),
         (("--trainer", "gdp"), "did you mean 'gdpo'?"),
-        (("--trainer", "json:dumps"), "no training method"),
+        (("--trainer", "json:dumps"), "expected a subclass of rewardsr.trainers.base.Method"),
         (("--rewards", "psn"), "did you mean"),
         (("--rewards", "psnr=much"), "not a number"),
         (("--rewards", ""), "'rewards' is []"),
         (("--rewards", "json:JSONDecodeErro"), "has no 'JSONDecodeErro'"),
         (("--set", "adapter_options.nois_t=250"), "did you mean 'noise_t'?"),
-        (("--set", "adapter_options.noise_t=soon"), "noise_t is 'soon'"),
+        (("--set", "adapter_options.noise_t=soon"), "'noise_t' is 'soon'"),
         (("--set", "adapter_options.scale=0"), "scale"),
         (("--set", "adapter_options.noise_t=1000"), "noise_t is 1000, expected 0 to 999"),
         (("--set", "trainer_options.bet=1"), "did you mean 'beta'?"),
         (("--set", "trainer_options.group_size=1"), "group_size"),
-        (("--set", 'rewards=[{"name":"ssim","options":{"windo":1}}]'), "ssim' has no option 'windo'"),
+        (("--set", 'rewards=[{"name":"ssim","options":{"windo":1}}]'), "reward 'ssim': unknown key 'windo'"),
         (("--set", "rewards.0=psnr"), "not a section"),
         (("--set", "steps"), "expected key=value"),
         (("--set", "data.crop=30"), "multiple of the scale"),
@@ -273,7 +273,7 @@ def test_a_metric_that_needs_a_download(commands: Commands, contacted, tiny_base
     began = time.monotonic()
     answer = commands.finetune(tiny_base, hq_folder, tmp_path / "run", rewards="musiq")
     assert time.monotonic() - began < 5
-    assert answer.code == 2 and "metric 'musiq'" in answer.err and "weights=FILE" in answer.err
+    assert answer.code == 2 and "metric 'musiq'" in answer.err and "weights: PATH" in answer.err
     assert answer.err.count("\n") == 1, answer.err
     assert not contacted and not (tmp_path / "run").exists()
 

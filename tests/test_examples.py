@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 from _support import Commands
+from diffusers import DDPMScheduler, UNet2DModel
 
 from rewardsr import Recipe
 from rewardsr.options import parse
@@ -28,6 +29,21 @@ def _beside_the_examples(monkeypatch) -> None:
 
 def test_the_custom_adapter_keeps_the_contract(tiny_base) -> None:
     check_adapter(load_adapter("custom_adapter:Mixed", str(tiny_base), share=0.4))
+
+
+def test_the_adapter_from_scratch_keeps_the_contract(tmp_path) -> None:
+    unet = UNet2DModel(
+        in_channels=6,
+        out_channels=3,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        norm_num_groups=4,
+    )
+    unet.save_pretrained(tmp_path / "unet")
+    DDPMScheduler(clip_sample=False).save_pretrained(tmp_path / "scheduler")
+    check_adapter(load_adapter("adapter_from_scratch:SR3", tmp_path, steps=3))
 
 
 def test_the_custom_reward_keeps_the_contract() -> None:

@@ -10,16 +10,16 @@ import torch
 from _matrix import CROP, ROWS, STEPS, TRAINERS, Row, bases, recipe
 from _support import snapshot
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import rewardsr
 from rewardsr import Draws, UserError, load_adapter, lora, run_folder
-from rewardsr.data.degradation import degradation_for
+from rewardsr.data.degradation import make_degradation
 from rewardsr.data.folder import open_data
 from rewardsr.plugins import names
 from rewardsr.train import prepare
 from rewardsr.train.prepare import Setup
-from rewardsr.train.recipe import LightRecipe
+from rewardsr.train.recipe import DegradationRecipe
 
 PAIRS = [(trainer, row) for trainer in TRAINERS for row in ROWS if trainer not in row.refused_by]
 REFUSED = [(trainer, row) for row in ROWS for trainer in row.refused_by]
@@ -107,8 +107,9 @@ def check_log(trainer: str, row: Row, run: Path, sampler: int) -> None:
 
 
 def frozen(adapter: rewardsr.ISRAdapter) -> dict[str, Tensor]:
-    """Every tensor of every network but our LoRA's, by its name without one."""
-    networks = adapter.networks | {"text_encoder": adapter._text_encoder}
+    """Every tensor of every network but those of our LoRA, by its name without one."""
+    networks = {name: value for name, value in vars(adapter).items() if isinstance(value, nn.Module)}
+    assert len(networks) > len(adapter.networks), "the text encoder, too"
     return {
         f"{component}.{name.replace('.base_layer.', '.')}": value
         for component, network in networks.items()
@@ -142,7 +143,7 @@ def check_lora(run: Path, adapter: rewardsr.ISRAdapter, content: dict[str, Any])
 def check_output(run: Path, adapter: rewardsr.ISRAdapter, content: dict[str, Any]) -> None:
     """The LoRA loads into a fresh pipeline and changes what that makes of an image; without it, nothing has changed."""
     images = content["data"]["train"]
-    degradation = degradation_for(images, LightRecipe(), adapter.scale)
+    degradation = make_degradation(DegradationRecipe(), adapter.scale)
     data = open_data(images, scale=adapter.scale, crop=CROP, degradation=degradation, extras=adapter.extras)
     batch = data.batch(0, [0])
 

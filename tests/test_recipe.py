@@ -6,7 +6,6 @@ import yaml
 from rewardsr.errors import UserError
 from rewardsr.train.recipe import (
     FREE_ON_RESUME,
-    LightRecipe,
     Recipe,
     assignments_of,
     differences,
@@ -48,8 +47,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(recipe, more, key, near
 def test_an_unknown_key_in_a_list_or_two_sections_deep_is_refused_with_the_nearest_name(recipe) -> None:
     with pytest.raises(UserError, match=r"unknown key 'rewards.0.wieght': did you mean 'weight'"):
         recipe(least=LEAST.replace("name: psnr", "name: psnr, wieght: 2"))
-    with pytest.raises(UserError, match=r"unknown key 'data.degradation.qualty': did you mean 'quality'"):
-        recipe(least=LEAST.replace("train: photos", "train: photos, degradation: {qualty: [80, 90]}"))
+    with pytest.raises(UserError, match=r"unknown key 'data.crp': did you mean 'crop'"):
+        recipe(least=LEAST.replace("train: photos", "train: photos, crp: 32"))
 
 
 def test_an_unknown_key_that_is_near_nothing_lists_what_there_is(recipe) -> None:
@@ -157,7 +156,7 @@ def test_rewards_of_the_command_line() -> None:
 def test_the_resolved_recipe_reads_back_equal(recipe) -> None:
     read = recipe("optimiser: {eps: 1e-12, learning_rate: 3e-5}\n", "data.crop=64")
     content = yaml.safe_load(to_yaml(read))
-    assert content["data"]["degradation"]["quality"] == list(LightRecipe().quality)  # defaults are written out
+    assert content["lora"]["rank"] == read.lora.rank  # defaults are written out
     again = recipe(least=to_yaml(read))
     assert again == read
     assert differences(read, again) == []

@@ -122,7 +122,7 @@ def test_a_name_chooses_the_adapter_as_well(kind, live) -> None:
     adapter = rewardsr.wrap(live(kind), name_of(kind), **OPTIONS[kind])
     assert adapter.name == name_of(kind)
     other = rewardsr.wrap(live(kind), **OPTIONS[kind] | {"prompt": "a dog"})
-    assert other.prompt == "a dog" and adapter.prompt == ""
+    assert other.options.prompt == "a dog" and adapter.options.prompt == ""
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -285,8 +285,8 @@ def test_a_lora_on_another_network_is_refused_as_well(kind, part, live) -> None:
 
 def test_options_that_do_not_exist_or_say_what_to_load(live) -> None:
     pipe = live("osediff")
-    assert "adapter 'osediff' has no option 'noise_tt': did you mean 'noise_t'?" in refused(pipe, noise_tt=250)
-    assert "noise_t is 'much'" in refused(pipe, noise_t="much")
+    assert "adapter 'osediff': unknown key 'noise_tt': did you mean 'noise_t'?" in refused(pipe, noise_tt=250)
+    assert "'noise_t' is 'much'" in refused(pipe, noise_t="much")
     assert "noise_t is 2000, expected 0 to 999" in refused(pipe, noise_t=2000)
     for option, value in (("weights", "folder"), ("revision", "main")):
         assert f"'{option}' says what to load" in refused(pipe, **{option: value})

@@ -1,74 +1,70 @@
-"""Prompts that lie beside images as text files: `0001.txt` for `0001.png`."""
+"""Prompts that a captioner writes for images that bring none: the plug-in group `captioners`.
 
-from pathlib import Path
+No captioner comes with rewardsr. One is a function `(lq (B, 3, h, w) in [0, 1]) -> list[str]`, or a class without
+arguments that makes such an object; `module:Name` names it, or an entry point of the group rewardsr.captioners.
+"""
 
-from rewardsr.errors import UserError
+import hashlib
+import inspect
+from threading import Lock
+from typing import Any
 
-PROMPT_FOLDERS = ("prompts", "prompt", "tag", "tags")  # `tag` is what SeeSR's training sets call it
-ADAPTER = "adapter"
-SIDECAR = "sidecar"
+import torch
+from torch import Tensor
 
+from rewardsr.errors import UserError, one_line
+from rewardsr.plugins import resolve
 
-def sidecar_prompt(image_path: Path | str, folder: Path | str | None = None) -> str | None:
-    """The prompt of an image from a text file of the same stem.
-
-    Args:
-        image_path: the image; it need not exist.
-        folder: where the text lies; beside the image by default.
-
-    Returns:
-        The text in one line, without surrounding white space (an empty file is an empty prompt); None: no such file.
-
-    Raises:
-        UserError: the text is not UTF-8, or cannot be read.
-    """
-    image_path = Path(image_path)
-    path = (image_path.parent if folder is None else Path(folder)) / f"{image_path.stem}.txt"
-    if not path.is_file():
-        return None
-    try:
-        return " ".join(path.read_text(encoding="utf-8-sig").split())
-    except UnicodeDecodeError as error:
-        raise UserError(f"cannot read '{path}': it is not UTF-8 text; save it as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"cannot read '{path}': {error.strerror or error}") from error
+KEPT = 100_000  # texts
 
 
-def prompt_folder(root: Path | str) -> Path | None:
-    """The folder of prompts inside a data folder (`prompts`, `prompt`, `tag` or `tags`), if there is one."""
-    return next((Path(root) / name for name in PROMPT_FOLDERS if (Path(root) / name).is_dir()), None)
+class Captions:
+    """A captioner by name, asked once for every image.
 
-
-def resolve_prompts(images: list[Path], prompts: str, folder: Path | str | None = None) -> list[str] | None:
-    """The prompts of a list of images.
+    It sees one image at a time: the text of an image then does not depend on the batch, and two processes agree with
+    one. It is called without gradients, on images that lie on the CPU.
 
     Args:
-        images: the image files.
-        prompts: "adapter" leaves the text to the adapter; "sidecar" reads the text files; anything else is the one
-            prompt of all images.
-        folder: where the text files lie; beside the images by default.
-
-    Returns:
-        One text an image, or None where the adapter decides.
+        name: registered name, or `module:Name`.
 
     Raises:
-        UserError: a text file is missing; the first few are named.
+        UserError: no such captioner, or it cannot be made.
     """
-    if prompts == ADAPTER:
-        return None
-    if prompts != SIDECAR:
-        return [prompts] * len(images)
-    found = [sidecar_prompt(path, folder) for path in images]
-    missing = [path.name for path, text in zip(images, found, strict=True) if text is None]
-    if missing:
-        where = "beside them" if folder is None else f"in '{folder}'"
-        raise UserError(
-            f"{len(missing)} of {len(images)} images have no prompt file {where} ({first_few(missing)}): "
-            f"write <name>.txt, or choose prompts '{ADAPTER}' or a fixed text"
-        )
-    return [text for text in found if text is not None]
 
+    def __init__(self, name: str) -> None:
+        made = resolve("captioners", name)
+        try:
+            self._captioner: Any = made() if inspect.isclass(made) else made
+        except Exception as error:  # a captioner may be a stranger's
+            raise UserError(f"captioner '{name}' cannot be made: {one_line(error)}") from error
+        if not callable(self._captioner):
+            raise UserError(f"captioner '{name}': expected a function of images, got {type(self._captioner).__name__}")
+        self._name = name
+        self._texts: dict[bytes, str] = {}
+        self._lock = Lock()  # the prefetching thread asks, too
 
-def first_few(names: list[str], count: int = 3) -> str:
-    """The first names, for a message of one line."""
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+    def __call__(self, lq: Tensor) -> tuple[str, ...]:
+        """One text for each of the images (B, 3, h, w) in [0, 1].
+
+        Raises:
+            UserError: the captioner fails, or gives something else than a list of one text.
+        """
+        with self._lock:
+            return tuple(self._text(image) for image in lq.split(1))
+
+    def _text(self, image: Tensor) -> str:
+        key = hashlib.blake2b(image.numpy().tobytes() + repr(image.shape).encode(), digest_size=16).digest()
+        if key not in self._texts:
+            try:
+                with torch.no_grad():
+                    texts = self._captioner(image)
+            except (UserError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                raise UserError(f"captioner '{self._name}' fails: {one_line(error)}") from error
+            if not isinstance(texts, list | tuple) or len(texts) != 1 or not isinstance(texts[0], str):
+                raise UserError(f"captioner '{self._name}' gave {texts!r:.80} for one image, expected [text]")
+            if len(self._texts) == KEPT:
+                self._texts.pop(next(iter(self._texts)))
+            self._texts[key] = " ".join(texts[0].split())
+        return self._texts[key]

@@ -1,97 +1,176 @@
-"""Degradations that turn a high-quality image into the low-quality one a pipeline starts from.
+"""Degradations that turn a high-quality image into the low-quality one a pipeline starts from: the plug-in group
+`degradations`.
 
-`Light` is the mild chain of a decent camera and a decent JPEG encoder: Gaussian blur, area downsampling,
-Gaussian noise, 8-bit rounding, JPEG. The embedded pipeline was trained on it. It is far milder than the
-two-pass chain of Real-ESRGAN and must not be used to reproduce results of papers that train on that one.
-
-Images are `(3, H, W)` float32 RGB in [0, 1], one at a time. Every random number comes from the generator that
-the caller passes, so the same generator state gives the same image.
+A degradation is a class that declares `Options` (a subclass of `rewardsr.Options`; none if it has no options)
+and is made as `Kind(options, scale)`. What it makes is called as `(hq (3, H, W), generator) -> lq (3, H / scale,
+W / scale)`, both float32 RGB in [0, 1], one image at a time, on the CPU. Every random number comes from the generator,
+so the same generator state gives the same image.
 """
 
+import inspect
 import io
 import math
-from dataclasses import dataclass
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from rewardsr.data.folder import is_paired
-from rewardsr.errors import UserError
-from rewardsr.train.recipe import LightRecipe
+from rewardsr.errors import UserError, one_line
+from rewardsr.options import Options, parse
+from rewardsr.plugins import resolve
+from rewardsr.train.recipe import DegradationRecipe
 
 
-@dataclass(frozen=True)
+class Degradation(Protocol):
+    """Makes `lq` (3, H / scale, W / scale) from `hq` (3, H, W), both in [0, 1]."""
+
+    def __call__(self, hq: Tensor, generator: torch.Generator, /) -> Tensor:
+        """Degrade one image; every random number comes from `generator`."""
+        ...
+
+
+def degradation_options(section: DegradationRecipe) -> dict[str, Any]:
+    """A recipe's section `data.degradation` with every option written out.
+
+    Raises:
+        UserError: unknown degradation or option, or a wrong value.
+    """
+    return {"name": section.name, **_options(_kind(section.name), section).model_dump(mode="json")}
+
+
+def make_degradation(section: DegradationRecipe, scale: int) -> Degradation:
+    """The degradation of a recipe's section `data.degradation`, tried out on an image of noise.
+
+    Raises:
+        UserError: unknown degradation or option, a wrong value, or a degradation that breaks the contract.
+    """
+    kind = _kind(section.name)
+    options = _options(kind, section)
+    if scale < 1:
+        raise UserError(f"the scale is {scale}, expected 1 or more")
+    hq = torch.rand((3, 32 * scale, 32 * scale), generator=torch.Generator().manual_seed(0))
+    try:
+        made: Degradation = kind(options, scale)
+        one, other = (made(hq.clone(), torch.Generator().manual_seed(0)) for _ in range(2))
+        sound = one.shape == (3, 32, 32) and one.dtype == torch.float32 and bool(((one >= 0) & (one <= 1)).all())
+    except Exception as error:  # a degradation may be a stranger's
+        raise UserError(f"degradation '{section.name}' fails on an image of noise: {one_line(error)}") from error
+    if not sound:
+        raise UserError(
+            f"degradation '{section.name}' must make float32 images (3, 32, 32) in [0, 1] of {tuple(hq.shape)}, "
+            f"not {one.dtype} {tuple(one.shape)} in [{one.min():.3g}, {one.max():.3g}]"
+        )
+    if not torch.equal(one, other):
+        raise UserError(f"degradation '{section.name}' must take all randomness from its generator: two calls differ")
+    return made
+
+
+def _kind(name: str) -> Any:
+    kind = resolve("degradations", name)
+    declared = getattr(kind, "Options", Options)
+    if not callable(kind) or not (inspect.isclass(declared) and issubclass(declared, Options)):
+        raise UserError(
+            f"degradation '{name}': expected a class that is made as Kind(options, scale) and whose Options are a "
+            "subclass of rewardsr.Options"
+        )
+    return kind
+
+
+def _options(kind: Any, section: DegradationRecipe) -> Options:
+    return parse(getattr(kind, "Options", Options), section.model_extra or {}, f"data.degradation ({section.name})")
+
+
+# ---- the built-in ones ----
+
+
+def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
+    if bounds[0] > bounds[1]:
+        raise ValueError("expected the lower end of a range first")
+    return bounds
+
+
+_Sigma = Annotated[float, Field(ge=0)]
+_Quality = Annotated[int, Field(ge=1, le=100)]
+
+
+class LightOptions(Options):
+    """Ranges to draw from uniformly, both ends included; one with equal ends is a fixed value and draws nothing."""
+
+    blur: Annotated[tuple[_Sigma, _Sigma], AfterValidator(_ordered)] = Field(
+        (0.2, 1.2), description="standard deviation of the Gaussian blur in HQ pixels; 0: none"
+    )
+    noise: Annotated[tuple[_Sigma, _Sigma], AfterValidator(_ordered)] = Field(
+        (0.0, 4.0), description="standard deviation of the Gaussian noise on the small image in 8-bit levels; 0: none"
+    )
+    quality: Annotated[tuple[_Quality, _Quality], AfterValidator(_ordered)] = Field(
+        (75, 97), description="JPEG quality, 1 to 100"
+    )
+
+
 class Light:
-    """Light degradation: blur, area downsampling, noise, JPEG; every pair is a range to draw from uniformly.
+    """A decent camera and a decent JPEG encoder: Gaussian blur, area downsampling, Gaussian noise, 8 bits, JPEG.
 
-    `blur`: standard deviation of the Gaussian, in pixels of the high-quality image; 0 means none.
-    `noise`: standard deviation of the Gaussian noise on the small image, in units of 1/255; 0 means none.
-    `quality`: JPEG quality, whole numbers from 1 to 100, both ends included.
-    `scale`: downsampling factor, 1 or more.
-    A range whose two ends are equal is a fixed value and draws nothing.
+    The embedded pipeline was trained on it. It is far milder than the two passes of Real-ESRGAN and must not be used to
+    reproduce results of papers that train on that one.
     """
 
-    blur: tuple[float, float] = (0.2, 1.2)
-    noise: tuple[float, float] = (0.0, 4.0)
-    quality: tuple[int, int] = (75, 97)
-    scale: int = 4
+    Options = LightOptions
 
-    def __post_init__(self) -> None:
-        for name, bounds in (("blur", self.blur), ("noise", self.noise), ("quality", self.quality)):
-            low, high = bounds
-            if not (math.isfinite(low) and math.isfinite(high) and 0 <= low <= high):
-                raise ValueError(f"{name}: expected (low, high) with 0 <= low <= high, got {bounds}")
-        if any(not isinstance(q, int) or not 1 <= q <= 100 for q in self.quality):
-            raise ValueError(f"quality: expected whole numbers from 1 to 100, got {self.quality}")
-        if not isinstance(self.scale, int) or self.scale < 1:
-            raise ValueError(f"scale: expected a whole number of at least 1, got {self.scale!r}")
+    def __init__(self, options: LightOptions, scale: int) -> None:
+        self._options = options
+        self._scale = scale
 
     def __call__(self, hq: Tensor, generator: torch.Generator) -> Tensor:
         """Degrade one image.
 
-        `hq`: `(3, H, W)` float32 RGB in [0, 1], H and W multiples of `scale`.
-        `generator`: a CPU generator, the only source of randomness.
-        Returns `(3, H // scale, W // scale)` float32 RGB in [0, 1], every value a multiple of 1/255.
-        Raises ValueError for another shape, dtype or range.
+        Args:
+            hq: (3, H, W) float32 RGB in [0, 1], H and W multiples of the scale.
+            generator: a CPU generator, the only source of randomness.
+
+        Returns:
+            (3, H / scale, W / scale) float32 RGB in [0, 1], every value a multiple of 1/255.
+
+        Raises:
+            ValueError: another shape, dtype or range.
         """
-        _check(hq, self.scale)
+        _check(hq, self._scale)
         lq = hq.detach().cpu()
-        sigma = _uniform(self.blur, generator)
+        sigma = _uniform(self._options.blur, generator)
         if sigma > 0:
             lq = _gaussian_blur(lq, sigma)
         # Averaging whole blocks is exactly area interpolation when the size divides evenly.
-        lq = F.avg_pool2d(lq[None], self.scale)[0]
-        level = _uniform(self.noise, generator) / 255
+        lq = F.avg_pool2d(lq[None], self._scale)[0]
+        level = _uniform(self._options.noise, generator) / 255
         if level > 0:
             lq = lq + level * torch.randn(lq.shape, generator=generator)
-        return _jpeg(lq, _whole(self.quality, generator))
+        return _jpeg(lq, _whole(self._options.quality, generator))
 
 
-def degradation_for(path: str, options: LightRecipe, scale: int) -> Light | None:
-    """The built-in degradation for a folder of HQ images; None for a folder of pairs."""
-    if is_paired(path):
-        return None
-    try:
-        return Light(blur=options.blur, noise=options.noise, quality=options.quality, scale=scale)
-    except ValueError as error:
-        raise UserError(f"data.degradation: {error}") from error
+class Bicubic:
+    """Bicubic downsampling with antialiasing, rounded to 8 bits; draws nothing."""
+
+    def __init__(self, options: Options, scale: int) -> None:
+        self._scale = scale
+
+    def __call__(self, hq: Tensor, generator: torch.Generator) -> Tensor:
+        """Degrade one image; arguments, result and errors are those of `Light`."""
+        _check(hq, self._scale)
+        size = (hq.shape[1] // self._scale, hq.shape[2] // self._scale)
+        lq = F.interpolate(hq.detach().cpu()[None], size, mode="bicubic", antialias=True)[0]
+        return (lq.clamp(0, 1) * 255).round() / 255
 
 
 def _check(hq: Tensor, scale: int) -> None:
-    if hq.ndim != 3 or hq.shape[0] != 3:
-        raise ValueError(f"hq: expected shape (3, H, W), got {tuple(hq.shape)}")
-    if hq.dtype != torch.float32:
-        raise ValueError(f"hq: expected float32, got {hq.dtype}")
-    height, width = hq.shape[1:]
-    if height == 0 or width == 0 or height % scale or width % scale:
-        raise ValueError(f"hq: expected height and width to be multiples of {scale}, got {height} x {width}")
-    low, high = (float(value) for value in torch.aminmax(hq))
-    # Written as "not inside" so that NaN is refused too.
-    if not (low >= 0 and high <= 1):
-        raise ValueError(f"hq: expected values in [0, 1], got [{low:.4g}, {high:.4g}]")
+    shaped = hq.ndim == 3 and len(hq) == 3 and hq.numel() > 0 and not any(side % scale for side in hq.shape[1:])
+    if not shaped or hq.dtype != torch.float32 or not bool(((hq >= 0) & (hq <= 1)).all()):
+        raise ValueError(
+            f"hq: expected (3, H, W) float32 in [0, 1], H and W multiples of {scale}, got {tuple(hq.shape)} {hq.dtype} "
+            f"in [{hq.amin() if hq.numel() else 0:.4g}, {hq.amax() if hq.numel() else 0:.4g}]"
+        )
 
 
 def _uniform(bounds: tuple[float, float], generator: torch.Generator) -> float:
@@ -109,17 +188,19 @@ def _whole(bounds: tuple[int, int], generator: torch.Generator) -> int:
 
 
 def _gaussian_blur(image: Tensor, sigma: float) -> Tensor:
+    """Blurred image (3, H, W), of an image (3, H, W)."""
     radius = math.ceil(3 * sigma)
     offset = torch.arange(-radius, radius + 1, dtype=torch.float32)
     kernel = torch.exp(-0.5 * (offset / sigma) ** 2)
     kernel = kernel / kernel.sum()
     # Replication, unlike reflection, works for images smaller than the kernel.
-    padded = F.pad(image[:, None], (radius,) * 4, mode="replicate")
+    padded = F.pad(image[:, None], (radius,) * 4, mode="replicate")  # (3, 1, H + 2 radius, W + 2 radius)
     rows = F.conv2d(padded, kernel.view(1, 1, 1, -1))
     return F.conv2d(rows, kernel.view(1, 1, -1, 1))[:, 0]
 
 
 def _jpeg(image: Tensor, quality: int) -> Tensor:
+    """The image (3, H, W), written as JPEG and read back."""
     pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="JPEG", quality=quality)

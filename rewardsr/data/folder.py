@@ -12,33 +12,28 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from rewardsr.adapter import Batch
-from rewardsr.data.captions import ADAPTER, first_few, prompt_folder, resolve_prompts
-from rewardsr.data.extras import check_extras, resolve_extras, stack_extras
+from rewardsr.data.captions import Captions
+from rewardsr.data.degradation import Degradation
 from rewardsr.data.images import image_size, list_images, read_image, to_uint8
+from rewardsr.data.sidecars import (
+    ADAPTER,
+    CAPTIONER,
+    check_tensors,
+    first_few,
+    resolve_prompts,
+    stack_tensors,
+    tensor_files,
+)
 from rewardsr.draws import generator
 from rewardsr.errors import UserError
 
 LQ_FOLDERS = ("lq", "lr")
 HQ_FOLDERS = ("gt", "hq")
-
-
-class Degradation(Protocol):
-    """Makes `lq` (3, H / scale, W / scale) from `hq` (3, H, W), both in [0, 1]; `Light` is one."""
-
-    @property
-    def scale(self) -> int:
-        """`hq` is this many times `lq`."""
-        ...
-
-    def __call__(self, hq: Tensor, generator: torch.Generator, /) -> Tensor:
-        """Degrade one image; every random number comes from `generator`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -60,15 +55,6 @@ class Item:
     extras: Path | None = None
 
 
-def is_paired(path: Path | str) -> bool:
-    """Whether a data folder holds pairs (`lq/` or `lr/` beside `gt/` or `hq/`) and so needs no degradation.
-
-    Raises:
-        UserError: no such folder, only one half of the pairs, or two candidates for a half.
-    """
-    return _paired_folders(Path(path)) is not None
-
-
 def open_data(
     path: Path | str,
     *,
@@ -76,6 +62,7 @@ def open_data(
     crop: int | None = None,
     degradation: Degradation | None = None,
     prompts: str = ADAPTER,
+    captions: Captions | None = None,
     extras: Sequence[str] = (),
     flips: bool = True,
     cache_mb: int = 512,
@@ -91,7 +78,9 @@ def open_data(
         crop: side of the square training crops in HQ pixels, a multiple of `scale`; None: for validation only.
         degradation: makes LQ images; needed with a folder of HQ images. Pairs ignore it: they are taken as they are.
         prompts: "adapter" leaves the text to the adapter; "sidecar" reads `<name>.txt` from `prompts/` or `tag/` in
-            the folder or else from beside the HQ images; anything else is the one prompt of all images.
+            the folder or else from beside the HQ images; "captioner" asks `captions`; anything else is the one prompt
+            of all images.
+        captions: writes prompts from the LQ images; goes together with `prompts="captioner"`.
         extras: names of the tensors to read from `<name>.safetensors` in `extras/` in the folder, or else from beside
             the HQ images, where such files are.
         flips: mirror half of the training crops left to right.
@@ -107,22 +96,20 @@ def open_data(
     if folders is None:
         if degradation is None:
             raise UserError(f"'{path}' holds HQ images only: set a degradation, or give pairs in lq/ and gt/")
-        if degradation.scale != scale:
-            raise UserError(
-                f"the degradation shrinks {degradation.scale} times, but the pipeline enlarges {scale} times"
-            )
         hq_paths = list_images(path)
         lq_paths: list[Path | None] = [None] * len(hq_paths)
     else:
         degradation = None
         matched = _match(*folders)
         hq_paths, lq_paths = [hq for hq, _ in matched], [lq for _, lq in matched]
-    found = resolve_prompts(hq_paths, prompts, prompt_folder(path))
-    texts: Sequence[str | None] = [None] * len(hq_paths) if found is None else found
-    files: Sequence[Path | None] = resolve_extras(hq_paths, extras, path) or [None] * len(hq_paths)
+    if captions is not None and prompts != CAPTIONER:
+        raise UserError(f"data.captioner is set, but data.prompts is '{prompts}': set it to {CAPTIONER}")
+    nothing = [None] * len(hq_paths)
+    texts: Sequence[str | None] = resolve_prompts(hq_paths, ADAPTER if captions else prompts, path) or nothing
+    files: Sequence[Path | None] = tensor_files(hq_paths, extras, path) or nothing
     items = [Item(*entry) for entry in zip(hq_paths, lq_paths, map(image_size, hq_paths), texts, files, strict=True)]
     _check_sizes(items, scale, crop)
-    return Data(items, scale=scale, crop=crop, degradation=degradation, extras=extras, flips=flips, cache_mb=cache_mb)
+    return Data(items, scale, crop, degradation, captions, extras, flips, cache_mb)
 
 
 class Data:
@@ -137,10 +124,10 @@ class Data:
     def __init__(
         self,
         items: Sequence[Item],
-        *,
         scale: int,
         crop: int | None,
         degradation: Degradation | None,
+        captions: Captions | None,
         extras: Sequence[str],
         flips: bool,
         cache_mb: int,
@@ -149,6 +136,7 @@ class Data:
         self.scale = scale
         self.crop = crop
         self._degradation = degradation
+        self._captions = captions
         self._extras = tuple(extras)
         self._flips = flips
         self._cache = _ImageCache(cache_mb * 1_000_000)
@@ -175,7 +163,7 @@ class Data:
                     damaged.append(str(error))
         if damaged:
             raise UserError(f"{len(damaged)} of the image files are unusable: {'; '.join(damaged[:3])}")
-        check_extras([item.extras for item in self.items if item.extras is not None], self._extras)
+        check_tensors([item.extras for item in self.items if item.extras is not None], self._extras)
 
     def batch(self, seed: int, indices: Sequence[int]) -> Batch:
         """Samples of the training stream.
@@ -247,13 +235,14 @@ class Data:
         return self._stack([self._sample(seed, *entry) for entry in zip(indices, items, strict=True)], items)
 
     def _stack(self, samples: list[tuple[Tensor, Tensor]], items: Sequence[Item]) -> Batch:
-        texts = tuple(item.prompt for item in items)
+        lq = torch.stack([lq for lq, _ in samples])
+        texts = tuple(item.prompt for item in items) if self._captions is None else self._captions(lq)
         return Batch(
-            lq=torch.stack([lq for lq, _ in samples]),
+            lq=lq,
             hq=torch.stack([hq for _, hq in samples]),
             prompts=None if None in texts else texts,
             paths=tuple(str(item.hq) for item in items),
-            extras=stack_extras([item.extras for item in items if item.extras is not None], self._extras),
+            extras=stack_tensors([item.extras for item in items if item.extras is not None], self._extras),
         )
 
     def _sample(self, seed: int, index: int, item: Item) -> tuple[Tensor, Tensor]:
@@ -285,7 +274,11 @@ class Data:
             high = high.flip(-1)
         if item.lq is None:
             assert self._degradation is not None
-            return self._degradation(high.contiguous(), random), high
+            low = self._degradation(high.contiguous(), random)
+            expected = (3, size[0] // self.scale, size[1] // self.scale)
+            if low.shape != expected:
+                raise UserError(f"the degradation made {tuple(low.shape)} of {tuple(high.shape)}, expected {expected}")
+            return low, high
         low = _cut(
             self._cache.read(item.lq),
             (corner[0] // self.scale, corner[1] // self.scale),

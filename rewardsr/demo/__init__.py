@@ -1,4 +1,4 @@
 """The embedded demonstration: a small one-step super-resolution pipeline and the photographs it is judged on.
 
-`photos` finds the photographs, `train_pipeline` trained the weights in `pipeline/`.
+`photos` finds the photographs; `tools/` in the repository made the weights in `pipeline/`.
 """

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rewardsr.adapter import ISRAdapter
 from rewardsr.batch import Batch
-from rewardsr.data.degradation import degradation_for
+from rewardsr.data.degradation import make_degradation
 from rewardsr.data.folder import open_data
 from rewardsr.draws import Draws, seed_of
 from rewardsr.errors import TrainingError, UserError
@@ -31,7 +31,7 @@ from rewardsr.rewards import build
 from rewardsr.rewards.base import Reward
 from rewardsr.run_folder import VALIDATION
 from rewardsr.storage import write_text
-from rewardsr.train.recipe import LightRecipe
+from rewardsr.train.recipe import DegradationRecipe
 
 Images = Callable[[int, int], Iterable[Batch]]
 """Called with (first, every): batches of one image, those at the positions first, first + every, ..."""
@@ -99,7 +99,7 @@ def evaluate(
     """
     if not attached(adapter):
         raise UserError("evaluate compares base and tuned, and this pipeline carries no LoRA: load one first")
-    degradation = degradation_for(str(data), LightRecipe(), adapter.scale)
+    degradation = make_degradation(DegradationRecipe(), adapter.scale)
     folder = open_data(data, scale=adapter.scale, degradation=degradation, prompts=prompts, extras=adapter.extras)
     rewards = {name: build(name) for name in metrics}
     images = partial(folder.validation, limit, seed, None)

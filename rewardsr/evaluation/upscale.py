@@ -11,9 +11,16 @@ from torch import Tensor
 
 from rewardsr.adapter import ISRAdapter
 from rewardsr.batch import Batch
-from rewardsr.data.captions import ADAPTER, SIDECAR, first_few, resolve_prompts
-from rewardsr.data.extras import check_extras, resolve_extras, stack_extras
 from rewardsr.data.images import from_pil, list_images, read_image, to_pil, write_image
+from rewardsr.data.sidecars import (
+    ADAPTER,
+    SIDECAR,
+    check_tensors,
+    first_few,
+    resolve_prompts,
+    stack_tensors,
+    tensor_files,
+)
 from rewardsr.draws import Draws, Source
 from rewardsr.errors import UserError
 from rewardsr.evaluation.colour import _check_color_fix, fix_color
@@ -92,7 +99,7 @@ def upscale(
             lq=_read(source)[None],
             prompts=None if texts is None else (texts[index],),
             paths=(str(source),) if isinstance(source, Path) else (),
-            extras=stack_extras([] if extras is None else [extras[index]], adapter.extras),
+            extras=stack_tensors([] if extras is None else [extras[index]], adapter.extras),
         )
         sr = upscale_tensor(adapter, batch, generator=Draws(seed, 0, [index], "upscale"), color_fix=color_fix)
         if targets is None:
@@ -149,12 +156,12 @@ def _beside(
     """Prompts and files of tensors, one an image each; None where there are none."""
     files = [source for source in sources if isinstance(source, Path)]
     if len(files) == len(sources):
-        extras = resolve_extras(files, names)
-        check_extras(extras or [], names)
+        extras = tensor_files(files, names)
+        check_tensors(extras or [], names)
         return resolve_prompts(files, prompts), extras
     if prompts == SIDECAR:
         raise UserError(f"prompts '{SIDECAR}' are files beside images, and a PIL image has none: give one text for all")
-    return None if prompts == ADAPTER else [prompts] * len(sources), None
+    return resolve_prompts([Path()] * len(sources), prompts), None  # no file is looked for
 
 
 def _targets(sources: Sequence[Path | Image.Image], output: Path, overwrite: bool) -> list[Path]:

@@ -4,18 +4,18 @@ Rule of precedence: registered names come first, so `psnr` is ours (luma, as pap
 `iqa:psnr` is always pyiqa's. What is no registered name is looked up among pyiqa's ids.
 """
 
-import difflib
 import inspect
 from typing import Any, NamedTuple
 
+import torch
+
 from rewardsr import plugins
-from rewardsr.errors import UserError
+from rewardsr.errors import UserError, nearest, one_line
+from rewardsr.options import Options, parse
 from rewardsr.rewards.base import Reward
+from rewardsr.rewards.iqa import IQA, LICENCE, metrics
 
 IQA_PREFIX = "iqa:"
-IQA_NOTE = (
-    "any metric of pyiqa is a reward as well: write its id (musiq, maniqa, lpips, ...), or iqa:ID where a name is taken"
-)
 KINDS = ("fidelity", "detail")
 
 
@@ -35,27 +35,26 @@ def build(name: str, **options: Any) -> Reward:
     Args:
         name: a registered name ("psnr", "detail"), `module:Name` of a class or factory, a pyiqa id ("musiq"), or
             `iqa:` and a pyiqa id.
-        options: arguments of the class or factory.
+        options: of the reward; its class declares them as `Options` (see `rewardsr.rewards.base`).
 
     Raises:
         UserError: unknown name or option, or the reward cannot be built.
     """
     if name.startswith(IQA_PREFIX):
-        return _iqa(name.removeprefix(IQA_PREFIX), options)
+        return _metric(name.removeprefix(IQA_PREFIX), options)
     if ":" in name or name in plugins.names("rewards"):
-        return _checked(name, _call(name, plugins.resolve("rewards", name), options))
+        return _make(name, plugins.resolve("rewards", name), options)
     ids = _pyiqa_ids()
     if name in ids:
-        return _iqa(name, options)
+        return _metric(name, options)
     registered = plugins.names("rewards")
-    close = difflib.get_close_matches(name, {*registered, *ids}, n=3)
-    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(registered)}"
+    hint = nearest(name, [*registered, *ids], f"known: {', '.join(registered)}")
     more = "a pyiqa id" if ids else "with pyiqa installed, one of its ids"
     raise UserError(f"unknown reward '{name}': {hint} (or give module:Name, or {more})")
 
 
 def known() -> list[Known]:
-    """Registered rewards, sorted by name, without building them; `IQA_NOTE` says how to reach pyiqa's.
+    """Registered rewards, sorted by name, without building them; pyiqa's metrics are not among them.
 
     A reward of another package that does not import is listed with the reason as its licence: a table is no place to
     stop at a stranger's mistake.
@@ -78,52 +77,51 @@ def licence_of(name: str) -> str:
             return str(getattr(plugins.resolve("rewards", name), "licence", "unknown"))
         except UserError:  # of a package that is not here any more
             return "unknown"
-    from rewardsr.rewards.iqa import LICENCE
-
     return LICENCE
 
 
-def _iqa(metric: str, options: dict[str, Any]) -> Reward:
-    from rewardsr.rewards.iqa import IQA
-
-    return _call(f"{metric}", IQA, {"metric": metric, **options})
+def _metric(metric: str, options: dict[str, Any]) -> Reward:
+    return IQA(metric, parse(IQA.Options, options, f"options of metric '{metric}'"))
 
 
 def _pyiqa_ids() -> list[str]:
-    from rewardsr.rewards.iqa import metrics
-
     try:
         return list(metrics())
     except UserError:  # not installed: then there are none
         return []
 
 
-def _call(name: str, made: Any, options: dict[str, Any]) -> Any:
-    """Call a class or factory, options checked first, for its own TypeErrors may be bugs."""
+def _make(name: str, made: Any, options: dict[str, Any]) -> Reward:
+    """Call a class or factory of the group `rewards`, everything checked first."""
     if not callable(made) or (not inspect.isclass(made) and isinstance(made, Reward)):
         raise UserError(
             f"reward '{name}': expected a class or a function that makes a reward, got {type(made).__name__}"
         )
+    declared = getattr(made, "Options", None)
+    if declared is not None and not (inspect.isclass(declared) and issubclass(declared, Options)):
+        raise UserError(f"reward '{name}': declare its Options as a subclass of rewardsr.Options")
+    taken = _parameters(made)
+    if len(taken) != (declared is not None):
+        raise UserError(
+            f"reward '{name}' takes the arguments ({', '.join(taken)}): expected none, or one, whose class the reward "
+            "declares as Options, a subclass of rewardsr.Options"
+        )
+    given = parse(declared or Options, options, f"options of reward '{name}'")
     try:
-        signature = inspect.signature(made)
-    except (TypeError, ValueError):  # written in C, say: nothing to check against
-        return made(**options)
-    parameters = signature.parameters.values()
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        _refuse_unknown(name, options, [parameter.name for parameter in parameters])
-    try:
-        signature.bind(**options)
-    except TypeError as error:
-        raise UserError(f"reward '{name}': {error}") from error
-    return made(**options)
+        reward: Any = made(*((given,) if declared else ()))
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a reward may be a stranger's
+        raise UserError(f"reward '{name}' cannot be made: {one_line(error)}") from error
+    return _checked(name, reward)
 
 
-def _refuse_unknown(name: str, options: dict[str, Any], allowed: list[str]) -> None:
-    for option in options:
-        if option not in allowed:
-            close = difflib.get_close_matches(option, allowed, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(allowed) or 'none'}"
-            raise UserError(f"reward '{name}' has no option '{option}': {hint}")
+def _parameters(made: Any) -> list[str]:
+    try:
+        parameters = inspect.signature(made).parameters.values()
+    except ValueError:  # written in C
+        return []
+    return [entry.name for entry in parameters if entry.kind not in (entry.VAR_POSITIONAL, entry.VAR_KEYWORD)]
 
 
 def _checked(name: str, reward: Any) -> Reward:

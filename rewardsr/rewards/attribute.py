@@ -89,6 +89,7 @@ def _entropies(cells: Tensor) -> Tensor:
 
 
 def _entropy(cells: Tensor) -> Tensor:
+    """Entropy in bits (N,) of gray cells (N, 1, h, w) with levels 0..255."""
     resized = F.interpolate(cells, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
     # Gray stays in whole levels up to here, where float32 is exact. From here on the released code's double precision
     # decides on which side of a bin's edge a gradient falls; Apple's devices have none.
@@ -105,6 +106,7 @@ def _entropy(cells: Tensor) -> Tensor:
 
 
 def _sobel_magnitude(image: Tensor) -> Tensor:
+    """Length of the Sobel gradient (N, 1, h, w) of an image (N, 1, h, w), edges replicated."""
     padded = F.pad(image, (1, 1, 1, 1), mode="replicate")
     across = padded[..., 2:] - padded[..., :-2]
     down = padded[..., 2:, :] - padded[..., :-2, :]

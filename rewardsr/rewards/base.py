@@ -16,6 +16,8 @@ class Reward(Protocol):
         differentiable: whether gradients flow from the score to `sr`.
         needs_hq: whether `batch.hq` must be there.
         licence: SPDX id or short name of the licence of the metric and its weights.
+        Options: optional, on the class: subclass of `rewardsr.Options`. The class is then made as
+            `Kind(options)`, one without as `Kind()`.
         kind: "fidelity" (agrees with HQ) or "detail" (looks good): the side on which attribute weighting counts it.
     """
 

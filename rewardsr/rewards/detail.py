@@ -89,10 +89,12 @@ class LQConsistency:
 
 
 def _absolute_laplacian(image: Tensor) -> Tensor:
+    """|Laplacian| of gray (B, 1, H, W), of RGB (B, 3, H, W) in [0, 1]."""
     kernel = torch.tensor([[[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]]], device=image.device)
     return filter2d(rgb_to_grayscale(image.float()), kernel, border_type="replicate").abs()
 
 
 def _log_energy(image: Tensor) -> Tensor:
+    """Logarithm of the energy of each cell (B, 1, ceil(H / 8), ceil(W / 8)), of RGB (B, 3, H, W) in [0, 1]."""
     energy = F.avg_pool2d(_absolute_laplacian(image), CELL, ceil_mode=True, count_include_pad=False)
     return (energy + FLOOR).log()

@@ -1,7 +1,7 @@
-"""Losses between images that are no rewards: low-frequency structure, distance of styles (RFSR, arXiv 2412.03268).
+"""Losses between images that are no rewards: low-frequency structure and distance of styles, as RFSR has them.
 
-Everything is one value an image, float32 whatever autocast says: in half precision the style distance, which is below
-0.02 by construction and weighted with 5e-7, would vanish.
+RFSR (arXiv 2412.03268) calls them L_dwt_ll and L_gram-kl. Everything is one value an image, float32 whatever autocast
+says: in half precision the style distance, which is below 0.02 by construction and weighted with 5e-7, would vanish.
 """
 
 from collections.abc import Mapping
@@ -26,22 +26,23 @@ def haar_low(image: Tensor, level: int) -> Tensor:
         left of them.
     """
     block = 2**level
+    # One level of one axis maps (a, b) to (a + b) / sqrt(2); `level` levels of both axes to 2^level times the mean.
     return F.avg_pool2d(image, block, ceil_mode=True, count_include_pad=False) * block
 
 
 def structure(sr: Tensor, hq: Tensor, level: int = 3) -> Tensor:
-    """Mean absolute difference (B,) of the Haar low bands of `sr` and `hq`, both (B, 3, H, W) in [0, 1].
+    """L_dwt_ll = mean |DWT(sr)_LL - DWT(hq)_LL| (B,), of `sr` and `hq` (B, 3, H, W) in [0, 1].
 
-    The paper's "DWT"; its released code uses the low band of a dual-tree complex wavelet transform instead.
+    DWT is the Haar transform; the released code uses the low band of a dual-tree complex wavelet transform instead.
     """
     with torch.autocast(sr.device.type, enabled=False):
         return (haar_low(sr.float(), level) - haar_low(hq.float(), level)).abs().mean((1, 2, 3))
 
 
 def gram(features: Tensor) -> Tensor:
-    """Gram matrices (B, C, C) of features (B, C, h, w), which are normalised over their whole (C, h w) plane first.
+    """Gram matrices G_ij = sum_k F_ik F_jk / (C h w) (B, C, C) of features (B, C, h, w).
 
-    Divided by C h w, so that the trace is 1.
+    Gatys et al. 2016, equation 3, but F (C, h w) is normalised to mean 0 and variance 1 first, so that the trace is 1.
     """
     batch, channels, height, width = features.shape
     plane = F.layer_norm(features.reshape(batch, channels, height * width), (channels, height * width))
@@ -49,7 +50,7 @@ def gram(features: Tensor) -> Tensor:
 
 
 def style_distance(features: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Tensor:
-    """Gram-KL of RFSR (B,): weighted mean absolute differences of Gram matrices, `target` detached.
+    """L_gram-kl (B,) = sum over layers l of w_l mean |G_l(features) - G_l(target)|, `target` detached.
 
     Args:
         features, target: of `rewardsr.rewards.vgg.VGG19`, by layer, each (B, C, h, w).

@@ -112,6 +112,7 @@ def _levels(y: Tensor) -> Tensor:
 
 
 def _ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Mean (B,) of equation 13 of Wang et al. 2004 over the windows in `x` and `y` (B, 1, H, W) in [0, 1]."""
     smallest = min(11, *x.shape[-2:])
     kernel = get_gaussian_kernel1d(smallest - (smallest + 1) % 2, 1.5, device=x.device, dtype=x.dtype)
 

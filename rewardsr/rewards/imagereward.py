@@ -5,34 +5,53 @@ layers make a score of the first text token. The networks are transformers' own,
 under other names: the package image-reward does not import beside current transformers.
 """
 
-import math
 import re
 from collections import OrderedDict
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from rewardsr.adapter import Batch
-from rewardsr.errors import UserError
-from rewardsr.hub import connection
-from rewardsr.weights import read_pickle, read_safetensors
+from rewardsr.errors import UserError, one_line
+from rewardsr.options import Options
+from rewardsr.rewards.pretrained import Checkpoint, from_hub, local_file
 
+OWNER = "reward 'imagereward'"  # in messages
 WEIGHTS = ("THUDM/ImageReward", "ImageReward.pt")  # on the Hub: repository, file
 VOCABULARY = ("google-bert/bert-base-uncased", "vocab.txt")
 LENGTH = 35  # tokens: texts are padded or cut to it
-HEAD_WIDTH = 64  # of an attention head, in both networks
 RAW_MEAN, RAW_STD = 0.16717362830052426, 1.0333394966054072  # of the released head's output; scores are relative to it
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 # What the score does not use: BLIP's contrastive projections, momentum copies and queues, and indices kept as a tensor.
-IGNORED = re.compile(r"blip\.((vision_proj|text_proj|\w+_m)\.|(\w+_)?queue(_\w+)?$|text_encoder\..*position_ids$)")
+UNUSED = re.compile(r"blip\.((vision_proj|text_proj|\w+_m)\.|(\w+_)?queue(_\w+)?$|text_encoder\..*position_ids$)")
+
+# Of the released networks: ViT-L/16, BERT base, and the linear layers of the head.
+VISION_SIZES = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 16,
+}
+TEXT_SIZES = {
+    "vocab_size": 30524,
+    "hidden_size": 768,
+    "encoder_hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 512,
+}
+HEAD_WIDTHS = (768, 1024, 128, 64, 16, 1)
+HEAD_LAYERS = ("0", "2", "4", "6", "7")  # the others are dropout; no activation lies between
 
 VISION, TEXT, HEAD = "blip.visual_encoder.", "blip.text_encoder.", "mlp.layers."
-HEAD_LAYERS = ("0", "2", "4", "6", "7")  # the others are dropout; no activation lies between
 _RELEASED_NAMES = (  # by transformers' names
     ("text.", TEXT),
     ("head.", HEAD),
@@ -48,6 +67,20 @@ _RELEASED_NAMES = (  # by transformers' names
 )
 
 
+class ImageRewardOptions(Options):
+    """Files, and how images are made smaller."""
+
+    weights: Path | None = Field(None, description="ImageReward.pt, or a .safetensors of its tensors; None: the Hub's")
+    tokenizer: Path | None = Field(
+        None, description="folder of bert-base-uncased's tokenizer, or its vocab.txt; None: the Hub's"
+    )
+    antialias: bool = Field(
+        True,
+        description="smooth images that are made smaller, as the original does on PIL images; RFSR trained without "
+        "(torchvision before 0.17 on tensors)",
+    )
+
+
 class ImageReward:
     """ImageReward of `sr` and its text; higher is better, about N(0, 1) over the images that it was trained on.
 
@@ -60,34 +93,34 @@ class ImageReward:
     licence = "Apache-2.0"
     kind = "detail"
 
-    def __init__(
-        self, weights: str | Path | None = None, tokenizer: str | Path | None = None, antialias: bool = True
-    ) -> None:
-        """Load the network; a file that is not given comes from the Hub's cache, else is downloaded.
+    Options = ImageRewardOptions
 
-        Args:
-            weights: the released ImageReward.pt (read without running code in it), or a .safetensors of its tensors.
-                Sizes are taken from the tensors' shapes.
-            tokenizer: folder of bert-base-uncased's tokenizer, or its vocab.txt.
-            antialias: whether images are smoothed when they are made smaller. The original does so, on PIL images;
-                RFSR trained without (torchvision before 0.17 on tensors).
+    def __init__(self, options: ImageRewardOptions) -> None:
+        """Load the network; a file that is not given comes from the Hub's cache, else is downloaded.
 
         Raises:
             UserError: files that cannot be had, read or fitted.
         """
         # Both files are found before anything is read: the weights are 1.8 GB.
-        state_path = _local("weights", weights) if weights is not None else _from_hub("weights", *WEIGHTS)
-        words_path = _local("tokenizer", tokenizer) if tokenizer is not None else _from_hub("tokenizer", *VOCABULARY)
+        if options.weights is None:
+            weights = from_hub(OWNER, *WEIGHTS, "give options: {weights: PATH}")
+        else:
+            weights = local_file(OWNER, options.weights)
+        if options.tokenizer is None:
+            words_path = from_hub(OWNER, *VOCABULARY, "give options: {tokenizer: PATH}")
+        else:
+            words_path = options.tokenizer.expanduser()
         self._tokenizer = _read_tokenizer(words_path)
-        self._network, sizes = _read_network(state_path)
+        self._network = _fitted(Checkpoint(OWNER, weights, UNUSED))
         # The released vocabulary is BERT's and two words more, which begin other tasks than this one.
-        if len(self._tokenizer) not in (sizes.words, sizes.words - 2):
+        words = TEXT_SIZES["vocab_size"]
+        if len(self._tokenizer) not in (words, words - 2):
             raise UserError(
-                f"reward 'imagereward': tokenizer '{words_path}' has {len(self._tokenizer)} words, expected "
-                f"{sizes.words - 2}: give bert-base-uncased"
+                f"{OWNER}: tokenizer '{words_path}' has {len(self._tokenizer)} words, expected "
+                f"{words - 2}: give bert-base-uncased"
             )
-        self._side = sizes.patch * sizes.patches
-        self._antialias = antialias
+        self._side = VISION_SIZES["image_size"]
+        self._antialias = options.antialias
         self._device = torch.device("cpu")
         self._tokens = lru_cache(maxsize=4096)(self._tokenise)
 
@@ -108,8 +141,7 @@ class ImageReward:
         prompts = batch.prompts
         if prompts is None or None in prompts:
             raise UserError(
-                "reward 'imagereward' needs prompts, and there are none: set data.prompts to sidecar, or to one text "
-                "for all"
+                f"{OWNER} needs prompts, and there are none: set data.prompts to sidecar, or to one text for all"
             )
         if len(prompts) != len(sr):
             raise ValueError(f"imagereward: expected one text an image, got {len(prompts)} for {len(sr)}")
@@ -149,60 +181,24 @@ def preprocess(image: Tensor, side: int = 224, antialias: bool = True) -> Tensor
 # ---- the network ----
 
 
-class _Sizes(NamedTuple):
-    """Of the networks, in tensors' elements where nothing else is said."""
-
-    vision_width: int
-    vision_inner: int
-    vision_layers: int
-    patch: int  # pixels a side
-    patches: int  # a side
-    text_width: int
-    text_inner: int
-    text_layers: int
-    words: int
-    places: int  # most tokens that a text can have
-    head: tuple[int, ...]  # outputs of all linear layers but the last, which has one
-
-
 class _Network(nn.Module):
-    def __init__(self, sizes: _Sizes) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+        from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel  # takes seconds
 
-        self.vision = BlipVisionModel(
-            BlipVisionConfig(
-                hidden_size=sizes.vision_width,
-                intermediate_size=sizes.vision_inner,
-                num_hidden_layers=sizes.vision_layers,
-                num_attention_heads=sizes.vision_width // HEAD_WIDTH,
-                image_size=sizes.patch * sizes.patches,
-                patch_size=sizes.patch,
-                hidden_act="gelu",
-                layer_norm_eps=1e-6,
-                attn_implementation="eager",
-            )
+        vision = BlipVisionConfig(**VISION_SIZES, hidden_act="gelu", layer_norm_eps=1e-6, attn_implementation="eager")
+        text = BlipTextConfig(
+            **TEXT_SIZES,
+            hidden_act="gelu",
+            layer_norm_eps=1e-12,
+            bos_token_id=None,  # tokens come from the tokenizer
+            sep_token_id=None,
+            is_decoder=True,  # is how it gets cross attention; `forward` runs it as an encoder
+            attn_implementation="eager",  # the only one that it has; masks are made to fit
         )
-        self.text = BlipTextModel(
-            BlipTextConfig(
-                vocab_size=sizes.words,
-                hidden_size=sizes.text_width,
-                encoder_hidden_size=sizes.vision_width,
-                intermediate_size=sizes.text_inner,
-                num_hidden_layers=sizes.text_layers,
-                num_attention_heads=sizes.text_width // HEAD_WIDTH,
-                max_position_embeddings=sizes.places,
-                hidden_act="gelu",
-                layer_norm_eps=1e-12,
-                bos_token_id=None,  # tokens come from the tokenizer
-                sep_token_id=None,
-                is_decoder=True,  # is how it gets cross attention; `forward` runs it as an encoder
-                attn_implementation="eager",  # the only one that it has; masks are made to fit
-            ),
-            add_pooling_layer=False,
-        )
-        widths = (sizes.text_width, *sizes.head, 1)
-        layers = zip(HEAD_LAYERS, widths[:-1], widths[1:], strict=True)
+        self.vision = BlipVisionModel(vision)
+        self.text = BlipTextModel(text, add_pooling_layer=False)
+        layers = zip(HEAD_LAYERS, HEAD_WIDTHS[:-1], HEAD_WIDTHS[1:], strict=True)
         self.head = nn.Sequential(OrderedDict((name, nn.Linear(before, after)) for name, before, after in layers))
 
     def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
@@ -218,25 +214,13 @@ class _Network(nn.Module):
         return self.head(text[:, 0]).squeeze(1)
 
 
-def _read_network(path: Path) -> tuple[_Network, _Sizes]:
-    """The network of a file, frozen, in float32, and its sizes."""
-    state = _read_state(path)
-    sizes = _sizes(state, path)
+def _fitted(checkpoint: Checkpoint) -> _Network:
+    """The network with the weights of a file, frozen, in float32."""
     with torch.device("meta"):  # without storage, and without draws for weights that are replaced anyway
-        network = _Network(sizes)
-    names = {name: _released_name(name) for name in network.state_dict()}
-    own = {names[name]: value.shape for name, value in network.state_dict().items()}
-    wrong = {
-        "missing": sorted(own.keys() - state.keys()),
-        "unknown": sorted(state.keys() - own.keys()),
-        "of another shape": sorted(name for name in own.keys() & state.keys() if own[name] != state[name].shape),
-    }
-    faults = [f"{len(found)} {what} ({found[0]}, ...)" for what, found in wrong.items() if found]
-    if faults:
-        raise _unfit(path, ", ".join(faults))
-    network.load_state_dict({name: state[names[name]].float() for name in names}, strict=True, assign=True)
-    network.text.embeddings.position_ids = torch.arange(sizes.places)[None]  # no part of the state
-    return network.eval().requires_grad_(False), sizes
+        network = _Network()
+    places = torch.arange(TEXT_SIZES["max_position_embeddings"])[None]
+    network.text.embeddings.position_ids = places  # no part of the state
+    return checkpoint.fit(network, _released_name)
 
 
 def _released_name(name: str) -> str:
@@ -245,73 +229,16 @@ def _released_name(name: str) -> str:
     return name
 
 
-def _sizes(state: dict[str, Tensor], path: Path) -> _Sizes:
-    def shape(name: str, dimensions: int) -> tuple[int, ...]:
-        if name not in state:
-            raise _unfit(path, f"{name} is missing")
-        found = tuple(state[name].shape)
-        if len(found) != dimensions or 0 in found:
-            raise _unfit(path, f"{name} has shape {found}")
-        return found
-
-    def count(prefix: str) -> int:
-        return len({name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)})
-
-    patch = shape(f"{VISION}patch_embed.proj.weight", 4)
-    positions = shape(f"{VISION}pos_embed", 3)
-    words, text_width = shape(f"{TEXT}embeddings.word_embeddings.weight", 2)
-    sizes = _Sizes(
-        vision_width=patch[0],
-        vision_inner=shape(f"{VISION}blocks.0.mlp.fc1.weight", 2)[0],
-        vision_layers=count(f"{VISION}blocks."),
-        patch=patch[-1],
-        patches=math.isqrt(positions[1] - 1),
-        text_width=text_width,
-        text_inner=shape(f"{TEXT}encoder.layer.0.intermediate.dense.weight", 2)[0],
-        text_layers=count(f"{TEXT}encoder.layer."),
-        words=words,
-        places=shape(f"{TEXT}embeddings.position_embeddings.weight", 2)[0],
-        head=tuple(shape(f"{HEAD}{layer}.weight", 2)[0] for layer in HEAD_LAYERS[:-1]),
-    )
-    if positions[1] != sizes.patches**2 + 1 or not sizes.patches:
-        raise _unfit(path, f"{VISION}pos_embed is of {positions[1]} tokens, expected a square number and one")
-    if sizes.vision_width % HEAD_WIDTH or sizes.text_width % HEAD_WIDTH:
-        widths = f"{sizes.vision_width} and {sizes.text_width}"
-        raise _unfit(path, f"widths of {widths} are no multiples of {HEAD_WIDTH}")
-    if sizes.places < LENGTH:
-        raise _unfit(path, f"it takes texts of {sizes.places} tokens, expected {LENGTH} or more")
-    return sizes
-
-
-# ---- files ----
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file that the score uses; nothing that the file may contain is run."""
-    try:
-        content: Any = read_safetensors(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
-    except UserError as error:
-        raise UserError(f"reward 'imagereward': {' '.join(str(error).split())}") from error
-    except Exception as error:  # unpicklers raise whatever they stumble over in a damaged file
-        raise UserError(f"reward 'imagereward': '{path}' is damaged: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise _unfit(path, "it holds no state dict (tensors by name)")
-    state = {str(name): value for name, value in content.items() if not IGNORED.match(str(name))}
-    bad = [name for name, value in state.items() if not (value.is_floating_point() and value.isfinite().all())]
-    if bad:
-        raise _unfit(path, f"it holds values that are not finite numbers, in {bad[0]}")
-    return state
-
-
-def _unfit(path: Path, why: str) -> UserError:
-    return UserError(f"reward 'imagereward': the weights in '{path}' do not fit: {why}")
+# ---- the tokenizer ----
 
 
 def _read_tokenizer(path: Path) -> Any:
     """A BERT tokenizer, lower-casing, from its vocabulary or from a folder."""
+    if not path.exists():
+        raise UserError(f"{OWNER}: no tokenizer '{path}'")
     files = [path] if path.is_file() else [path / name for name in ("tokenizer.json", "vocab.txt")]
     if not any(file.is_file() for file in files):
-        raise UserError(f"reward 'imagereward': tokenizer '{path}' has neither tokenizer.json nor vocab.txt")
+        raise UserError(f"{OWNER}: tokenizer '{path}' has neither tokenizer.json nor vocab.txt")
     from transformers import BertTokenizer
 
     try:
@@ -319,33 +246,4 @@ def _read_tokenizer(path: Path) -> Any:
             return BertTokenizer(str(path))
         return BertTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # of its library in another language, without a kind
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"reward 'imagereward': tokenizer '{path}' cannot be read: {reason}") from error
-
-
-def _local(option: str, given: str | Path) -> Path:
-    path = Path(given).expanduser()
-    if not (path.exists() if option == "tokenizer" else path.is_file()):
-        what = "no tokenizer" if option == "tokenizer" else "no weights file"
-        raise UserError(f"reward 'imagereward': {what} '{path}'")
-    return path
-
-
-def _from_hub(option: str, repository: str, file: str) -> Path:
-    """A file of the Hub, from its cache or fetched once."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    with suppress(LocalEntryNotFoundError):
-        return Path(hf_hub_download(repository, file, local_files_only=True))
-    what = f"reward 'imagereward': {file} of {repository} (its {option})"
-    instead = f"take a local file with options: {{{option}: PATH}}"
-    if not connection.online():
-        raise UserError(
-            f"{what} is not in the Hub's cache, and there is no connection (or HF_HUB_OFFLINE is set) to fetch it: "
-            f"connect once, or {instead}"
-        )
-    try:
-        return Path(hf_hub_download(repository, file))
-    except Exception as error:  # no connection is requests' error or httpx's, by the version of the Hub's client
-        raise UserError(f"{what} could not be fetched: {' '.join(str(error).split())[:200]}; or {instead}") from error
+        raise UserError(f"{OWNER}: tokenizer '{path}' cannot be read: {one_line(error)}") from error

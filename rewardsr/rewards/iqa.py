@@ -1,4 +1,4 @@
-"""Any metric of pyiqa as a reward: `IQA("musiq")`.
+"""Any metric of pyiqa as a reward: `rewardsr.rewards.build("musiq")`.
 
 pyiqa has about a hundred metrics under one roof, each with habits of its own; here every one of them gives one float32
 score a sample, higher is better, and lets gradients through where it can. pyiqa is under a non-commercial licence
@@ -6,26 +6,29 @@ score a sample, higher is better, and lets gradients through where it can. pyiqa
 """
 
 import contextlib
-import difflib
 import importlib
 import importlib.util
 import inspect
 import io
+import urllib.request
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
+import huggingface_hub.constants
 import torch
-from torch import Tensor, nn
+from pydantic import ConfigDict, Field
+from torch import Tensor
 
 from rewardsr import plugins
 from rewardsr.adapter import Batch
-from rewardsr.errors import UserError
-from rewardsr.hub import connection
+from rewardsr.errors import UserError, nearest, one_line
+from rewardsr.options import Options
 from rewardsr.rewards.fidelity import target
+from rewardsr.rewards.pretrained import Checkpoint, NotCachedError, cached_or_fetched, local_file
 
 LICENCE = "PolyForm-Noncommercial-1.0.0 (pyiqa)"
 
@@ -43,6 +46,28 @@ _BEHIND_KWARGS = {"PSNR": ("color_space", "data_range", "eps")}  # options that 
 _CROPS = ("test_sample", "crops", "num_crop")  # what networks call the number of crops that they average over
 
 
+class IQAOptions(Options):
+    """Options of every metric; all others go to the metric's network.
+
+    Which those are ("color_space" of psnr and ssim, "backbone" of the CLIP metrics, ...) only pyiqa's own code says, so
+    they are checked against the signature of the network when the metric is built.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    weights: Path | None = Field(
+        None,
+        description="file in place of a download: all of the metric's weights (.pth, .pt, .safetensors), NIQE's .mat, "
+        "or for clipiqa the CLIP file",
+    )
+    crops: int | None = Field(
+        None,
+        ge=1,
+        description="over how many crops a network averages that does (maniqa: 20). They lie on a square grid from the "
+        "top left, and only square numbers fill it",
+    )
+
+
 class IQA:
     """A pyiqa metric as a reward.
 
@@ -51,25 +76,20 @@ class IQA:
     with HQ and count as fidelity, no-reference ones as detail. Attributes are those of `Reward`.
     """
 
-    def __init__(
-        self, metric: str, weights: str | Path | None = None, crops: int | None = None, **options: Any
-    ) -> None:
+    Options = IQAOptions
+
+    def __init__(self, metric: str, options: IQAOptions) -> None:
         """Build the metric; weights come from the caches of pyiqa, torch and the Hub, else are downloaded.
 
         Args:
             metric: pyiqa's id: "musiq", "maniqa" (trained on KonIQ; "maniqa-pipal" is another scale), "lpips", ...
-            weights: file to use in place of a download: all of the metric's weights (.pth, .pt or .safetensors, read
-                without running code in it), NIQE's .mat, or for "clipiqa" the CLIP file.
-            crops: over how many crops a network averages that does (maniqa: 20); its time grows with them. They lie on
-                a square grid from the top left, and only square numbers fill it.
-            options: of the metric's network ("color_space" of psnr and ssim, "backbone" of the CLIP metrics, ...).
+            options: of the metric and of its network.
 
         Raises:
             UserError: unknown metric or option, pyiqa missing, weights that cannot be had, read or fitted.
         """
         entry = _entry(metric)
         self._type = str(entry["metric_opts"]["type"])
-        self._metric_id = metric
         self.name = f"iqa:{metric}" if metric in plugins.names("rewards") else metric
         self.licence = LICENCE
         self.needs_hq = entry.get("metric_mode") == "FR"
@@ -78,9 +98,7 @@ class IQA:
         self.differentiable = self._type not in _NO_GRADIENT and "-face" not in metric
         self._one_by_one = self._type in _ONE_BY_ONE or "-face" in metric
         self._sign = -1.0 if _lower_better(entry) else 1.0
-        self._metric = _build(
-            metric, self._type, None if weights is None else Path(weights).expanduser(), crops, options
-        )
+        self._metric = _build(metric, self._type, options)
         self._device = torch.device("cpu")
 
     def __call__(self, sr: Tensor, batch: Batch) -> Tensor:
@@ -156,9 +174,7 @@ def metrics() -> dict[str, dict[str, Any]]:
 def _entry(metric: str) -> dict[str, Any]:
     table = metrics()
     if metric not in table:
-        close = difflib.get_close_matches(metric, table, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else "see pyiqa.list_models()"
-        raise UserError(f"pyiqa has no metric '{metric}': {hint}")
+        raise UserError(f"pyiqa has no metric '{metric}': {nearest(metric, table, 'see pyiqa.list_models()')}")
     entry = table[metric]
     reason = "it ranks pairs of images" if metric == "fgresq_pair" else _UNFIT.get(entry["metric_opts"]["type"])
     if reason is not None:
@@ -173,25 +189,26 @@ def _lower_better(entry: dict[str, Any]) -> bool:
 # ---- building a metric: options, then weights ----
 
 
-def _build(metric: str, kind: str, weights: Path | None, crops: int | None, options: dict[str, Any]) -> Any:
+def _build(metric: str, kind: str, options: IQAOptions) -> Any:
+    weights = None if options.weights is None else local_file(_owner(metric), options.weights)
     parameters = _network_parameters(metric, kind)
-    options = {**_checked(metric, kind, options, parameters), **_crop_option(metric, crops, parameters)}
-    with _quiet(), torch.random.fork_rng(devices=[]):  # random start weights must not shift the caller's draws
+    given = _checked(metric, options.model_extra or {}, parameters) | _crop_option(metric, options.crops, parameters)
+    with _without_output(), torch.random.fork_rng(devices=[]):  # random start weights must not shift the caller's draws
         if weights is None:
-            return _frozen(_from_cache_or_download(metric, options))
-        if not weights.is_file():
-            raise UserError(f"metric '{metric}': no weights file '{weights}'")
-        return _frozen(_from_file(metric, kind, weights, options, parameters))
+            built = _cached_or_fetched(metric, given)
+        else:
+            built = _from_file(metric, kind, weights, given, parameters)
+    return built.eval().requires_grad_(False)
 
 
-def _frozen(metric: Any) -> Any:
-    return metric.eval().requires_grad_(False)
+def _owner(metric: str) -> str:
+    return f"metric '{metric}'"
 
 
 def _network_parameters(metric: str, kind: str) -> set[str]:
     """Options of the network behind a metric."""
     try:
-        with _quiet():
+        with _without_output():
             archs = importlib.import_module("pyiqa.archs")
             registry = importlib.import_module("pyiqa.utils.registry").ARCH_REGISTRY
             load = getattr(archs, "_lazy_import_arch", None)  # recent versions import a network's module when it is due
@@ -199,20 +216,18 @@ def _network_parameters(metric: str, kind: str) -> set[str]:
                 load(kind)
             network = registry.get(kind)
     except Exception as error:  # its dependencies are many, and fail in many ways
-        raise UserError(f"metric '{metric}': pyiqa does not import here: {_line(error)}") from error
+        raise UserError(f"{_owner(metric)}: pyiqa does not import here: {one_line(error)}") from error
     signature = inspect.signature(network.__init__).parameters.values()
     named = {p.name for p in signature if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)} - {"self"}
     return named | set(_BEHIND_KWARGS.get(kind, ()))
 
 
-def _checked(metric: str, kind: str, options: dict[str, Any], parameters: set[str]) -> dict[str, Any]:
+def _checked(metric: str, options: dict[str, Any], parameters: set[str]) -> dict[str, Any]:
     # Files named that way would be read as pickles that may run code; `weights` is the way to give one.
-    allowed = sorted(parameters - {"pretrained_model_path"})
+    allowed = ["weights", "crops", *sorted(parameters - {"pretrained_model_path"})]
     for name in options:
         if name not in allowed:
-            close = difflib.get_close_matches(name, [*allowed, "weights", "crops"], n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"known: weights, crops, {', '.join(allowed)}"
-            raise UserError(f"metric '{metric}' has no option '{name}': {hint}")
+            raise UserError(f"{_owner(metric)} has no option '{name}': {nearest(name, allowed)}")
     return options
 
 
@@ -221,9 +236,7 @@ def _crop_option(metric: str, crops: int | None, parameters: set[str]) -> dict[s
         return {}
     name = next((name for name in _CROPS if name in parameters), None)
     if name is None:
-        raise UserError(f"metric '{metric}' does not average over crops: drop the option 'crops'")
-    if crops < 1:
-        raise UserError(f"metric '{metric}': crops must be 1 or more, not {crops}")
+        raise UserError(f"{_owner(metric)} does not average over crops: drop the option 'crops'")
     return {name: crops}
 
 
@@ -233,99 +246,55 @@ def _create(metric: str, options: dict[str, Any]) -> Any:
     return pyiqa.create_metric(metric, as_loss=True, loss_reduction="none", device="cpu", **options)
 
 
-def _from_cache_or_download(metric: str, options: dict[str, Any]) -> Any:
+def _cached_or_fetched(metric: str, options: dict[str, Any]) -> Any:
     """First without network, so that cached weights never wait for a connection; then, if there is one, with it."""
-    asked: list[str] = []
-    try:
-        with _no_downloads(asked):
-            return _create(metric, options)
-    except Exception as error:  # what a missing file looks like depends on the metric
-        if not asked and not isinstance(error, OSError):
-            raise UserError(f"metric '{metric}' cannot be built: {_line(error)}") from error
-        if not connection.online():
+
+    def cached() -> Any:
+        asked: list[str] = []
+        try:
+            with _no_downloads(asked):
+                return _create(metric, options)
+        except Exception as error:  # what a missing file looks like depends on the metric
+            if not asked and not isinstance(error, OSError):
+                raise UserError(f"{_owner(metric)} cannot be built: {one_line(error)}") from error
             wanted = f" ({asked[-1].rsplit('/', 1)[-1]})" if asked else ""
-            raise UserError(
-                f"metric '{metric}': its weights{wanted} are in no cache here, and there is no connection "
-                "(or HF_HUB_OFFLINE is set) to fetch them: connect once, or give weights=FILE"
-            ) from error
-    try:
-        return _create(metric, options)
-    except Exception as error:
-        raise UserError(f"metric '{metric}': its weights could not be fetched: {_line(error)}") from error
+            raise NotCachedError(f"its weights{wanted}") from error
+
+    return cached_or_fetched(_owner(metric), cached, lambda: _create(metric, options), "give options: {weights: PATH}")
 
 
 def _from_file(metric: str, kind: str, weights: Path, options: dict[str, Any], parameters: set[str]) -> Any:
     """Build from one local file; nothing is fetched."""
-    state: dict[str, Tensor] | None = None
-    if kind == "CLIPIQA" and metric == "clipiqa":  # has no weights besides CLIP's
+    checkpoint = None
+    is_clip = kind == "CLIPIQA" and metric == "clipiqa"  # has no weights besides CLIP's
+    if is_clip:
         options = {**options, "backbone": str(weights)}
     elif weights.suffix == ".mat" and "pretrained_model_path" in parameters:
         options = {**options, "pretrained_model_path": str(weights)}
     elif "pretrained" in parameters:
-        state = _read(metric, weights)
+        checkpoint = Checkpoint(_owner(metric), weights)
         options = {**options, "pretrained": False}
         if metric == "musiq-ava":  # pyiqa infers the ten classes of AVA from the download only
             options = {"num_class": 10, **options}
     else:
-        raise UserError(f"metric '{metric}' takes no weights file: drop the option 'weights'")
+        raise UserError(f"{_owner(metric)} takes no weights file: drop the option 'weights'")
     try:
         with _no_downloads([]), _untrained_backbones():
             built = _create(metric, options)
     except Exception as error:
-        form = " (expected OpenAI's file, a TorchScript archive)" if kind == "CLIPIQA" and metric == "clipiqa" else ""
-        raise UserError(f"metric '{metric}' cannot be built from '{weights}' alone{form}: {_line(error)}") from error
-    if state is not None:
-        _load(metric, built.net, state, weights)
+        form = " (expected OpenAI's file, a TorchScript archive)" if is_clip else ""
+        raise UserError(f"{_owner(metric)} cannot be built from '{weights}' alone{form}: {one_line(error)}") from error
+    if checkpoint is not None:
+        checkpoint.fit(built.net)
     return built
-
-
-# ---- files ----
-
-
-def _read(metric: str, path: Path) -> dict[str, Tensor]:
-    """Tensors of a file by name; nothing that the file may contain is run."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpicklers raise whatever they stumble over in a damaged file
-        raise UserError(
-            f"metric '{metric}': '{path}' is damaged or holds more than tensors, and is not run: {_line(error)}"
-        ) from error
-    if isinstance(content, dict):
-        content = next(
-            (content[key] for key in ("params", "state_dict") if isinstance(content.get(key), dict)), content
-        )
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"metric '{metric}': '{path}' holds no state dict (tensors by name)")
-    bad = [name for name, value in content.items() if value.is_floating_point() and not value.isfinite().all()]
-    if bad:
-        raise UserError(f"metric '{metric}': '{path}' holds values that are not finite, in {bad[0]}")
-    return {str(name).removeprefix("module."): value for name, value in content.items()}
-
-
-def _load(metric: str, network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    own = network.state_dict()
-    wrong = {
-        "missing": sorted(own.keys() - state.keys()),
-        "unknown": sorted(state.keys() - own.keys()),
-        "of another shape": sorted(n for n in own.keys() & state.keys() if own[n].shape != state[n].shape),
-    }
-    faults = [f"{len(names)} {what} ({names[0]}, ...)" for what, names in wrong.items() if names]
-    if faults:
-        raise UserError(f"metric '{metric}': the weights in '{path}' do not fit: {', '.join(faults)}")
-    network.load_state_dict(state, strict=True)
 
 
 # ---- what is changed around pyiqa, openly, and only while a metric is built ----
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without its prints and the warnings of its dependencies."""
+def _without_output() -> Iterator[None]:
+    """Without pyiqa's prints and the warnings of its dependencies."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -348,26 +317,17 @@ def _no_downloads(asked: list[str]) -> Iterator[None]:
     The Hub's client is told to be offline (it retries for up to 50 seconds otherwise); pyiqa, torch and CLIP download
     with urllib, which knows no such switch and waits long where packets are dropped.
     """
-    import urllib.request
-
-    import huggingface_hub.constants
-    import huggingface_hub.utils
 
     def refuse(url: Any, *_: Any, **__: Any) -> Any:
         asked.append(str(getattr(url, "full_url", url)))
         raise URLError("downloads are switched off")
 
-    forget: Callable[[], None] = getattr(huggingface_hub.utils, "reset_sessions", lambda: None)
-    forget()  # versions before 1.0 keep sessions that have decided on offline or not
-    try:
-        with (
-            _swapped(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
-            _swapped(urllib.request, "urlopen", refuse),
-            _swapped(torch.hub, "urlopen", refuse),
-        ):
-            yield
-    finally:
-        forget()
+    with (
+        _swapped(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
+        _swapped(urllib.request, "urlopen", refuse),
+        _swapped(torch.hub, "urlopen", refuse),
+    ):
+        yield
 
 
 @contextlib.contextmanager
@@ -385,7 +345,3 @@ def _untrained_backbones() -> Iterator[None]:
 
     with _swapped(timm, "create_model", untrained):
         yield
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

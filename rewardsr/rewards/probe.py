@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rewardsr.adapter import Batch
-from rewardsr.errors import UserError
+from rewardsr.errors import UserError, one_line
 from rewardsr.rewards.base import Reward
 
 ADVICE = "choose a differentiable one (`rewardsr rewards` lists them), or give it weight 0 so that it only watches"
@@ -40,8 +40,7 @@ def probe_gradient(name: str, reward: Reward, batch: Batch) -> None:
     except UserError:
         raise
     except Exception as error:  # a reward may be a stranger's
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise UserError(f"reward '{name}' fails when its gradient is tried: {reason}") from error
+        raise UserError(f"reward '{name}' fails when its gradient is tried: {one_line(error)}") from error
     _judge(name, gradients)
 
 

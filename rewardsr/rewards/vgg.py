@@ -1,19 +1,22 @@
 """VGG19 features for style distances: torchvision's network and weights, or a file."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import VGG19_Weights
+from torchvision.models.vgg import make_layers
 
-from rewardsr.errors import UserError
-from rewardsr.hub import connection
-from rewardsr.weights import read_pickle, read_safetensors
+from rewardsr.rewards.pretrained import Checkpoint, from_url, local_file
 
-# Convolutions of VGG19 between its poolings; the last of each group is a layer that `VGG19` returns.
-GROUPS = (2, 2, 4, 4, 4)
-LAYERS = ("conv1_2", "conv2_2", "conv3_4", "conv4_4", "conv5_4")
+GROUPS = (2, 2, 4, 4, 4)  # convolutions of VGG19 between its poolings
+LAYERS = {2: "conv1_2", 7: "conv2_2", 16: "conv3_4", 25: "conv4_4", 34: "conv5_4"}  # by their places in torchvision's
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which the weights expect
+CLASSIFIER = re.compile(r"classifier\.")  # not used here
+OWNER, URL = "VGG19", VGG19_Weights.IMAGENET1K_V1.url
+INSTEAD = "give trainer_options.vgg=FILE, or switch the style term off with trainer_options.kl_weight=0"
 
 
 class VGG19(nn.Module):
@@ -30,10 +33,10 @@ class VGG19(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, weights: str | None = None) -> None:
+    def __init__(self, weights: Path | str | None = None) -> None:
         super().__init__()
-        state = _download() if weights is None else _read(Path(weights).expanduser())
-        self.features = _build(state, "its weights" if weights is None else f"'{weights}'")
+        path = from_url(OWNER, URL, INSTEAD) if weights is None else local_file(OWNER, weights)
+        self.features = _fitted(Checkpoint(OWNER, path, CLASSIFIER))
         self.register_buffer("mean", torch.tensor(MEAN)[:, None, None])
         self.register_buffer("std", torch.tensor(STD)[:, None, None])
         self.requires_grad_(False).eval()
@@ -43,73 +46,23 @@ class VGG19(nn.Module):
         found: dict[str, Tensor] = {}
         with torch.autocast(image.device.type, enabled=False):
             x = (image.float() - self.mean) / self.std
-            convolutions, wanted = 0, dict(zip(_ends(), LAYERS, strict=True))
-            for module in self.features:
+            for place, module in enumerate(self.features[: max(LAYERS) + 1]):
                 x = module(x)
-                if isinstance(module, nn.Conv2d):
-                    convolutions += 1
-                    if convolutions in wanted:
-                        found[wanted[convolutions]] = x
-                    if len(found) == len(LAYERS):
-                        break
+                if place in LAYERS:
+                    found[LAYERS[place]] = x
         return found
 
 
-def _ends() -> list[int]:
-    return [sum(GROUPS[: group + 1]) for group in range(len(GROUPS))]
-
-
-def _build(state: dict[str, Tensor], where: str) -> nn.Sequential:
+def _fitted(checkpoint: Checkpoint) -> nn.Sequential:
     """The convolutional part for tensors `features.N.weight`, whose shapes say how wide it is."""
-    from torchvision.models.vgg import make_layers
-
-    own = {
-        name.removeprefix("features."): value.float() for name, value in state.items() if name.startswith("features")
-    }
-    kernels = [value for name, value in own.items() if name.endswith(".weight")]
-    if len(kernels) != sum(GROUPS) or any(kernel.ndim != 4 for kernel in kernels):
-        raise UserError(f"{where} holds no VGG19: expected {sum(GROUPS)} convolutions features.N.weight")
-    if not all(value.isfinite().all() for value in own.values()):
-        raise UserError(f"{where}: VGG19 with values that are not finite")
-    in_order = sorted((name for name in own if name.endswith(".weight")), key=lambda name: int(name.split(".")[0]))
-    widths = iter([own[name].shape[0] for name in in_order])
+    kernels = {name: value for name, value in checkpoint.state.items() if name.endswith(".weight")}
+    if len(kernels) != sum(GROUPS) or any(kernel.ndim != 4 for kernel in kernels.values()):
+        raise checkpoint.unfit(f"expected VGG19's {sum(GROUPS)} convolutions features.N.weight")
+    widths = iter([len(kernels[name]) for name in sorted(kernels, key=lambda name: int(name.split(".")[1]))])
     plan: list[Any] = [entry for group in GROUPS for entry in (*(next(widths) for _ in range(group)), "M")]
-    layers: nn.Sequential = make_layers(plan)
-    try:
-        layers.load_state_dict(own, strict=True)
-    except RuntimeError as error:
-        raise UserError(f"{where} does not fit VGG19: {' '.join(str(error).split())[:200]}") from error
+    with torch.device("meta"):  # without storage, and without draws for weights that are replaced anyway
+        layers: nn.Sequential = make_layers(plan)
     for module in layers:
         if isinstance(module, nn.ReLU):
             module.inplace = False  # the features are taken before it
-    return layers
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UserError(f"VGG19: no weights file '{path}'")
-    content = read_safetensors(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"'{path}' holds no VGG19 (tensors by name)")
-    return content
-
-
-def _download() -> dict[str, Tensor]:
-    """torchvision's weights: from torch's cache, else fetched once (548 MB)."""
-    from torchvision.models import VGG19_Weights
-
-    weights = VGG19_Weights.IMAGENET1K_V1
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
-    if cached.is_file():
-        return _read(cached)
-    if not connection.online():
-        raise UserError(
-            f"VGG19's weights ({cached.name}) are not in torch's cache and there is no connection to fetch them: "
-            "connect once, or give trainer_options.vgg=FILE, or switch the style term off with "
-            "trainer_options.kl_weight=0"
-        )
-    try:
-        state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
-    except Exception as error:  # urllib's and torch's errors are many
-        raise UserError(f"VGG19's weights could not be fetched: {' '.join(str(error).split())}") from error
-    return state
+    return checkpoint.fit(layers, "features.{}".format)

@@ -2,21 +2,20 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rewardsr.options import parse
+from rewardsr.run_folder import RECIPE
 from rewardsr.storage import remove_leftovers, write_text
-from rewardsr.train import recipe as recipes
-from rewardsr.train.recipe import Recipe
-
-if TYPE_CHECKING:
-    from rewardsr.train.dry_run import DryRun
-    from rewardsr.train.loop import Result
+from rewardsr.train.dry_run import DryRun, measure_step
+from rewardsr.train.loop import Result, train
+from rewardsr.train.prepare import check_output, complete, set_up
+from rewardsr.train.recipe import Recipe, load_recipe, to_yaml
 
 
 def finetune(
     recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = False, dry_run: bool = False
-) -> "Result | DryRun":
+) -> Result | DryRun:
     """Fine-tune a pipeline.
 
     Args:
@@ -29,14 +28,10 @@ def finetune(
         TrainingError: training cannot go on; checkpoints stay.
     """
     if isinstance(recipe, str | Path):
-        recipe = recipes.load_recipe(str(recipe), {}, [])
+        recipe = load_recipe(str(recipe), {}, [])
     elif not isinstance(recipe, Recipe):
         recipe = parse(Recipe, dict(recipe), "recipe")
-    from rewardsr.run_folder import RECIPE
-    from rewardsr.train.dry_run import measure_step
-    from rewardsr.train.loop import train
-    from rewardsr.train.prepare import check_output, set_up
-
+    recipe = complete(recipe)
     if not dry_run:
         check_output(recipe, resume)
     setup = set_up(recipe)
@@ -46,5 +41,5 @@ def finetune(
     setup.accelerator.wait_for_everyone()  # until every process has looked into the folder, nothing may be written
     if setup.accelerator.is_main_process:
         remove_leftovers(run)
-        write_text(run / RECIPE, recipes.to_yaml(recipe))
+        write_text(run / RECIPE, to_yaml(recipe))
     return train(setup, run, resume)

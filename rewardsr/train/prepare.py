@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,12 +11,13 @@ from accelerate.state import AcceleratorState, PartialState
 
 from rewardsr import lora
 from rewardsr.adapter import Batch, ISRAdapter
-from rewardsr.data.degradation import degradation_for
+from rewardsr.data.captions import Captions
+from rewardsr.data.degradation import degradation_options, make_degradation
 from rewardsr.data.folder import Data, open_data
 from rewardsr.errors import UserError
-from rewardsr.options import Options, parse
-from rewardsr.pipelines import adapter_options, choose_device, load_adapter
-from rewardsr.plugins import resolve
+from rewardsr.options import parse
+from rewardsr.pipelines import adapter_class, adapter_options, choose_device, load_adapter
+from rewardsr.plugins import resolve_class
 from rewardsr.rewards import build
 from rewardsr.rewards.base import Reward
 from rewardsr.rewards.probe import probe_gradient
@@ -23,7 +25,7 @@ from rewardsr.run_folder import RECIPE
 from rewardsr.storage import is_leftover
 from rewardsr.train import recipe as recipes
 from rewardsr.train.log import check_trackers
-from rewardsr.train.recipe import Recipe
+from rewardsr.train.recipe import DegradationRecipe, Recipe
 from rewardsr.trainers.base import Method
 
 DECODE_UP_TO = 2000  # training images; decoding more of them beforehand would itself be long work
@@ -65,9 +67,14 @@ def set_up(recipe: Recipe) -> Setup:
     accelerator = _accelerator(device)
     method_kind = method_class(recipe.trainer)
     options = parse(method_kind.Options, recipe.trainer_options, "trainer_options")
-    # Known before the pipeline is loaded, so that the data can be checked first.
-    scale = adapter_options(recipe.adapter, recipe.adapter_options).get("scale", 4)
-    extras = getattr(resolve("adapters", recipe.adapter), "extras", ())
+    kind = adapter_class(recipe.adapter)
+    scale = kind.scale_of(adapter_options(recipe.adapter, recipe.adapter_options))
+    # The data is checked before the pipeline is loaded, unless only the pipeline knows its scale.
+    adapter = None
+    if scale is None:
+        adapter = load_adapter(recipe.adapter, recipe.base, device=device, dtype=dtype, **recipe.adapter_options)
+        scale = adapter.scale
+    extras = kind.extras
     train, validation = open_folders(recipe, scale, extras)
     rewards = {entry.name: build(entry.name, **entry.options) for entry in recipe.rewards}
     guards = {name: build(name) for name in recipe.guards if name not in rewards}
@@ -86,9 +93,12 @@ def set_up(recipe: Recipe) -> Setup:
     if method_kind.differentiates:
         for name in steering:
             probe_gradient(name, rewards[name], sample)
-    adapter = load_adapter(recipe.adapter, recipe.base, device=device, dtype=dtype, **recipe.adapter_options)
-    if adapter.scale != scale:  # an adapter whose scale is no option of its `load`
-        train, validation = open_folders(recipe, adapter.scale, extras)
+    if adapter is None:
+        adapter = load_adapter(recipe.adapter, recipe.base, device=device, dtype=dtype, **recipe.adapter_options)
+    if adapter.scale != scale:
+        raise UserError(
+            f"adapter '{recipe.adapter}' has scale {adapter.scale}, but its options said {scale}: correct its scale_of"
+        )
     with torch.no_grad():
         adapter.encode(train.batch(recipe.seed, [0]))  # says what the family misses of the images
         for batch in () if validation is None else validation.validation(1, recipe.seed, recipe.data.crop):
@@ -111,12 +121,7 @@ def method_class(name: str) -> type[Method]:
     Raises:
         UserError: there is none, or it breaks the contract.
     """
-    kind = resolve("trainers", name)
-    if not (isinstance(kind, type) and issubclass(kind, Method)):
-        raise UserError(f"trainer '{name}': expected a subclass of rewardsr.trainers.base.Method, got {kind!r}")
-    if not (isinstance(kind.Options, type) and issubclass(kind.Options, Options)):
-        raise UserError(f"trainer '{name}': its Options must be a subclass of rewardsr.Options")
-    return kind
+    return resolve_class("trainers", name, Method)  # type: ignore[type-abstract]  # only its subclasses are made
 
 
 def _untrained(adapter: ISRAdapter, method: Method) -> Iterator[str]:
@@ -164,19 +169,26 @@ def open_folders(recipe: Recipe, scale: int, extras: Sequence[str] = ()) -> tupl
         extras: names of the tensors beside the images that the adapter takes.
     """
     folder = recipe.data
-    train = open_data(
-        folder.train,
+    opened = partial(
+        open_data,
         scale=scale,
-        crop=folder.crop,
-        degradation=degradation_for(folder.train, folder.degradation, scale),
+        degradation=make_degradation(folder.degradation, scale),
         prompts=folder.prompts,
+        captions=None if folder.captioner is None else Captions(folder.captioner),
         extras=extras,
-        flips=folder.flip,
     )
-    if folder.validation is None:
-        return train, None
-    held_out = degradation_for(folder.validation, folder.degradation, scale)
-    return train, open_data(folder.validation, scale=scale, degradation=held_out, prompts=folder.prompts, extras=extras)
+    train = opened(folder.train, crop=folder.crop, flips=folder.flip)
+    return train, None if folder.validation is None else opened(folder.validation)
+
+
+def complete(recipe: Recipe) -> Recipe:
+    """The recipe with the options of its degradation written out, as a run's folder keeps it.
+
+    Raises:
+        UserError: unknown degradation or option, or a wrong value.
+    """
+    degradation = DegradationRecipe(**degradation_options(recipe.data.degradation))
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"degradation": degradation})})
 
 
 def check_output(recipe: Recipe, resume: bool) -> None:
@@ -196,7 +208,7 @@ def check_output(recipe: Recipe, resume: bool) -> None:
         raise UserError(
             f"output '{run}' holds a run already: choose another folder, or continue that one with --resume"
         )
-    other = recipes.load_recipe(str(run / RECIPE), {}, [])
+    other = complete(recipes.load_recipe(str(run / RECIPE), {}, []))
     different = recipes.differences(recipe, other)
     if different:
         raise UserError(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from rewardsr.errors import UserError
 from rewardsr.options import Options, parse
@@ -19,12 +19,12 @@ class RewardRecipe(Options):
     options: dict[str, Any] = Field(default_factory=dict, description="of the reward itself (weights: local path, ...)")
 
 
-class LightRecipe(Options):
-    """The built-in degradation: blur, area down, noise, JPEG; a range per image, drawn uniformly."""
+class DegradationRecipe(Options):
+    """How HQ images are made LQ: a name, and beside it the options of that degradation, which checks them itself."""
 
-    blur: tuple[float, float] = Field((0.2, 1.2), description="Gaussian sigma in HQ pixels")
-    noise: tuple[float, float] = Field((0.0, 4.0), description="Gaussian sigma in 8-bit levels")
-    quality: tuple[int, int] = Field((75, 97), description="JPEG quality")
+    model_config = ConfigDict(extra="allow")
+
+    name: str = Field("light", description="registered name (light, bicubic), or module:Name")
 
 
 class DataRecipe(Options):
@@ -33,12 +33,15 @@ class DataRecipe(Options):
     train: str = Field(description="folder of HQ images, or of paired lq/ and gt/ folders matched by name")
     validation: str | None = Field(None, description="the same for held-out images; None: no validation")
     crop: int = Field(512, ge=1, description="side of the HQ crops in pixels")
-    degradation: LightRecipe = Field(
-        default_factory=lambda: LightRecipe(), description="for HQ folders; pairs ignore it"
+    degradation: DegradationRecipe = Field(
+        default_factory=DegradationRecipe, description="for HQ folders; pairs ignore it"
     )
     prompts: str = Field(
-        "adapter", description="adapter: its own prompt; sidecar: the .txt beside each image; else one text for all"
+        "adapter",
+        description="adapter: its own prompt; sidecar: the .txt beside each image; captioner: data.captioner; "
+        "else one text for all",
     )
+    captioner: str | None = Field(None, description="registered name, or module:Name; with prompts: captioner")
     validation_limit: int | None = Field(None, ge=1, description="the first so many held-out images")
     validation_side: int | None = Field(
         None, ge=1, description="cut larger held-out images to this many HQ pixels a side"

@@ -41,7 +41,7 @@ class GDPO(Method):
         self, adapter: ISRAdapter, rewards: dict[str, Reward], weights: dict[str, float], options: GDPOOptions
     ) -> None:
         super().__init__(adapter, rewards, weights, options)
-        self.groups = Groups(adapter, rewards, weights, options, self.reference, "gdpo")
+        self.groups = Groups(self, "gdpo")
         self._parameters = [p for group in self.trained for p in group.parameters.values()]
 
     def prepare(self, batch: Batch, draws: Source) -> Group:

@@ -13,15 +13,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rewardsr.adapter import ISRAdapter
 from rewardsr.batch import Batch, Condition
 from rewardsr.draws import Replay, Source, draw
 from rewardsr.errors import TrainingError, UserError
 from rewardsr.options import Options
 from rewardsr.rewards.attribute import texture_share
-from rewardsr.rewards.base import Reward
 from rewardsr.schedule import fewer
-from rewardsr.trainers.base import Reference
+from rewardsr.trainers.base import Method
 from rewardsr.trainers.preferences import group_advantages
 
 logger = logging.getLogger(__name__)
@@ -89,26 +87,17 @@ class Groups:
     """Makes groups, and the tasks that policy and reference are compared on.
 
     Args:
-        adapter: the pipeline, with our LoRA attached.
-        rewards: what outputs are scored by, by name.
-        weights: weight of each reward.
-        options: of the method.
-        reference: the policy that samples, and that the trained one is compared with.
-        method: its name, for messages.
+        method: whose pipeline, rewards and options they are made with; its `reference` is the policy that samples, and
+            that the trained one is compared with.
+        name: of the method, for messages.
 
     Raises:
         UserError: a pipeline that has no group (deterministic), or options or weights that cannot work.
     """
 
-    def __init__(
-        self,
-        adapter: ISRAdapter,
-        rewards: dict[str, Reward],
-        weights: dict[str, float],
-        options: GroupOptions,
-        reference: Reference,
-        method: str,
-    ) -> None:
+    def __init__(self, method: Method, name: str) -> None:
+        adapter, rewards, weights = method.adapter, method.rewards, method.weights
+        options: GroupOptions = method.options
         if adapter.deterministic:
             raise UserError(
                 f"adapter '{adapter.name}' is deterministic as configured, so the outputs of a group would be equal: "
@@ -116,17 +105,17 @@ class Groups:
             )
         if options.preference == "conditional" and not adapter.one_step:
             raise UserError(
-                f"{method}: preference 'conditional' is for one-step pipelines; adapter '{adapter.name}' takes "
+                f"{name}: preference 'conditional' is for one-step pipelines; adapter '{adapter.name}' takes "
                 f"{len(adapter.steps)} steps: leave it out"
             )
         if options.shared_noise and options.preference == "paper":
-            raise UserError(f"{method}: shared_noise belongs to preference 'conditional'")
+            raise UserError(f"{name}: shared_noise belongs to preference 'conditional'")
         if not rewards or sum(weights.values()) <= 0:
-            raise UserError(f"{method} needs at least one reward with a positive weight")
+            raise UserError(f"{name} needs at least one reward with a positive weight")
         if options.weighting == "attribute" and {reward.kind for reward in rewards.values()} != {"fidelity", "detail"}:
             raise UserError("weighting 'attribute' needs rewards of both kinds: fidelity (psnr) and detail (musiq)")
         self.adapter, self.rewards, self.weights, self.options = adapter, rewards, weights, options
-        self.reference = reference
+        self.reference = method.reference
         self.size = options.group_size
         self._warned = False
 

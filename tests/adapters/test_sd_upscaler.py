@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from rewardsr import UserError, load_adapter, lora
-from rewardsr.adapters.osediff import OSEDiff
 from rewardsr.adapters.sd_upscaler import SDUpscaler
 from rewardsr.draws import Draws, Replay
 from rewardsr.testing import check_adapter, tiny_pipeline
@@ -116,20 +115,20 @@ def test_what_a_missing_set_alpha_to_one_means(spoiled) -> None:
     config = json.loads(path.read_text())
     del config["set_alpha_to_one"]
     path.write_text(json.dumps(config))
-    adapter = SDUpscaler.load(str(spoiled), steps=3, negative_prompt=NEGATIVE)
+    adapter = load_adapter("sd_upscaler", spoiled, steps=3, negative_prompt=NEGATIVE)
     assert gap(ours(adapter), theirs(live(spoiled), 3, 9.0)) <= 1e-5
 
 
 def test_the_scaling_factor_is_that_of_diffusers(spoiled) -> None:
     change(spoiled / "vae" / "config.json", scaling_factor=0.5)
-    adapter = SDUpscaler.load(str(spoiled), steps=3, negative_prompt=NEGATIVE)
+    adapter = load_adapter("sd_upscaler", spoiled, steps=3, negative_prompt=NEGATIVE)
     with pytest.warns(FutureWarning, match="0.08333"):
         pipe = live(spoiled)
     assert gap(ours(adapter), theirs(pipe, 3, 9.0)) <= 1e-5
 
 
 def test_without_noise_the_condition_is_its_mode(folder) -> None:
-    adapter = SDUpscaler.load(str(folder))
+    adapter = load_adapter("sd_upscaler", folder)
     condition = adapter.encode(LQ)
     alphas = live(folder).low_res_scheduler.alphas_cumprod
     assert condition.control is not None and gap(condition.control, (LQ * 2 - 1) * alphas[20].sqrt()) <= 1e-6
@@ -144,8 +143,8 @@ def test_without_noise_the_condition_is_its_mode(folder) -> None:
 
 
 def test_negative_prompt_only_with_guidance(folder) -> None:
-    assert SDUpscaler.load(str(folder), guidance=1).encode(LQ).negative is None
-    adapter = SDUpscaler.load(str(folder), negative_prompt=NEGATIVE)
+    assert load_adapter("sd_upscaler", folder, guidance=1).encode(LQ).negative is None
+    adapter = load_adapter("sd_upscaler", folder, negative_prompt=NEGATIVE)
     condition = adapter.encode(LQ, PROMPTS)
     expected = adapter.encode(LQ, [NEGATIVE] * 2).text
     assert condition.negative is not None and torch.equal(condition.negative, expected)
@@ -157,25 +156,25 @@ def test_negative_prompt_only_with_guidance(folder) -> None:
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_keeps_the_contract(folder, steps) -> None:
-    adapter = SDUpscaler.load(str(folder), steps=steps)
+    adapter = load_adapter("sd_upscaler", folder, steps=steps)
     assert adapter.noisy_condition and not adapter.deterministic
     check_adapter(adapter)
 
 
 def test_any_autoencoder(tmp_path) -> None:
-    check_adapter(SDUpscaler.load(str(tiny_pipeline(tmp_path, autoencoder="dc", family="upscaler")), steps=2))
+    check_adapter(load_adapter("sd_upscaler", tiny_pipeline(tmp_path, autoencoder="dc", family="upscaler"), steps=2))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 5), (3, 16), (1, 9)])
 def test_any_size(folder, size) -> None:
-    adapter = SDUpscaler.load(str(folder), steps=2)
+    adapter = load_adapter("sd_upscaler", folder, steps=2)
     lq = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(2))
     sr = ours(adapter, lq)
     assert sr.shape == (1, 3, size[0] * 4, size[1] * 4) and sr.isfinite().all()
 
 
 def test_gradients_reach_the_lora_and_what_is_decoded(folder) -> None:
-    adapter = SDUpscaler.load(str(folder), steps=2)
+    adapter = load_adapter("sd_upscaler", folder, steps=2)
     lora.attach(adapter)
     noise = Draws(0, 0, [0, 1])
     condition = adapter.encode(LQ, PROMPTS, generator=noise)
@@ -195,7 +194,7 @@ def test_gradients_reach_the_lora_and_what_is_decoded(folder) -> None:
 
 
 def test_half_precision_stays_near(folder) -> None:
-    exact, half = (SDUpscaler.load(str(folder), steps=2, guidance=2) for _ in range(2))
+    exact, half = (load_adapter("sd_upscaler", folder, steps=2, guidance=2) for _ in range(2))
     half.to("cpu", torch.bfloat16)
     assert 0 < gap(ours(exact), ours(half)) < 0.1
 
@@ -206,8 +205,8 @@ def test_half_precision_stays_near(folder) -> None:
 def test_a_live_pipeline_is_shared(folder) -> None:
     pipe = live(folder)
     options = {"steps": 4, "negative_prompt": NEGATIVE, "noise_level": 10}
-    adapter = SDUpscaler.from_pipeline(pipe, **options)
-    loaded = SDUpscaler.load(str(folder), **options)
+    adapter = SDUpscaler.from_pipeline(pipe, SDUpscaler.Options(**options))
+    loaded = load_adapter("sd_upscaler", folder, **options)
     for own, network in ((adapter.unet, pipe.unet), (adapter.vae, pipe.vae)):
         pairs = zip(own.parameters(), network.parameters(), strict=True)
         assert all(one.data_ptr() == other.data_ptr() for one, other in pairs)
@@ -219,7 +218,7 @@ def test_a_live_pipeline_is_shared(folder) -> None:
 
 def test_a_live_pipeline_stays_as_it_is(folder) -> None:
     pipe = live(folder).to(torch.bfloat16)
-    adapter = SDUpscaler.from_pipeline(pipe, steps=1)
+    adapter = SDUpscaler.from_pipeline(pipe, SDUpscaler.Options(steps=1))
     assert adapter.dtype == pipe.unet.dtype == pipe.vae.dtype == torch.bfloat16
     assert ours(adapter).dtype == torch.float32
 
@@ -229,21 +228,21 @@ def test_which_pipelines_fit(folder, tiny_base) -> None:
     parts = {name: pipe.components[name] for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")}
     assert SDUpscaler.fits(pipe)
     assert not SDUpscaler.fits(SimpleNamespace(**parts))
-    plain = SimpleNamespace(**{**parts, "unet": OSEDiff.load(str(tiny_base)).unet}, low_res_scheduler=object())
+    plain = SimpleNamespace(**{**parts, "unet": load_adapter("osediff", tiny_base).unet}, low_res_scheduler=object())
     assert not SDUpscaler.fits(plain)
 
     for thing in (None, 3, object(), SimpleNamespace(unet=None, vae=None, low_res_scheduler=None)):
         assert SDUpscaler.fits(thing) is False
     with pytest.raises(UserError, match=r"^SimpleNamespace has no low_res_scheduler: it is no Stable"):
-        SDUpscaler.from_pipeline(SimpleNamespace(**parts))
+        SDUpscaler.from_pipeline(SimpleNamespace(**parts), SDUpscaler.Options())
     with pytest.raises(UserError, match=r"^int has no low_res_scheduler"):
-        SDUpscaler.from_pipeline(3)
+        SDUpscaler.from_pipeline(3, SDUpscaler.Options())
     pipe.register_to_config(max_noise_level=15)
     with pytest.raises(UserError, match="noise_level is 20, expected 0 to 15"):
-        SDUpscaler.from_pipeline(pipe)
+        SDUpscaler.from_pipeline(pipe, SDUpscaler.Options())
     pipe.low_res_scheduler.register_to_config(beta_schedule="sigmoid")
     with pytest.raises(UserError, match=r"StableDiffusionUpscalePipeline\.low_res_scheduler': .*sigmoid"):
-        SDUpscaler.from_pipeline(pipe)
+        SDUpscaler.from_pipeline(pipe, SDUpscaler.Options())
 
 
 # ---- tiles ----
@@ -260,14 +259,16 @@ class Local(SDUpscaler):
 
 @pytest.mark.parametrize(("tile", "overlap"), [(6, 3), (5, 0), (8, 7), (9, 2)])
 def test_tiles_see_their_part_of_the_image(folder, tile, overlap) -> None:
-    whole = ours(Local.load(str(folder), steps=3, negative_prompt=NEGATIVE))
-    cut = Local.load(str(folder), steps=3, negative_prompt=NEGATIVE, tile=tile, tile_overlap=overlap)
+    whole = ours(Local.load(str(folder), Local.Options(steps=3, negative_prompt=NEGATIVE)))
+    cut = Local.load(str(folder), Local.Options(steps=3, negative_prompt=NEGATIVE, tile=tile, tile_overlap=overlap))
     assert cut.tiling is not None and cut.tiling.cuts(LQ)
     assert gap(ours(cut), whole) <= 1e-4
 
 
 def test_tiles_that_cut_nothing_change_nothing(folder) -> None:
-    whole, cut, small = (SDUpscaler.load(str(folder), steps=2, tile=tile, tile_overlap=2) for tile in (None, 12, 6))
+    whole, cut, small = (
+        load_adapter("sd_upscaler", folder, steps=2, tile=tile, tile_overlap=2) for tile in (None, 12, 6)
+    )
     assert whole.tiling is None and torch.equal(ours(whole), ours(cut))
     assert ours(small).shape == (2, 3, 48, 32) and 0 < gap(ours(small), ours(whole)) < 0.5
 
@@ -279,16 +280,19 @@ def test_tiles_that_cut_nothing_change_nothing(folder) -> None:
     ("options", "line"),
     [
         ({"noise_level": 50}, "noise_level is 50, expected 0 to 49"),  # as many as the UNet has classes
-        ({"noise_level": -1}, "noise_level is -1, expected 0 to 49"),
-        ({"steps": 0}, "steps is 0, expected 1 to 1000"),
+        ({"noise_level": -1}, "adapter 'sd_upscaler': 'noise_level' is -1: input should be greater than or equal to 0"),
+        ({"steps": 0}, "adapter 'sd_upscaler': 'steps' is 0: input should be greater than or equal to 1"),
         ({"steps": 1001}, "steps is 1001, expected 1 to 1000"),
-        ({"guidance": 0.5}, "guidance is 0.5, expected a finite number, 1 (none) or more"),
-        ({"guidance": float("inf")}, "guidance is inf, expected a finite number, 1 (none) or more"),
-        ({"guidance": float("nan")}, "guidance is nan, expected a finite number, 1 (none) or more"),
-        ({"tile": 8}, "tile is 8 with an overlap of 16: expected 0 <= overlap < tile"),
-        ({"tile": 0, "tile_overlap": 0}, "tile is 0 with an overlap of 0: expected 0 <= overlap < tile"),
-        ({"scale": 4}, "adapter 'sd_upscaler' has no option 'scale'"),
-        ({"noise_level": "much"}, "adapter 'sd_upscaler': noise_level is 'much'"),
+        ({"guidance": 0.5}, "adapter 'sd_upscaler': 'guidance' is 0.5: input should be greater than or equal to 1"),
+        ({"guidance": float("inf")}, "adapter 'sd_upscaler': 'guidance' is inf: input should be a finite number"),
+        ({"guidance": float("nan")}, "adapter 'sd_upscaler': 'guidance' is nan: input should be a finite number"),
+        ({"tile": 8}, "adapter 'sd_upscaler': tile is 8 with an overlap of 16: expected 0 <= overlap < tile"),
+        (
+            {"tile": 0, "tile_overlap": 0},
+            "adapter 'sd_upscaler': tile is 0 with an overlap of 0: expected 0 <= overlap < tile",
+        ),
+        ({"scale": 4}, "adapter 'sd_upscaler': unknown key 'scale'"),
+        ({"noise_level": "much"}, "adapter 'sd_upscaler': 'noise_level' is 'much'"),
     ],
 )
 def test_bad_options(folder, options, line) -> None:
@@ -299,7 +303,7 @@ def test_bad_options(folder, options, line) -> None:
 
 def refusal(base: Path, **options: object) -> str:
     with pytest.raises(UserError) as caught:
-        SDUpscaler.load(str(base), **options)
+        load_adapter("sd_upscaler", base, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -320,9 +324,9 @@ def test_the_pipeline_s_own_limit_of_the_noise(spoiled) -> None:
     index = spoiled / "model_index.json"
     change(index, max_noise_level=30)
     assert refusal(spoiled, noise_level=31) == "noise_level is 31, expected 0 to 30"
-    assert SDUpscaler.load(str(spoiled), noise_level=30).noise_level == 30
+    assert load_adapter("sd_upscaler", spoiled, noise_level=30).options.noise_level == 30
     for content in ("{", "[]", '{"max_noise_level": "many"}'):
         index.write_text(content)
         assert refusal(spoiled) == f"'{index}' is damaged"
     index.unlink()
-    assert SDUpscaler.load(str(spoiled), noise_level=49).noise_level == 49
+    assert load_adapter("sd_upscaler", spoiled, noise_level=49).options.noise_level == 49

@@ -255,12 +255,13 @@ def test_missing_and_misshapen_embeddings(tiny_seesr) -> None:
 
 
 def test_options_that_cannot_work(tiny_seesr) -> None:
-    assert "guidance is 0.5" in refused(tiny_seesr, guidance=0.5)
-    assert "steps is 0" in refused(tiny_seesr, steps=0)
+    assert "'guidance' is 0.5" in refused(tiny_seesr, guidance=0.5)
+    assert "'steps' is 0" in refused(tiny_seesr, steps=0)
     assert "steps is 1001" in refused(tiny_seesr, steps=1001)
     assert "overlap" in refused(tiny_seesr, tile=8, tile_overlap=8)
     assert "start_point" in refused(tiny_seesr, start_point="lr")
     assert "nowhere" in refused(tiny_seesr, tagger="nowhere:Tagger")
+    assert "cannot be made without arguments: TypeError" in refused(tiny_seesr, tagger="taggers:Demanding")
     assert "did you mean 'tagger'" in refused(tiny_seesr, taggr="taggers:Means")
 
 

@@ -8,7 +8,7 @@ import torch
 from _support import picked
 
 from rewardsr import Batch, load_adapter
-from rewardsr.adapters.seesr import NEGATIVE, TEMPLATE, add_image_attentions
+from rewardsr.adapters.seesr import SeeSR, add_image_attentions
 from rewardsr.draws import Replay
 from rewardsr.tiling import Tiling
 
@@ -62,7 +62,9 @@ def test_pipeline_step_by_step(variant, folder, golden, data, record_property, m
     start = "lq" if variant == "lr" else "noise"
     adapter = load_adapter("seesr", folder, scale=1, steps=4, start_point=start)
     assert list(adapter.steps) == about["variants"][variant]["timesteps"]
-    assert about["negative_prompt"] == NEGATIVE and about["prompt"] == TEMPLATE.replace("{tags}", "bird, tree")
+    defaults = SeeSR.Options()
+    assert about["negative_prompt"] == defaults.negative_prompt
+    assert about["prompt"] == defaults.template.replace("{tags}", "bird, tree")
     batch = Batch(image(v[f"{variant}.lq_uint8_hwc"]), prompts=("bird, tree",), extras={"ram": v[f"{variant}.ram"]})
     posterior = [v["lr.noise.vae_encode"][:1]] if variant == "lr" else []
     noise = [v[f"{variant}.noise.init"], *(v[f"{variant}.noise.step{k}"] for k in range(3))]

@@ -218,11 +218,11 @@ def test_times_hold_both_ends() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"steps": 0}, "steps is 0, expected 1 to 1000"),
+        ({"steps": 0}, "'steps' is 0"),
         ({"steps": 1001}, "steps is 1001, expected 1 to 1000"),
-        ({"tile": 7}, "tile is 7, expected a multiple of 2 latents"),
+        ({"tile": 7, "tile_overlap": 3}, "tile is 7, expected a multiple of 2 latents"),
         ({"tile": 8, "tile_overlap": 8}, "expected 0 <= overlap < tile"),
-        ({"scale": 0}, "scale is 0"),
+        ({"scale": 0}, "'scale' is 0"),
         ({"start_point": "middle"}, "start_point"),
         ({"guidance": 2}, "guidance"),
     ],
@@ -236,4 +236,4 @@ def test_live_pipelines_are_refused() -> None:
     from rewardsr.adapters.stablesr import StableSR
 
     with pytest.raises(UserError, match="takes no live pipelines"):
-        StableSR.from_pipeline(object())
+        StableSR.from_pipeline(object(), StableSR.Options())

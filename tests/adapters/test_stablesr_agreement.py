@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,6 @@ from rewardsr.adapters.stablesr import StableSR, import_checkpoint, respaced
 from rewardsr.draws import Replay
 from rewardsr.evaluation.colour import _coarse, _restyled, adain, wavelet
 
-# The released networks have 32 groups and heads of 64 channels, which the sizes of tensors do not tell.
-TINY = {"groups": 8, "head_width": 8}
 FEATURES, HIDDEN = 256, 128  # of the released networks
 
 
@@ -38,18 +37,29 @@ def close(record_property):
     return compare
 
 
+@contextmanager
+def small_sizes() -> Iterator[None]:
+    """The recorded networks have 8 groups and heads of 8 channels, which the sizes of tensors do not tell."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "GROUPS", 8)
+        patch.setattr(checkpoint, "HEAD_WIDTH", 8)
+        yield
+
+
 @pytest.fixture(scope="module")
 def networks(data):
     """UNet and encoder, straight from the checkpoint."""
-    return checkpoint.read_checkpoint(data / "tiny_stablesr.safetensors", **TINY)
+    with small_sizes():
+        return checkpoint.read_checkpoint(data / "tiny_stablesr.safetensors")
 
 
 @pytest.fixture(scope="module")
 def folders(data, tmp_path_factory) -> dict[str, Path]:
     """The checkpoint imported, read as predicting noise and as predicting velocity."""
     made = {kind: tmp_path_factory.mktemp("imported") / kind for kind in checkpoint.PREDICTIONS}
-    for kind, folder in made.items():
-        import_checkpoint(data / "tiny_stablesr.safetensors", folder, kind, check=False, **TINY)
+    with small_sizes():
+        for kind, folder in made.items():
+            import_checkpoint(data / "tiny_stablesr.safetensors", folder, kind, check=False)
     return made
 
 
@@ -246,7 +256,7 @@ def test_names_and_sizes_of_the_released_networks(data) -> None:
     prefix = checkpoint.UNET
     released = {key.removeprefix(prefix): state[ours] for key, ours in names.items()}
     assert len(released) == 686 + 176 == len(state)
-    found = checkpoint._unet_config(released, checkpoint.GROUPS, checkpoint.HEAD_WIDTH)
+    found = checkpoint._unet_config(released)
     built = checkpoint.assemble("UNet2DConditionModel", found, state, "the UNet", checkpoint._modulate)
     assert {key: value.shape for key, value in built.state_dict().items()} == {k: x.shape for k, x in state.items()}
     assert built.config.attention_head_dim == list(config["attention_head_dim"])
@@ -261,7 +271,7 @@ def test_names_and_sizes_of_the_released_encoder(data) -> None:
     shapes = json.loads((data / "stablesr_keymap.json").read_text())["structcond_stage_model"]
     assert len(shapes) == 200
     released = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    config = checkpoint._encoder_config(released, checkpoint.GROUPS)
+    config = checkpoint._encoder_config(released)
     built = checkpoint.assemble(StructEncoder, config, checkpoint.encoder_names(released, config), "the encoder")
     with torch.device("meta"):
         default = StructEncoder()

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from rewardsr.adapters import stable_diffusion as family
-from rewardsr.adapters._networks import hush
 from rewardsr.adapters.osediff import OSEDiff
 
 PARAMETERS = {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840}  # of SD 2.1-base
@@ -96,7 +95,6 @@ def pipeline(size: str, device: torch.device, dtype: torch.dtype, fingerprint: b
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    hush()
     config = SIZES[size]
     with torch.device(device):
         text = CLIPTextModel(CLIPTextConfig(**config["text_encoder"]))
@@ -111,7 +109,7 @@ def pipeline(size: str, device: torch.device, dtype: torch.dtype, fingerprint: b
     original = family.fingerprint
     family.fingerprint = original if fingerprint else lambda networks: "none"
     try:
-        adapter = OSEDiff(parts, f"random weights of size {size}", noise_t=250, net_t=100)
+        adapter = OSEDiff(parts, f"random weights of size {size}", OSEDiff.Options(noise_t=250, net_t=100))
     finally:
         family.fingerprint = original
     return adapter if device.type == "meta" else adapter.to(device, dtype)

@@ -22,7 +22,6 @@ sys.path.insert(0, str(TESTS))  # where the rows are, and the tagger that one of
 
 from _matrix import CROP, ROWS, SAMPLER, TRAINERS, Row, bases, recipe  # noqa: E402
 
-from rewardsr.adapters._networks import hush  # noqa: E402
 from rewardsr.options import parse  # noqa: E402
 from rewardsr.plugins import names, resolve  # noqa: E402
 from rewardsr.train import loop  # noqa: E402
@@ -64,7 +63,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=5, help="measured, after one that warms up")
     chosen = parser.parse_args()
-    hush()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     found = [["seconds a step", *TRAINERS]]

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from rewardsr.adapter import Batch
+from rewardsr.rewards import build
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "dog", "##s", "on", "mat", "red")
 VISION_WIDTH, INNER, PATCH, SIDE = 128, 96, 8, 32  # two heads, 4x4 patches
@@ -68,6 +70,37 @@ def released_state(text_width: int = 64, seed: int = 0) -> dict[str, Tensor]:
 def save(state: Any, path: Path) -> Path:
     save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
     return path
+
+
+def small(text_width: int = 64) -> Any:
+    """Makes the module's networks as small as `released_state`, while the context lasts."""
+    vision = {
+        "hidden_size": VISION_WIDTH,
+        "intermediate_size": INNER,
+        "num_hidden_layers": 3,
+        "num_attention_heads": VISION_WIDTH // 64,
+        "image_size": SIDE,
+        "patch_size": PATCH,
+    }
+    text = {
+        "vocab_size": len(WORDS) + 2,
+        "hidden_size": text_width,
+        "encoder_hidden_size": VISION_WIDTH,
+        "intermediate_size": INNER,
+        "num_hidden_layers": 2,
+        "num_attention_heads": text_width // 64,
+        "max_position_embeddings": 40,
+    }
+    head = (text_width, 48, 32, 16, 8, 1)
+    return patch.multiple("rewardsr.rewards.imagereward", VISION_SIZES=vision, TEXT_SIZES=text, HEAD_WIDTHS=head)
+
+
+def imagereward(
+    weights: Path | str | None = None, tokenizer: Path | str | None = None, text_width: int = 64, **options: Any
+) -> Any:
+    """A reward of small networks."""
+    with small(text_width):
+        return build("imagereward", weights=weights, tokenizer=tokenizer, **options)
 
 
 def images(count: int = 3, height: int = 48, width: int = 40) -> Tensor:

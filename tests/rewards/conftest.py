@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from _imagereward import WORDS, released_state, save
+from _imagereward import WORDS, imagereward, released_state, save
 from torch import Tensor
 
 from rewardsr.hub import connection
@@ -61,4 +61,4 @@ def weights(state: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="session")
 def reward(weights: Path, vocabulary: Path) -> ImageReward:
     """What `weights` and `vocabulary` make; not to be changed."""
-    return ImageReward(weights, vocabulary)
+    return imagereward(weights, vocabulary)

@@ -12,7 +12,7 @@ import torch
 from rewardsr import plugins
 from rewardsr.adapter import Batch
 from rewardsr.errors import UserError
-from rewardsr.rewards import IQA_NOTE, Known, build, iqa, known
+from rewardsr.rewards import Known, build, iqa, known
 from rewardsr.rewards.base import Reward
 from rewardsr.rewards.detail import Sharpness
 from rewardsr.rewards.fidelity import PSNR
@@ -20,18 +20,39 @@ from rewardsr.rewards.fidelity import PSNR
 NEED_WEIGHTS = {"imagereward"}  # which tests write for themselves
 
 CUSTOM = """
+    from rewardsr.options import Options
+
+    class BrightnessOptions(Options):
+        goal: float = 0.5
+
     class Brightness:
         name, kind, licence = "brightness", "detail", "MIT"
         differentiable, needs_hq = True, False
+        Options = BrightnessOptions
 
-        def __init__(self, goal: float = 0.5) -> None:
-            self.goal = goal
+        def __init__(self, options: BrightnessOptions) -> None:
+            self.goal = options.goal
 
         def __call__(self, sr, batch):
             return -(sr.mean((1, 2, 3)) - self.goal).abs()
 
-    def bright(goal: float) -> Brightness:
-        return Brightness(goal)
+    def bright() -> Brightness:
+        return Brightness(BrightnessOptions(goal=0.75))
+
+    def needing(goal: float) -> Brightness: ...
+
+    class Undeclared(Brightness):
+        Options = None
+
+    class Loose(Brightness):
+        Options = dict
+
+    class Twofold(Brightness):
+        def __init__(self, options: BrightnessOptions, device: str = "cpu") -> None: ...
+
+    class Failing(Brightness):
+        def __init__(self, options: BrightnessOptions) -> None:
+            raise OSError("no such\\ndisk")
 
     class NoKind:
         name, licence, differentiable, needs_hq = "x", "MIT", True, False
@@ -40,7 +61,7 @@ CUSTOM = """
     class OddKind(Brightness):
         kind = "beauty"
 
-    ready = Brightness()
+    ready = bright()
     number = 3
 """
 
@@ -83,10 +104,19 @@ def test_pyiqa_ids_need_no_prefix() -> None:
         ("sharpnes", {}, "'sharpness'"),
         ("qqqqqq", {}, "known: detail, imagereward, lq_consistency, psnr"),
         ("iqa:musik", {}, "pyiqa has no metric 'musik': did you mean 'musiq'"),
-        ("psnr", {"crop": 4}, "reward 'psnr' has no option 'crop': known: none"),
+        ("psnr", {"crop": 4}, "options of reward 'psnr': unknown key 'crop': known: none"),
         ("piqe", {"crop": 4}, "metric 'piqe' has no option 'crop'"),
-        ("my_rewards:Brightness", {"gaol": 0.2}, "has no option 'gaol': did you mean 'goal'?"),
-        ("my_rewards:bright", {}, "reward 'my_rewards:bright': missing a required argument: 'goal'"),
+        ("imagereward", {"antialais": True}, "unknown key 'antialais': did you mean 'antialias'?"),
+        ("my_rewards:Brightness", {"gaol": 0.2}, "unknown key 'gaol': did you mean 'goal'?"),
+        ("my_rewards:Brightness", {"goal": "high"}, "options of reward 'my_rewards:Brightness': 'goal' is 'high'"),
+        ("my_rewards:Brightness", {"goal": float("nan")}, "'goal' is nan"),
+        ("my_rewards:bright", {"goal": 0.2}, "options of reward 'my_rewards:bright': unknown key 'goal': known: none"),
+        ("my_rewards:needing", {"goal": 0.2}, "takes the arguments (goal): expected none, or one, whose class"),
+        ("my_rewards:Undeclared", {}, "takes the arguments (options): expected none, or one, whose class the reward"),
+        ("my_rewards:Twofold", {}, "takes the arguments (options, device)"),
+        ("my_rewards:Loose", {}, "declare its Options as a subclass of rewardsr.Options"),
+        ("my_rewards:Failing", {}, "reward 'my_rewards:Failing' cannot be made: OSError: no such disk"),
+        ("builtins:int", {}, "what it makes lacks name, kind"),
         ("my_rewards:NoKind", {}, "what it makes lacks kind"),
         ("my_rewards:OddKind", {}, "kind must be one of fidelity, detail, not 'beauty'"),
         ("my_rewards:ready", {}, "expected a class or a function that makes a reward, got Brightness"),
@@ -103,10 +133,10 @@ def test_mistakes(name: str, options: dict[str, Any], message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["my_rewards:Brightness", "my_rewards:bright"])
+@pytest.mark.parametrize(("name", "options"), [("my_rewards:Brightness", {"goal": 0.75}), ("my_rewards:bright", {})])
 @pytest.mark.usefixtures("custom")
-def test_rewards_of_others(name: str) -> None:
-    reward = build(name, goal=0.75)
+def test_rewards_of_others(name: str, options: dict[str, Any]) -> None:
+    reward = build(name, **options)
     scores = reward(torch.full((2, 3, 4, 4), 0.5), Batch(lq=torch.zeros(2, 3, 4, 4)))
     assert scores.tolist() == [-0.25, -0.25]
 
@@ -117,7 +147,6 @@ def test_table() -> None:
     assert rows["psnr"] == Known("psnr", "fidelity", True, True, "Apache-2.0")
     assert rows["imagereward"] == Known("imagereward", "detail", False, True, "Apache-2.0")
     assert rows["sharpness"] == Known("sharpness", "detail", False, True, "Apache-2.0")
-    assert "pyiqa" in IQA_NOTE
 
 
 def test_table_outlives_a_broken_plugin(monkeypatch: pytest.MonkeyPatch) -> None:

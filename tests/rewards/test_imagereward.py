@@ -5,7 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from _imagereward import INNER, PATCH, SIDE, TEXTS, VISION_WIDTH, WORDS, batch, images, released_state, save
+from _imagereward import (
+    INNER,
+    PATCH,
+    SIDE,
+    TEXTS,
+    VISION_WIDTH,
+    WORDS,
+    batch,
+    imagereward,
+    images,
+    released_state,
+    save,
+)
 from _support import picked
 from torch import Tensor
 
@@ -76,7 +88,7 @@ def tokens() -> tuple[Tensor, Tensor]:
 
 def test_scores_agree_with_timm_and_bert(tmp_path: Path, vocabulary: Path) -> None:
     state = released_state(text_width=VISION_WIDTH, seed=1)  # BertModel attends only to features of its own width
-    reward = ImageReward(save(state, tmp_path / "weights.pt"), vocabulary)
+    reward = imagereward(save(state, tmp_path / "weights.pt"), vocabulary, text_width=VISION_WIDTH)
     pixels, (ids, mask) = preprocess(images(), SIDE), tokens()
     image = timm_features(state, pixels)
     text = bert_features(state, ids, mask, image)
@@ -117,7 +129,7 @@ def test_preprocessing_of_any_size(size: tuple[int, int]) -> None:
 
 
 def test_antialias_is_an_option(weights: Path, vocabulary: Path, reward: ImageReward) -> None:
-    without = ImageReward(weights, vocabulary, antialias=False)
+    without = imagereward(weights, vocabulary, antialias=False)
     assert (without(images(), batch()) - reward(images(), batch())).abs().min() > 1e-4
 
 
@@ -157,7 +169,7 @@ def test_autocast_changes_nothing(reward: ImageReward) -> None:
 
 
 def test_texts_are_cut_and_kept(weights: Path, vocabulary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reward = ImageReward(weights, vocabulary)
+    reward = imagereward(weights, vocabulary)
     ids, mask = reward._tokens("a " * 50)
     assert ids.tolist() == [2, *[5] * 33, 3]
     assert mask.tolist() == [1] * 35

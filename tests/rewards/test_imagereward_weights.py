@@ -8,7 +8,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from _imagereward import WORDS, batch, images, save
+from _imagereward import WORDS, batch, imagereward, images, save
 from torch import Tensor
 
 from rewardsr.errors import UserError
@@ -23,9 +23,9 @@ def test_both_formats_and_no_draws(
 ) -> None:
     draws = torch.get_rng_state()
     half = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
-    other = ImageReward(str(save(state, tmp_path / "weights.safetensors")), str(vocabulary))
+    other = imagereward(str(save(state, tmp_path / "weights.safetensors")), str(vocabulary))
     assert torch.equal(other(images(), batch()), reward(images(), batch()))
-    rounded = ImageReward(save(half, tmp_path / "half.pt"), vocabulary)(images(), batch())
+    rounded = imagereward(save(half, tmp_path / "half.pt"), vocabulary)(images(), batch())
     torch.testing.assert_close(rounded, reward(images(), batch()), atol=0.05, rtol=0)
     assert torch.equal(torch.get_rng_state(), draws)
 
@@ -33,7 +33,7 @@ def test_both_formats_and_no_draws(
 def test_tokenizers_as_folders(weights: Path, vocabulary: Path, reward: ImageReward, tmp_path: Path) -> None:
     reward._tokenizer.save_pretrained(tmp_path)  # writes no vocab.txt
     for folder in (vocabulary.parent, tmp_path):
-        assert torch.equal(ImageReward(weights, folder)._tokens("Red cats"), reward._tokens("Red cats"))
+        assert torch.equal(imagereward(weights, folder)._tokens("Red cats"), reward._tokens("Red cats"))
 
 
 def test_unused_tensors_may_be_missing_or_more(state: dict[str, Tensor], vocabulary: Path, tmp_path: Path) -> None:
@@ -41,25 +41,23 @@ def test_unused_tensors_may_be_missing_or_more(state: dict[str, Tensor], vocabul
     assert len(used) == len(state) - 5
     more = ("blip.visual_encoder_m.cls_token", "blip.image_queue", "blip.queue_ptr", "blip.text_proj_m.weight")
     for content in (used, {**state, **{name: torch.full((1,), float("nan")) for name in more}}):
-        ImageReward(save(content, tmp_path / "weights.pt"), vocabulary)
+        imagereward(save(content, tmp_path / "weights.pt"), vocabulary)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"mlp.layers.7.bias": None}, r"1 missing \(mlp.layers.7.bias, ...\)"),
-        ({"mlp.layers.0.weight": None}, "mlp.layers.0.weight is missing"),
-        ({"blip.visual_encoder.pos_embed": None}, "blip.visual_encoder.pos_embed is missing"),
         ({"blip.visual_encoder.blocks.1.attn.qkv.bias": None}, r"1 missing \(blip.visual_encoder.blocks.1.attn.qkv.b"),
         ({"blip.text_encoder.pooler.dense.bias": torch.zeros(64)}, r"1 unknown \(blip.text_encoder.pooler.dense.bias"),
-        ({"mlp.layers.7.bias": torch.zeros(2)}, r"1 of another shape \(mlp.layers.7.bias"),
-        ({"mlp.layers.7.bias": torch.tensor([float("inf")])}, "not finite numbers, in mlp.layers.7.bias"),
-        ({"mlp.layers.7.bias": torch.zeros(1, dtype=torch.long)}, "not finite numbers, in mlp.layers.7.bias"),
+        ({"mlp.layers.7.bias": torch.zeros(2)}, r"1 of another shape or type \(mlp.layers.7.bias"),
+        ({"mlp.layers.7.bias": torch.tensor([float("inf")])}, "not finite, in mlp.layers.7.bias"),
+        ({"mlp.layers.7.bias": torch.zeros(1, dtype=torch.long)}, r"1 of another shape or type \(mlp.layers.7.bias"),
         ({"mlp.layers.7.bias": "text"}, "holds no state dict"),
-        ({"blip.visual_encoder.pos_embed": torch.zeros(1, 16, 128)}, "is of 16 tokens, expected a square number"),
-        ({"blip.visual_encoder.pos_embed": torch.zeros(17, 128)}, r"pos_embed has shape \(17, 128\)"),
-        ({"blip.visual_encoder.patch_embed.proj.weight": torch.zeros(96, 3, 8, 8)}, "widths of 96 and 64 are no mult"),
-        ({"blip.text_encoder.embeddings.position_embeddings.weight": torch.zeros(20, 64)}, "texts of 20 tokens"),
+        (
+            {"blip.visual_encoder.pos_embed": torch.zeros(17, 128)},
+            r"of another shape or type \(blip.visual_encoder.pos",
+        ),
     ],
 )
 def test_weights_that_do_not_fit(
@@ -70,7 +68,7 @@ def test_weights_that_do_not_fit(
     with pytest.raises(
         UserError, match=f"reward 'imagereward': the weights in '{path}' do not fit: .*{message}"
     ) as caught:
-        ImageReward(path, vocabulary)
+        imagereward(path, vocabulary)
     assert "\n" not in str(caught.value)
 
 
@@ -96,7 +94,7 @@ def test_files_that_cannot_be_read(weights: Path, vocabulary: Path, tmp_path: Pa
         (tmp_path / name).write_bytes(content)
     for name in ("harmful.pt", "cut.pt", "noise.pt", "empty.pt", "noise.safetensors"):
         with pytest.raises(UserError, match=f"reward 'imagereward': '.*{name}' (is|holds)") as caught:
-            ImageReward(tmp_path / name, vocabulary)
+            imagereward(tmp_path / name, vocabulary)
         assert "\n" not in str(caught.value)
     assert not trace.exists()
 
@@ -105,22 +103,22 @@ def test_files_are_looked_for_before_anything_is_read(weights: Path, vocabulary:
     (tmp_path / "damaged.pt").write_bytes(b"damaged")
     for path in (tmp_path / "nothing.pt", tmp_path):
         with pytest.raises(UserError, match=f"reward 'imagereward': no weights file '{path}'"):
-            ImageReward(path, vocabulary)
+            imagereward(path, vocabulary)
     with pytest.raises(UserError, match=f"reward 'imagereward': no tokenizer '{tmp_path / 'words'}'"):
-        ImageReward(tmp_path / "damaged.pt", tmp_path / "words")
+        imagereward(tmp_path / "damaged.pt", tmp_path / "words")
 
 
 def test_tokenizers_that_do_not_fit(weights: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"tokenizer '{tmp_path}' has neither tokenizer.json nor vocab.txt"):
-        ImageReward(weights, tmp_path)
+        imagereward(weights, tmp_path)
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS[:-1]))
     with pytest.raises(UserError, match="has 11 words, expected 12: give bert-base-uncased"):
-        ImageReward(weights, tmp_path)
+        imagereward(weights, tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     (tmp_path / "binary.txt").write_bytes(bytes(range(128, 256)))
     for path in (tmp_path, tmp_path / "binary.txt"):
         with pytest.raises(UserError, match=f"tokenizer '{path}' cannot be read") as caught:
-            ImageReward(weights, path)
+            imagereward(weights, path)
         assert "\n" not in str(caught.value)
 
 
@@ -135,10 +133,10 @@ def test_offline_is_refused_at_once(weights: Path, vocabulary: Path, offline: Pa
     ):
         start = time.monotonic()
         with pytest.raises(UserError) as caught:
-            ImageReward(**arguments)
+            imagereward(**arguments)
         assert time.monotonic() - start < 5
         message = str(caught.value)
-        assert message.startswith(f"reward 'imagereward': {file} (its {option}) is not in the Hub's cache")
+        assert message.startswith(f"reward 'imagereward': {file} cannot be found in a cache")
         assert message.endswith(f"options: {{{option}: PATH}}")
         assert "\n" not in message
 
@@ -150,7 +148,7 @@ def test_cached_files_work_offline(weights: Path, vocabulary: Path, reward: Imag
         (folder / "refs").mkdir()
         (folder / "refs" / "main").write_text("0123")
         shutil.copy(file, folder / "snapshots" / "0123" / file.name)
-    assert torch.equal(ImageReward()(images(), batch()), reward(images(), batch()))
+    assert torch.equal(imagereward()(images(), batch()), reward(images(), batch()))
 
 
 @pytest.mark.parametrize("answers", [True, False])
@@ -171,8 +169,8 @@ def test_what_is_not_cached_is_fetched(
     monkeypatch.setattr(connection, "online", lambda timeout=3.0: True)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
     if answers:
-        assert ImageReward()(images(), batch()).isfinite().all()
+        assert imagereward()(images(), batch()).isfinite().all()
         assert fetched == [("THUDM/ImageReward", "ImageReward.pt"), ("google-bert/bert-base-uncased", "vocab.txt")]
     else:
-        with pytest.raises(UserError, match=r"could not be fetched: the server is down; or .*\{weights: PATH\}"):
-            ImageReward()
+        with pytest.raises(UserError, match=r"could not be fetched: OSError: the server is down; .*\{weights: PATH\}"):
+            imagereward()

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from rewardsr.adapter import Batch
 from rewardsr.errors import UserError
-from rewardsr.rewards import iqa
+from rewardsr.rewards import build, iqa
 from rewardsr.rewards.base import Reward
 from rewardsr.rewards.fidelity import PSNR, SSIM
-from rewardsr.rewards.iqa import IQA
 
 pyiqa = pytest.importorskip("pyiqa")
 
@@ -38,7 +37,7 @@ def batch(hq: Tensor | None = None) -> Batch:
 
 
 def test_is_a_reward() -> None:
-    reward = IQA("piqe")
+    reward = build("iqa:piqe")
     assert isinstance(reward, Reward)
     assert (reward.name, reward.kind, reward.needs_hq, reward.differentiable) == ("piqe", "detail", False, False)
     assert "Noncommercial" in reward.licence
@@ -48,13 +47,15 @@ def test_lower_is_better_is_negated() -> None:
     images = photos()
     metric = pyiqa.create_metric("piqe", device="cpu")
     assert metric.lower_better
-    clean, bad = IQA("piqe")(images, batch()), IQA("piqe")(noisy(images, 0.3), batch())
+    clean, bad = build("iqa:piqe")(images, batch()), build("iqa:piqe")(noisy(images, 0.3), batch())
     assert torch.allclose(clean, -metric(images).float())
     assert (bad < clean).all()
 
 
 def test_higher_is_better_is_kept() -> None:
-    assert torch.allclose(IQA("entropy")(photos(), batch()), pyiqa.create_metric("entropy", device="cpu")(photos()))
+    assert torch.allclose(
+        build("iqa:entropy")(photos(), batch()), pyiqa.create_metric("entropy", device="cpu")(photos())
+    )
 
 
 def test_directions_of_metrics_that_cannot_be_built_here() -> None:
@@ -67,7 +68,7 @@ def test_directions_of_metrics_that_cannot_be_built_here() -> None:
 
 @pytest.mark.parametrize("metric", ["piqe", "gmsd", "nlpd", "entropy", "ssim"])
 def test_one_score_a_sample(metric: str) -> None:
-    reward, hq = IQA(metric), photos()
+    reward, hq = build(f"iqa:{metric}"), photos()
     sr = noisy(hq)
     scores = reward(sr, batch(hq))
     assert scores.shape == (3,)
@@ -80,7 +81,7 @@ def test_one_score_a_sample(metric: str) -> None:
 
 @pytest.mark.parametrize("metric", ["gmsd", "nlpd", "ssim"])
 def test_full_reference_metrics_prefer_hq(metric: str) -> None:
-    reward, hq = IQA(metric), photos()
+    reward, hq = build(f"iqa:{metric}"), photos()
     assert (reward.kind, reward.needs_hq) == ("fidelity", True)
     assert (reward(hq, batch(hq)) > reward(noisy(hq, 0.05), batch(hq))).all()
     assert (reward(noisy(hq, 0.05), batch(hq)) > reward(noisy(hq, 0.2), batch(hq))).all()
@@ -89,7 +90,7 @@ def test_full_reference_metrics_prefer_hq(metric: str) -> None:
 @pytest.mark.parametrize(("metric", "ours", "tolerance"), [("psnr", PSNR(), 1e-4), ("ssim", SSIM(), 1e-4)])
 @pytest.mark.parametrize("sigma", [0.004, 0.05, 0.3])
 def test_pyiqas_psnr_and_ssim_equal_ours(metric: str, ours: Reward, tolerance: float, sigma: float) -> None:
-    theirs, hq = IQA(metric, **Y_CHANNEL), photos()
+    theirs, hq = build(f"iqa:{metric}", **Y_CHANNEL), photos()
     assert theirs.name == f"iqa:{metric}"  # the plain name is ours
     for sr in (noisy(hq, sigma), (noisy(hq, sigma) * 255).round() / 255):
         assert torch.allclose(ours(sr, batch(hq)), theirs(sr, batch(hq)), rtol=0, atol=tolerance)
@@ -97,12 +98,12 @@ def test_pyiqas_psnr_and_ssim_equal_ours(metric: str, ours: Reward, tolerance: f
 
 def test_options_change_the_metric() -> None:
     hq = photos()
-    plain, luma = IQA("psnr")(noisy(hq), batch(hq)), IQA("psnr", **Y_CHANNEL)(noisy(hq), batch(hq))
+    plain, luma = build("iqa:psnr")(noisy(hq), batch(hq)), build("iqa:psnr", **Y_CHANNEL)(noisy(hq), batch(hq))
     assert (luma - plain > 1).all()
 
 
 def test_metrics_of_one_number_for_a_batch_are_called_image_by_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    reward, hq = IQA("gmsd"), photos()
+    reward, hq = build("iqa:gmsd"), photos()
     expected = reward(noisy(hq), batch(hq))
     forward = reward._metric.net.forward
     monkeypatch.setattr(reward._metric.net, "forward", lambda *images: forward(*images).mean())
@@ -114,7 +115,7 @@ def test_input_is_clamped_and_left_alone() -> None:
     hq = photos()
     sr = noisy(hq)
     sr[:, :, 0] = 1.2
-    reward, before = IQA("gmsd"), (sr.clone(), hq.clone())
+    reward, before = build("iqa:gmsd"), (sr.clone(), hq.clone())
     assert torch.equal(reward(sr, batch(hq)), reward(sr.clamp(0, 1), batch(hq)))
     reward._metric.net.register_forward_pre_hook(lambda _, images: [image.zero_() for image in images] and None)
     reward(sr, batch(hq))
@@ -123,7 +124,7 @@ def test_input_is_clamped_and_left_alone() -> None:
 
 
 def test_autocast_changes_nothing() -> None:
-    reward, hq = IQA("gmsd"), photos()
+    reward, hq = build("iqa:gmsd"), photos()
     expected = reward(noisy(hq), batch(hq))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(reward(noisy(hq), batch(hq)), expected)
@@ -132,7 +133,7 @@ def test_autocast_changes_nothing() -> None:
 def test_gradients_flow_where_they_can() -> None:
     hq = photos()
     sr = noisy(hq).requires_grad_()
-    reward = IQA("gmsd")
+    reward = build("iqa:gmsd")
     assert reward.differentiable
     before = reward(sr, batch(hq))
     (gradient,) = torch.autograd.grad(before.sum(), sr)
@@ -140,22 +141,22 @@ def test_gradients_flow_where_they_can() -> None:
     with torch.no_grad():
         assert not reward(sr, batch(hq)).requires_grad
     assert not reward(sr.detach(), batch(hq)).requires_grad
-    assert not IQA("piqe")(sr, batch()).requires_grad
+    assert not build("iqa:piqe")(sr, batch()).requires_grad
 
 
 def test_too_small_images() -> None:
     hq = photos(10)
     with pytest.raises(UserError, match="needs images of at least 11 pixels a side, not 10x10"):
-        IQA("ssim")(hq, batch(hq))
+        build("iqa:ssim")(hq, batch(hq))
     hq = photos(11)
-    assert IQA("ssim")(hq, batch(hq)).isfinite().all()
+    assert build("iqa:ssim")(hq, batch(hq)).isfinite().all()
     with pytest.raises(UserError, match="at least 161"):
-        IQA("ms_ssim")(photos(), batch(photos()))
+        build("iqa:ms_ssim")(photos(), batch(photos()))
 
 
 def test_missing_hq() -> None:
     with pytest.raises(UserError, match="reward 'gmsd' compares with HQ images"):
-        IQA("gmsd")(photos(), batch())
+        build("iqa:gmsd")(photos(), batch())
 
 
 # ---- options ----
@@ -173,13 +174,17 @@ def test_missing_hq() -> None:
         ("musiq", {"as_loss": True}, "no option 'as_loss'"),
         ("musiq", {"pretrained_model_path": "x.pth"}, "no option 'pretrained_model_path'"),
         ("piqe", {"crops": 4}, "metric 'piqe' does not average over crops"),
-        ("maniqa", {"crops": 0}, "crops must be 1 or more, not 0"),
+        (
+            "maniqa",
+            {"crops": 0},
+            "options of metric 'maniqa': 'crops' is 0: input should be greater than or equal to 1",
+        ),
         ("piqe", {"weights": __file__}, "metric 'piqe' takes no weights file"),
     ],
 )
 def test_bad_options(metric: str, options: dict[str, Any], message: str, offline: Path) -> None:
     with pytest.raises(UserError) as caught:
-        IQA(metric, **options)
+        build(f"iqa:{metric}", **options)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not any(offline.rglob("*.*"))
@@ -189,5 +194,5 @@ def test_pyiqa_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyiqa", None)
     iqa.metrics.cache_clear()
     with pytest.raises(UserError, match=r"pip install pyiqa .*Noncommercial"):
-        IQA("musiq")
+        build("iqa:musiq")
     iqa.metrics.cache_clear()

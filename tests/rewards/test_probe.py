@@ -11,7 +11,6 @@ from rewardsr.adapter import Batch
 from rewardsr.errors import UserError
 from rewardsr.rewards import build
 from rewardsr.rewards.detail import Sharpness
-from rewardsr.rewards.iqa import IQA
 from rewardsr.rewards.probe import ADVICE, probe_gradient
 
 
@@ -157,7 +156,7 @@ def test_broken_rewards_are_named(kind: type[Sharpness], says: str) -> None:
 def test_pyiqa_metrics_without_gradient_are_refused() -> None:
     pytest.importorskip("pyiqa")
     with pytest.raises(UserError, match="reward 'piqe' is not differentiable: it says so itself; choose"):
-        probe_gradient("piqe", IQA("piqe"), batch())
+        probe_gradient("piqe", build("iqa:piqe"), batch())
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit")
@@ -185,7 +184,7 @@ def test_clipiqa_passes(offline: Path, tmp_path: Path) -> None:
     # pyiqa reads CLIP's weights from a TorchScript archive only, as they were released.
     inputs = torch.zeros(1, 3, 64, 64), torch.zeros(1, 77, dtype=torch.long)
     torch.jit.save(torch.jit.trace(clip.eval(), inputs, check_trace=False), tmp_path / "clip.pt")
-    reward = IQA("clipiqa", weights=tmp_path / "clip.pt")
+    reward = build("iqa:clipiqa", weights=tmp_path / "clip.pt")
     assert reward.differentiable
     probe_gradient("clipiqa", reward, batch(1, size=64))
     with torch.no_grad():

@@ -323,7 +323,7 @@ def test_options_that_cannot_work(method, data, tmp_path) -> None:
     (tmp_path / "vgg.pth").write_bytes(b"nothing of the kind")
     with pytest.raises(UserError, match=r"vgg\.pth"):
         method(1, vgg=str(tmp_path / "vgg.pth"))
-    with pytest.raises(UserError, match="no VGG19"):
+    with pytest.raises(UserError, match="expected VGG19's"):
         method(1, vgg=str(data / "rfsr_step.safetensors"))
 
 

@@ -1,7 +1,6 @@
-"""The checks that plug-in authors run find what they are there to find, and say it."""
+"""`check_adapter` finds what it is there to find, and says it."""
 
-from pathlib import Path
-
+import pydantic
 import pytest
 import torch
 from torch import Tensor
@@ -9,18 +8,14 @@ from torch import Tensor
 from rewardsr import Batch, lora
 from rewardsr.adapters.osediff import OSEDiff
 from rewardsr.adapters.stable_diffusion import load_parts
-from rewardsr.rewards.detail import Detail
-from rewardsr.rewards.fidelity import PSNR
-from rewardsr.testing import check_adapter, check_reward, tiny_pipeline
+from rewardsr.testing import check_adapter, tiny_pipeline
+from rewardsr.testing.flow import TinyFlow
 
 
 @pytest.fixture
 def parts(tiny_base):
     """Loaded anew each time: a check leaves a LoRA behind."""
     return load_parts(str(tiny_base))
-
-
-# ---- adapters ----
 
 
 class WrongSize(OSEDiff):
@@ -35,8 +30,8 @@ class WrongLatents(OSEDiff):
 
 
 class HalfPrecision(OSEDiff):
-    def _predict(self, z_t, t, condition):
-        return super()._predict(z_t, t, condition).half()
+    def predict(self, z_t, t, condition):
+        return super().predict(z_t, t, condition).half()
 
 
 class NotFinite(OSEDiff):
@@ -94,6 +89,57 @@ class ChangesWithLora(OSEDiff):
         return super()._predict(z_t, t, condition) + 0.01 * lora.attached(self)
 
 
+class LooseOptions(OSEDiff):
+    class Options(pydantic.BaseModel):
+        noise_t: int
+        net_t: int | None = None
+        scale: int = 4
+        prompt: str = ""
+
+        def tiling(self):
+            return None
+
+
+class OwnSchedule(OSEDiff):
+    def __init__(self, parts, base, options):
+        super().__init__(parts, base, options)
+        self.schedule = 999
+
+
+class UnknownEncoder(OSEDiff):
+    encoders = ("image_encoder",)
+
+
+class RisingSteps(OSEDiff):
+    def __init__(self, parts, base, options):
+        super().__init__(parts, base, options)
+        self.steps = (100, 200)
+
+
+class NoisyEnd(OSEDiff):
+    def transition(self, z, prediction, t, t_next):
+        return super().transition(z, prediction, t, t_next)[0], 0.1
+
+
+class DiesInBFloat16(OSEDiff):
+    def _predict(self, z_t, t, condition):
+        if self.dtype == torch.bfloat16:
+            raise NotImplementedError("no kernel for bfloat16")
+        return super()._predict(z_t, t, condition)
+
+
+class OverflowsInBFloat16(OSEDiff):
+    def _predict(self, z_t, t, condition):
+        return super()._predict(z_t, t, condition) * (1e30 if self.dtype == torch.bfloat16 else 1) * 1e30
+
+
+class RoundsTheLora(OSEDiff):
+    def to(self, device, dtype):
+        super().to(device, dtype)
+        self.unet.to(dtype)
+        return self
+
+
 class Raises(OSEDiff):
     def _to_image(self, z0):
         raise ZeroDivisionError("of all things")
@@ -115,18 +161,26 @@ class Raises(OSEDiff):
         (SaysNoisy, "deterministic is False, but other draws give the same start"),
         (NoRangeCheck, "accepts images in [-1, 1]"),
         (ChangesWithLora, "a fresh LoRA changes the output"),
+        (LooseOptions, "Options is no subclass of rewardsr.Options"),
+        (OwnSchedule, "schedule is int, expected a rewardsr.schedule.Schedule"),
+        (UnknownEncoder, "encoders names 'image_encoder', which is none of networks"),
+        (RisingSteps, "steps are (100, 200), expected times that fall"),
+        (NoisyEnd, "transition: the last step, to z0, draws noise"),
+        (DiesInBFloat16, "in bfloat16: raised NotImplementedError: no kernel for bfloat16"),
+        (OverflowsInBFloat16, "in bfloat16: predict: gave values that are not finite"),
+        (RoundsTheLora, "in bfloat16: to: the LoRA is in torch.bfloat16, expected float32 always"),
         (Raises, "raised ZeroDivisionError: of all things"),
     ],
     ids=lambda entry: entry.__name__ if isinstance(entry, type) else "says",
 )
 def test_a_broken_adapter_is_caught(parts, kind, says) -> None:
     with pytest.raises(AssertionError) as caught:
-        check_adapter(kind(parts, "tiny", noise_t=250))
+        check_adapter(kind(parts, "tiny", kind.Options(noise_t=250)))
     assert says in str(caught.value), caught.value
 
 
 def test_an_adapter_that_lacks_an_attribute_is_told_which(parts) -> None:
-    adapter = OSEDiff(parts, "tiny", noise_t=250)
+    adapter = OSEDiff(parts, "tiny", OSEDiff.Options(noise_t=250))
     del adapter.lora_targets
     with pytest.raises(AssertionError, match="attribute 'lora_targets' is missing"):
         check_adapter(adapter)
@@ -136,79 +190,50 @@ def test_an_adapter_that_lacks_an_attribute_is_told_which(parts) -> None:
 @pytest.mark.parametrize("options", [{}, {"noise_t": 250}, {"noise_t": 250, "scale": 1}])
 def test_the_built_in_adapter_passes(tmp_path, autoencoder, options) -> None:
     folder = tiny_pipeline(tmp_path / "tiny", seed=2, autoencoder=autoencoder)
-    adapter = OSEDiff.load(str(folder), **options)
+    adapter = OSEDiff.load(str(folder), OSEDiff.Options(**options))
     check_adapter(adapter)
     assert lora.attached(adapter) and all(p.grad is None for p in lora.parameters(adapter).values())
 
 
-# ---- rewards ----
+class EncoderToo(OSEDiff):
+    """A LoRA on the encoder as well, as methods with a learnt encoding have it."""
+
+    def __init__(self, parts, base, options):
+        super().__init__(parts, base, options)
+        self.trainable = {"unet": self.unet, "vae": self.vae}
+        self.lora_targets |= {"vae": ["encoder.conv_in", "encoder.conv_out"]}
 
 
-class Mean(PSNR):
-    def __call__(self, sr, batch):
-        return super().__call__(sr, batch).mean()
+class CutEncoding(EncoderToo):
+    @torch.no_grad()
+    def _encode(self, batch, generator):
+        return super()._encode(batch, generator)
 
 
-class Integers(PSNR):
-    def __call__(self, sr, batch):
-        return super().__call__(sr, batch).round().long()
+def test_a_lora_on_the_encoder_is_reached_through_the_encoding(parts) -> None:
+    adapter = EncoderToo(parts, "tiny", EncoderToo.Options(noise_t=250))
+    check_adapter(adapter)
+    assert any(name.startswith("vae.") for name in lora.parameters(adapter))
 
 
-class Infinite(PSNR):
-    def __call__(self, sr, batch):
-        return super().__call__(sr, batch) / 0
+def test_a_lora_on_the_encoder_that_the_encoding_cuts_off_is_caught(parts) -> None:
+    with pytest.raises(AssertionError, match=r"no gradient reaches 4 LoRA tensors \(first: vae\."):
+        check_adapter(CutEncoding(parts, "tiny", CutEncoding.Options(noise_t=250)))
 
 
-class Relative(PSNR):
-    def __call__(self, sr, batch):
-        scores = super().__call__(sr, batch)
-        return scores - scores.mean()
+@pytest.mark.parametrize("options", [{}, {"guidance": 3.0}, {"steps": 1}, {"scale": 1, "shift": 1.0}], ids=str)
+def test_a_flow_adapter_written_from_the_contract_alone_passes(tmp_path, options) -> None:
+    base = tiny_pipeline(tmp_path / "flow", family="flow")
+    check_adapter(TinyFlow.load(str(base), TinyFlow.Options(**options)))
 
 
-class Detached(Detail):
-    def __call__(self, sr, batch):
-        return super().__call__(sr.detach(), batch)
-
-
-class Rounded(Detail):
-    """Gradients are there, and all zero."""
-
-    def __call__(self, sr, batch):
-        return super().__call__((sr * 255).round() / 255, batch)
-
-
-class Breaks(PSNR):
-    def __call__(self, sr, batch):
-        raise ZeroDivisionError("of all things")
-
-
-class OtherKind(PSNR):
-    kind = "taste"
-
-
-@pytest.mark.parametrize(
-    ("kind", "says"),
-    [
-        (Mean, "score: gave (), expected (3,)"),
-        (Integers, "score: gave torch.int64, expected float32"),
-        (Infinite, "score: gave values that are not finite"),
-        (Relative, "a score depends on the other images of its batch"),
-        (Detached, "its gradient is zero, not finite or cut"),
-        (Rounded, "its gradient is zero, not finite or cut"),
-        (Breaks, "raised ZeroDivisionError: of all things"),
-        (OtherKind, "kind is 'taste'"),
-    ],
-    ids=lambda entry: entry.__name__ if isinstance(entry, type) else "says",
-)
-def test_a_broken_reward_is_caught(kind, says) -> None:
-    with pytest.raises(AssertionError) as caught:
-        check_reward(kind())
-    assert says in str(caught.value), caught.value
-
-
-def test_a_reward_that_lacks_an_attribute_is_told_which() -> None:
-    with pytest.raises(AssertionError, match="attribute 'licence' is missing"):
-        check_reward(type("Bare", (), {"name": "bare", "differentiable": False, "needs_hq": False})())
+def test_a_check_leaves_the_base_as_it_was(parts) -> None:
+    adapter = OSEDiff(parts, "tiny", OSEDiff.Options(noise_t=250))
+    before = {name: value.clone() for name, value in adapter.unet.state_dict().items()}
+    check_adapter(adapter)
+    after = {name.replace(".base_layer.", "."): value for name, value in adapter.unet.state_dict().items()}
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert (adapter.device, adapter.dtype) == (torch.device("cpu"), torch.float32)
 
 
 def test_all_problems_are_listed_at_once(parts) -> None:
@@ -217,16 +242,5 @@ def test_all_problems_are_listed_at_once(parts) -> None:
             return super()._to_latents(image, generator).detach()
 
     with pytest.raises(AssertionError) as caught:
-        check_adapter(TwoFaults(parts, "tiny", noise_t=250))
+        check_adapter(TwoFaults(parts, "tiny", TwoFaults.Options(noise_t=250)))
     assert "to_image: gradients" in str(caught.value) and "to_latents: gradients" in str(caught.value)
-
-
-# ---- what tests are made of ----
-
-
-def test_tiny_pipelines_are_small_and_the_same_every_time(tmp_path) -> None:
-    one, other = (tiny_pipeline(tmp_path / name, seed=3) for name in ("one", "other"))
-    sizes = [path.stat().st_size for path in Path(one).rglob("*") if path.is_file()]
-    assert sum(sizes) < 2_000_000
-    weights = "unet/diffusion_pytorch_model.safetensors"
-    assert (one / weights).read_bytes() == (other / weights).read_bytes()

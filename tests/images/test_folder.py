@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from rewardsr.data.degradation import Light
-from rewardsr.data.folder import Data, is_paired, open_data
+from rewardsr.data.degradation import Light, LightOptions
+from rewardsr.data.folder import Data, open_data
 from rewardsr.data.images import read_image, write_image
 from rewardsr.errors import UserError
 
-LIGHT = Light(scale=4)
+LIGHT = Light(LightOptions(), 4)
 
 
 def make_images(folder: Path, sizes: list[tuple[int, int]], start: int = 0) -> list[torch.Tensor]:
@@ -79,7 +79,6 @@ def test_pairs_stay_aligned(pairs) -> None:
 
 
 def test_pairs_ignore_the_degradation(pairs) -> None:
-    assert is_paired(pairs)
     plain, given = (open_data(pairs, scale=4, crop=16, degradation=light) for light in (None, LIGHT))
     assert same(plain.batch(0, range(4)), given.batch(0, range(4)))
 
@@ -94,7 +93,7 @@ def test_flips_mirror_and_change_nothing_else(hq_folder) -> None:
 
 def test_scale_1(tmp_path) -> None:
     make_images(tmp_path, [(20, 20)])
-    batch = open_data(tmp_path, scale=1, crop=10, degradation=Light(scale=1)).batch(0, [0])
+    batch = open_data(tmp_path, scale=1, crop=10, degradation=Light(LightOptions(), 1)).batch(0, [0])
     assert batch.lq.shape == batch.hq.shape == (1, 3, 10, 10)
 
 
@@ -262,11 +261,11 @@ def test_missing_and_empty_folders(tmp_path) -> None:
 def test_half_of_the_pairs_or_too_many(tmp_path) -> None:
     (tmp_path / "lq").mkdir()
     with pytest.raises(UserError, match="holds lq: pairs are one of"):
-        is_paired(tmp_path)
+        open_data(tmp_path, scale=4)
     (tmp_path / "gt").mkdir()
     (tmp_path / "hq").mkdir()
     with pytest.raises(UserError, match="holds lq, gt, hq"):
-        is_paired(tmp_path)
+        open_data(tmp_path, scale=4)
 
 
 def test_lr_and_hq_are_names_of_pairs_too(pairs) -> None:
@@ -312,11 +311,10 @@ def test_crop_must_fit_the_scale(hq_folder, crop) -> None:
 
 
 def test_degradation_must_be_there_and_fit(hq_folder) -> None:
-    assert not is_paired(hq_folder)
     with pytest.raises(UserError, match="set a degradation"):
         open_hq(hq_folder, degradation=None)
-    with pytest.raises(UserError, match="shrinks 2 times"):
-        open_hq(hq_folder, degradation=Light(scale=2))
+    with pytest.raises(UserError, match=r"made \(3, 16, 16\) of \(3, 32, 32\), expected \(3, 8, 8\)"):
+        open_hq(hq_folder, degradation=Light(LightOptions(), 2)).batch(0, [0])
 
 
 def test_bad_headers_are_found_on_opening(hq_folder) -> None:

@@ -1,12 +1,12 @@
 """Train, save and judge the embedded one-step pipeline.
 
-    python -m rewardsr.demo.train_pipeline --minutes 55 --out DIR --seed 0
-    python -m rewardsr.demo.train_pipeline --evaluate DIR
+    python -m tools.train_pipeline --minutes 55 --out DIR --seed 0
+    python -m tools.train_pipeline --evaluate DIR
 
-README.md beside this file has the commands that the shipped weights come from.
+rewardsr/demo/README.md has the commands that the shipped weights come from.
 
 The autoencoder and the UNet are trained together, from random weights, on the photographs of
-`rewardsr.demo.photos.TRAIN`. Images are `(B, 3, H, W)` float32 RGB in [0, 1].
+`tools.crops.TRAIN`. Images are `(B, 3, H, W)` float32 RGB in [0, 1].
 """
 
 import argparse
@@ -29,6 +29,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from rewardsr.demo import photos
 from rewardsr.schedule import VP
+from rewardsr.testing.networks import write_tokenizer
+from tools import crops
 
 NOISE_T, NET_T, SCALE = 250, 100, 4
 LATENT_STD = 3.5  # against noise of 1: more is more faithful and less diverse
@@ -105,19 +107,6 @@ def build(seed: int) -> Parts:
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="epsilon", clip_sample=False
     )
     return Parts(vae, unet, text_encoder, tokenizer, scheduler)
-
-
-def write_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A CLIP tokenizer that spells: one token a byte, one more for a byte that ends a word, no merges."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    # The byte-level alphabet: printable bytes stand for themselves, the others for characters from 256 on.
-    letters = [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
-    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
 
 
 def load(folder: Path) -> Parts:
@@ -246,7 +235,7 @@ def train(
     for parameter in parts.trained():
         parameter.requires_grad_(True)
     average = copy.deepcopy(parts)
-    crops, prompts = photos.Crops(list(photos.TRAIN), seed), embed(parts, list(PROMPTS))
+    pairs, prompts = crops.Crops(list(crops.TRAIN), seed), embed(parts, list(PROMPTS))
     optimiser = torch.optim.AdamW(parts.trained(), lr=lr, betas=(0.9, 0.98), weight_decay=1e-4, fused=True)
     begin = saved = time.monotonic()
     step, done, log = 0, 0.0, np.zeros(3)
@@ -254,8 +243,8 @@ def train(
         _, size, count = [stage for stage in STAGES if stage[0] <= done][-1]
         for group in optimiser.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 200) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
-        lq, hq = crops.batch(size, count)
-        text = prompts[torch.randint(len(prompts), (count,), generator=crops.generator)]
+        lq, hq = pairs.batch(size, count)
+        text = prompts[torch.randint(len(prompts), (count,), generator=pairs.generator)]
         restoration = torch.zeros(())
         if done < warm_up:
             reconstruction, latent_size = warm_up_losses(parts, hq)
@@ -364,7 +353,7 @@ def _mean(rows: list[tuple[str, Score, Score, float]]) -> tuple[Score, Score, fl
 
 def development(parts: Parts) -> str:
     """One line to watch while training."""
-    pairs = photos.development()
+    pairs = crops.development()
     if not pairs:
         return "no development picture"
     bicubic, pipeline, rebuilt = _mean(judge(parts, pairs, draws=3))

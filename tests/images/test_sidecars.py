@@ -1,4 +1,4 @@
-"""Tensors beside images: which file belongs to which image, from the folder to the networks."""
+"""Prompts and tensors beside images: which file belongs to which image, from the folder to the networks."""
 
 import json
 import shutil
@@ -11,10 +11,10 @@ from _support import Commands
 from safetensors.torch import load_file, save_file
 
 from rewardsr import Batch, Draws, UserError, load_adapter, lora
-from rewardsr.data.degradation import Light
-from rewardsr.data.extras import check_extras, read_extras, resolve_extras, stack_extras
+from rewardsr.data.degradation import Light, LightOptions
 from rewardsr.data.folder import open_data
 from rewardsr.data.images import read_image, write_image
+from rewardsr.data.sidecars import check_tensors, read_tensors, resolve_prompts, stack_tensors, tensor_files
 from rewardsr.evaluation.upscale import upscale_tensor
 from rewardsr.testing import write_images
 
@@ -43,7 +43,7 @@ def moved(folder: Path) -> Path:
 
 
 def opened(folder: Path, crop: int | None = 16, names: tuple[str, ...] = ("gray",)):
-    plain = Light(blur=(0, 0), noise=(0, 0), quality=(100, 100))
+    plain = Light(LightOptions(blur=(0, 0), noise=(0, 0), quality=(100, 100)), 4)
     return open_data(folder, scale=4, crop=crop, degradation=plain, extras=names)
 
 
@@ -64,34 +64,66 @@ def file_of(image: Path) -> Path:
     return next(place / name for place in places if (place / name).is_file())
 
 
-# ---- finding files ----
+# ---- prompts ----
+
+
+def test_prompts_lie_beside_the_images_or_in_a_folder(tmp_path) -> None:
+    images = [tmp_path / "a.png", tmp_path / "a.b.png"]
+    (tmp_path / "a.txt").write_bytes("\ufeff  a cat,\r\n on a  mât \n".encode())
+    (tmp_path / "a.b.txt").write_text("")
+    assert resolve_prompts(images, "sidecar") == ["a cat, on a mât", ""]
+    (tmp_path / "tag").mkdir()
+    (tmp_path / "tag" / "a.txt").write_text("a dog")
+    assert resolve_prompts(images, "sidecar") == resolve_prompts(images, "sidecar", tmp_path) == ["a dog", ""]
+    assert resolve_prompts([tmp_path / "gt" / "a.png"], "sidecar", tmp_path) == ["a dog"]
+
+
+def test_prompts_without_files(tmp_path) -> None:
+    paths = [tmp_path / f"{name}.png" for name in "abcde"]
+    assert resolve_prompts(paths, "adapter") is None
+    assert resolve_prompts(paths, "a photo") == ["a photo"] * 5
+
+
+def test_prompts_that_cannot_be_had(tmp_path) -> None:
+    paths = [tmp_path / f"{name}.png" for name in "abcde"]
+    (tmp_path / "a.txt").write_bytes("é".encode("latin-1"))
+    for images, prompts, message in (
+        (paths, "sidecar", r"4 of 5 images have no prompt file .*b\.png, c\.png, d\.png, \.\.\."),
+        (paths[:1], "sidecar", r"a\.txt.*UTF-8"),
+        (paths, "captioner", "set data.captioner"),
+    ):
+        with pytest.raises(UserError, match=message):
+            resolve_prompts(images, prompts)
+
+
+# ---- finding files of tensors ----
 
 
 def test_nothing_is_looked_for_without_names_or_images(marked) -> None:
     images = sorted(marked.glob("*.png"))
-    assert resolve_extras(images, ()) is None
-    assert resolve_extras([], ("gray",)) is None
+    assert tensor_files(images, ()) is None
+    assert tensor_files([], ("gray",)) is None
     assert opened(marked, names=()).batch(0, [0]).extras == {}
 
 
 def test_no_file_at_all_leaves_it_to_the_adapter(hq_folder) -> None:
-    assert resolve_extras(sorted(hq_folder.glob("*.png")), ("gray",), hq_folder) is None
+    assert tensor_files(sorted(hq_folder.glob("*.png")), ("gray",), hq_folder) is None
     assert opened(hq_folder).batch(0, [0, 1]).extras == {}
 
 
 def test_files_lie_beside_the_images_or_in_extras(marked) -> None:
     images = sorted(marked.glob("*.png"))
-    beside = resolve_extras(images, ("gray",), marked)
-    assert beside == [path.with_suffix(".safetensors") for path in images] == resolve_extras(images, ("gray",))
+    beside = tensor_files(images, ("gray",), marked)
+    assert beside == [path.with_suffix(".safetensors") for path in images] == tensor_files(images, ("gray",))
     moved(marked)
     inside = [marked / "extras" / path.name for path in beside]
-    assert resolve_extras(images, ("gray",), marked) == inside == resolve_extras(images, ("gray",))
-    assert resolve_extras([path.parent / "lq" / path.name for path in images], ("gray",), marked) == inside
+    assert tensor_files(images, ("gray",), marked) == inside == tensor_files(images, ("gray",))
+    assert tensor_files([path.parent / "lq" / path.name for path in images], ("gray",), marked) == inside
 
 
 def test_dots_in_a_name_belong_to_it(tmp_path) -> None:
     save_file({"gray": torch.zeros(1)}, tmp_path / "a.b.safetensors")
-    assert resolve_extras([tmp_path / "a.b.png"], ("gray",)) == [tmp_path / "a.b.safetensors"]
+    assert tensor_files([tmp_path / "a.b.png"], ("gray",)) == [tmp_path / "a.b.safetensors"]
 
 
 @pytest.mark.parametrize("where", ["beside", "extras"])
@@ -110,7 +142,7 @@ def test_files_of_some_images_only_are_refused_and_named(marked, where) -> None:
 def test_reading(tmp_path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({"half": torch.ones(2, dtype=torch.bfloat16), "whole": torch.arange(3), "other": torch.zeros(1)}, path)
-    found = read_extras(path, ("half", "whole"))
+    found = read_tensors(path, ("half", "whole"))
     assert found.keys() == {"half", "whole"} and all(value.dtype == torch.float32 for value in found.values())
     assert found["whole"].tolist() == [0, 1, 2]
 
@@ -127,7 +159,7 @@ def test_reading(tmp_path) -> None:
 def test_a_file_that_lacks_what_is_asked_for(tmp_path, tensors, says) -> None:
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=r"x\.safetensors") as caught:
-        read_extras(tmp_path / "x.safetensors", ("a",))
+        read_tensors(tmp_path / "x.safetensors", ("a",))
     assert says in str(caught.value)
 
 
@@ -135,13 +167,13 @@ def test_stacking_keeps_the_order_and_refuses_other_shapes(tmp_path) -> None:
     paths = [tmp_path / f"{index}.safetensors" for index in range(3)]
     for index, path in enumerate(paths):
         save_file({"a": torch.full((2,), float(index)), "b": torch.full((1, 2), -float(index))}, path)
-    stacked = stack_extras([paths[2], paths[0], paths[2]], ("a", "b"))
+    stacked = stack_tensors([paths[2], paths[0], paths[2]], ("a", "b"))
     assert stacked["a"].tolist() == [[2, 2], [0, 0], [2, 2]]
     assert stacked["b"].shape == (3, 1, 2) and stacked["b"][0, 0, 0] == -2
-    assert stack_extras([], ("a",)) == {}
-    check_extras(paths, ("a", "b"))
+    assert stack_tensors([], ("a",)) == {}
+    check_tensors(paths, ("a", "b"))
     save_file({"a": torch.zeros(2), "b": torch.zeros(1, 3)}, paths[1])
-    for refused in (stack_extras, check_extras):
+    for refused in (stack_tensors, check_tensors):
         refused(paths, ("a",))  # what is not asked for may have any shape
         with pytest.raises(UserError, match=r"1\.safetensors.*'b' is \(1, 3\).*0\.safetensors.*\(1, 2\)"):
             refused(paths, ("a", "b"))

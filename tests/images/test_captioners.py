@@ -1,0 +1,69 @@
+"""Captioners: prompts that a plug-in writes from the images."""
+
+import pytest
+import strangers
+import torch
+
+from rewardsr.data.captions import Captions
+from rewardsr.data.degradation import Light, LightOptions
+from rewardsr.data.folder import Data, open_data
+
+LIGHT = Light(LightOptions(), 4)
+
+
+def opened(folder, name: str = "strangers:shade", **options) -> Data:
+    known = {"scale": 4, "crop": 16, "degradation": LIGHT, "prompts": "captioner", "captions": Captions(name)}
+    return open_data(folder, **(known | options))
+
+
+@pytest.mark.parametrize("name", ["strangers:shade", "strangers:Shades"])
+def test_a_caption_belongs_to_its_image_whatever_the_batch(hq_folder, name) -> None:
+    batch = opened(hq_folder, name).batch(0, range(6))
+    assert batch.prompts == tuple(strangers.shade(batch.lq))
+    assert len(set(batch.prompts)) == 6
+    data = opened(hq_folder, name)
+    data.prefetch(0, [5])
+    assert data.batch(0, [5]).prompts == batch.prompts[5:]
+    for part in data.validation():
+        assert part.prompts == tuple(strangers.shade(part.lq))
+
+
+def test_an_image_is_shown_once_and_alone_and_without_gradients(hq_folder, monkeypatch) -> None:
+    shown = []
+
+    def watching(lq: torch.Tensor) -> list[str]:
+        shown.append((len(lq), torch.is_grad_enabled()))
+        return [" two\n lines "]
+
+    monkeypatch.setattr(strangers, "shade", watching)
+    data = opened(hq_folder)
+    for _ in range(2):
+        assert [batch.prompts for batch in data.validation()] == [("two lines",)] * 3
+    assert shown == [(1, False)] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("speechles", "unknown captioner 'speechles'"),
+        ("strangers:nobody", "has no 'nobody'"),
+        ("strangers:NUMBER", "expected a function of images, got int"),
+        ("strangers:Unmakeable", "captioner 'strangers:Unmakeable' cannot be made: TypeError"),
+        ("strangers:speechless", "captioner 'strangers:speechless' gave [] for one image"),
+        ("strangers:one_text", "captioner 'strangers:one_text' gave 'a' for one image"),
+        ("strangers:unread", "fails: RuntimeError: no weights for the captioner"),
+    ],
+)
+def test_captioners_that_do_not_work_are_refused_before_training(
+    refused, tiny_base, hq_folder, tmp_path, name, message
+) -> None:
+    more = ("--set", "data.prompts=captioner", "--set", f"data.captioner={name}")
+    assert message in refused.finetune(tiny_base, hq_folder, tmp_path / "run", *more)
+
+
+def test_a_captioner_and_its_use_go_together(commands, refused, tiny_base, hq_folder, tmp_path) -> None:
+    prompts, captioner = ("--set", "data.prompts=captioner"), ("--set", "data.captioner=strangers:shade")
+    assert "set data.captioner" in refused.finetune(tiny_base, hq_folder, tmp_path / "run", *prompts)
+    assert "set it to captioner" in refused.finetune(tiny_base, hq_folder, tmp_path / "run", *captioner)
+    answer = commands.finetune(tiny_base, hq_folder, tmp_path / "run", *prompts, *captioner)
+    assert answer.code == 0, answer.err

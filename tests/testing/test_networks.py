@@ -1,0 +1,20 @@
+"""Tiny pipelines for tests."""
+
+from pathlib import Path
+
+import pytest
+
+from rewardsr.testing import tiny_pipeline
+
+
+def test_tiny_pipelines_are_small_and_the_same_every_time(tmp_path) -> None:
+    one, other = (tiny_pipeline(tmp_path / name, seed=3) for name in ("one", "other"))
+    sizes = [path.stat().st_size for path in Path(one).rglob("*") if path.is_file()]
+    assert sum(sizes) < 2_000_000
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (one / weights).read_bytes() == (other / weights).read_bytes()
+
+
+def test_an_unknown_family_is_named(tmp_path) -> None:
+    with pytest.raises(ValueError, match="unknown family 'sd4': expected sd, upscaler, stablesr or flow"):
+        tiny_pipeline(tmp_path, family="sd4")
