@@ -57,7 +57,7 @@ def test_finetune_leaves_a_run(commands: Commands, tiny_base, hq_folder, tmp_pat
     assert answer.code == 0, answer.err
     assert str(tmp_path / "run" / LORA) in answer.out
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 1, 2, 2]
+    assert [line["step"] for line in lines] == [0, 1, 2, 2]  # held-out images are scored before and after
     assert set(lines[-1]["validation"]) == {"psnr", "detail", "ssim"}
     assert (tmp_path / "run" / "validation" / "step-00000002.png").is_file()
 

@@ -161,7 +161,7 @@ def _beside(
         return resolve_prompts(files, prompts), extras
     if prompts == SIDECAR:
         raise UserError(f"prompts '{SIDECAR}' are files beside images, and a PIL image has none: give one text for all")
-    return None if prompts == ADAPTER else [prompts] * len(sources), None
+    return resolve_prompts([Path()] * len(sources), prompts), None  # no file is looked for
 
 
 def _targets(sources: Sequence[Path | Image.Image], output: Path, overwrite: bool) -> list[Path]:
