@@ -4,6 +4,7 @@ Heavy imports happen inside the commands, so that `--help` is quick.
 """
 
 import errno
+import logging
 import os
 import sys
 from pathlib import Path
@@ -22,6 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+logger = logging.getLogger("rewardsr")
 
 imports = typer.Typer(help="Take over what other programs made.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(imports, name="import")
@@ -65,6 +68,14 @@ def _leave(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+class _Console(logging.Handler):
+    """Messages of the package: warnings go to stderr, all others to stdout."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warns = record.levelno >= logging.WARNING
+        typer.echo(f"warning: {record.getMessage()}" if warns else record.getMessage(), err=warns)
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(__version__)
@@ -77,7 +88,10 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version")
     ] = False,
 ) -> None:
-    pass
+    if not any(isinstance(handler, _Console) for handler in logger.handlers):
+        logger.addHandler(_Console())
+    # Of the processes of a launch one speaks.
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
 
 
 @app.command()
@@ -131,26 +145,12 @@ def finetune(
     resolved = load_recipe(None if recipe is None else str(recipe), overrides, assign or [])
 
     from rewardsr.train.finetune import finetune as run_recipe
+    from rewardsr.train.loop import Result
 
     result = run_recipe(resolved, resume=resume, dry_run=dry_run)
-    from rewardsr.train.dry_run import DryRun
-
-    if isinstance(result, DryRun):
-        typer.echo(
-            f"one step: {result.seconds:.2f} s, peak memory {result.peak_gib:.2f} GiB, {result.trainable} weights train"
-        )
-        for path, size in result.would_save.items():
-            typer.echo(f"would save {path} ({size / 2**20:.1f} MiB)")
-        return
-    if int(os.environ.get("RANK", "0")) != 0:
-        return
-    if not result.finished:
-        typer.echo(f"stopped after step {result.step}; go on with the same command and --resume")
+    logger.info("%s", result)
+    if isinstance(result, Result) and not result.finished:
         raise typer.Exit(130)
-
-    from rewardsr.run_folder import LORA
-
-    typer.echo(f"finished {result.step} steps; LoRA: {result.output / LORA}")
 
 
 @app.command()
@@ -178,16 +178,7 @@ def upscale(
     pipeline, _ = open_run(
         run, adapter, base, option, lora, strength=strength, device=device, precision=precision, force_base=force_base
     )
-    run_upscale(
-        pipeline,
-        inputs,
-        output,
-        color_fix=color_fix,
-        prompts=prompts,
-        seed=seed,
-        overwrite=overwrite,
-        progress=lambda done, total, path: typer.echo(f"{done}/{total} {path}"),
-    )
+    run_upscale(pipeline, inputs, output, color_fix=color_fix, prompts=prompts, seed=seed, overwrite=overwrite)
 
 
 @app.command()
@@ -213,14 +204,14 @@ def evaluate(
     """Compare base and tuned pipeline on the same images and noise, with 95 % intervals."""
     if run is None and not lora:
         raise UserError("evaluate compares base and tuned: give --run, or --lora")
-    from rewardsr.evaluation import protocol, report
+    from rewardsr.evaluation import protocol
     from rewardsr.pipelines import open_run
     from rewardsr.storage import write_text
 
     pipeline, _ = open_run(run, adapter, base, option, lora, device=device, precision=precision, force_base=force_base)
     names = [name.strip() for name in metrics.split(",") if name.strip()]
     found = protocol.evaluate(pipeline, data, names, draws_per_image=draws, seed=seed, limit=limit, prompts=prompts)
-    typer.echo(report.text(found), nl=False)
+    typer.echo(found)
     if output is not None:
         write_text(output, found.to_json())
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
+from rewardsr import __version__
 from rewardsr.hub.connection import online
 
 REQUIRED = (
@@ -27,8 +28,6 @@ OPTIONAL = {
 
 def examine() -> Iterator[str]:
     """Lines of the report: versions, devices, connection, and for everything missing what it is for."""
-    from rewardsr import __version__
-
     yield f"rewardsr {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     for name in REQUIRED:
         yield f"{name:<16} {_version(name) or 'MISSING: install rewardsr again'}"

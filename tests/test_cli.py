@@ -1,6 +1,7 @@
 """The commands, from options to files: `finetune`, and what is done with its LoRA."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -269,6 +270,19 @@ def test_doctor_names_versions_devices_and_connection(commands: Commands) -> Non
     assert answer.code == 0
     assert all(name in answer.out for name in ("torch", "diffusers", "peft", "CPU", "cuda", "Hub"))
     assert "not reachable" in answer.out, "HF_HUB_OFFLINE is set in the tests"
+
+
+@pytest.mark.parametrize(("rank", "out", "err"), [("0", "by the way\n", "warning: careful\n"), ("1", "", "")])
+def test_messages_of_the_package_are_shown_once_by_the_main_process(
+    commands: Commands, capfd, monkeypatch, rank, out, err
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    for _ in range(2):
+        assert commands("rewards").code == 0
+    logger = logging.getLogger("rewardsr.somewhere")
+    logger.info("by the way")
+    logger.warning("careful")
+    assert tuple(capfd.readouterr()) == (out, err)
 
 
 def test_version_and_help(commands: Commands) -> None:

@@ -87,7 +87,7 @@ def wait_for_lines(log: Path, count: int, process: subprocess.Popen) -> None:
 def test_two_processes_equal_one_with_twice_the_batch(folder) -> None:
     seen = folder / "seen"
     seen.mkdir()
-    changes = {"steps": 3, "data": {"validation": str(folder / "images"), "validation_limit": 1}}
+    changes = {"steps": 3, "data": {"validation": str(folder / "images"), "validation_limit": 2}}
     changes["optimiser"] = {"eps": 1e-3}  # AdamW's own would blow up the rounding of gradients that are nearly zero
     options = {"name": "runs:TwoProcesses", "options": {"seen": str(seen)}}
     path = written(folder, "two", rewards=[options], guards=["psnr"], **changes)
@@ -103,14 +103,16 @@ def test_two_processes_equal_one_with_twice_the_batch(folder) -> None:
     assert done.stdout.count("finished 3 steps") == 1  # one of them speaks
     assert sorted(path.name for path in seen.iterdir()) == ["0", "1"]
     rows = [(seen / str(rank)).read_text().split() for rank in (0, 1)]
-    assert rows[1] == ["1", "2", "2", "2"]  # tried once, then a group of one image a step
-    assert rows[0].count("2") == 3 and rows[0].count("1") == 5  # and validation, at the start and the end
+    # Tried once; a group of one image a step; validation of one image, the base and twice the policy.
+    assert rows[0] == rows[1] == ["1", "1", "1", "2", "2", "2", "1"]
     rewardsr.finetune(written(folder, "one", batch_size=2, **changes))
     one, two = weights(folder / "one"), weights(folder / "two")
     assert max(float((value - two[name]).abs().max()) for name, value in one.items()) <= 1e-5
     assert any(float(value.abs().max()) > 1e-4 for name, value in one.items() if ".lora_B." in name)
     ours, theirs = lines(folder / "one"), lines(folder / "two")
     assert len(ours) == len(theirs) == 5  # validation at the start and the end, and three steps
+    start = [(folder / run / "validation" / "step-00000000.json").read_text() for run in ("one", "two")]
+    assert start[0].replace("Brightness", "TwoProcesses") == start[1]  # of equal weights, bit for bit
     for line, other in zip(ours, theirs, strict=True):
         renamed = {name.replace("Brightness", "TwoProcesses"): value for name, value in line.items()}
         renamed.pop("validation", None), other.pop("validation", None)

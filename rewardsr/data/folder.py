@@ -16,7 +16,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from rewardsr.adapter import Batch
+from rewardsr.batch import Batch
 from rewardsr.data.captions import Captions
 from rewardsr.data.degradation import Degradation
 from rewardsr.data.images import image_size, list_images, read_image, to_uint8
@@ -195,7 +195,9 @@ class Data:
         key = (seed, tuple(indices))
         self._ahead = (key, self._worker.submit(self._make_batch, *key))
 
-    def validation(self, limit: int | None = None, seed: int = 0, side: int | None = None) -> Iterator[Batch]:
+    def validation(
+        self, limit: int | None = None, seed: int = 0, side: int | None = None, first: int = 0, every: int = 1
+    ) -> Iterator[Batch]:
         """Whole images one by one in file order, the same ones every time.
 
         HQ images are cut at the centre to a multiple of `scale` and degraded with a seed from (seed, position).
@@ -204,13 +206,14 @@ class Data:
             limit: the first so many images; all by default.
             seed: of the degradation.
             side: cut larger images at the centre to this many HQ pixels a side; whole images by default.
+            first, every: only the images at the positions first, first + every, ...: the share of one process.
 
         Raises:
             ValueError: `side` is smaller than `scale`.
         """
         if side is not None and side < self.scale:
             raise ValueError(f"validation: side {side} is smaller than the scale {self.scale}")
-        for position, item in enumerate(self.items[:limit]):
+        for position, item in list(enumerate(self.items[:limit]))[first::every]:
             hq = self._cache.read(item.hq)
             sizes = [min(length, side or length) // self.scale * self.scale for length in hq.shape[-2:]]
             # Where there is an LQ image, the corner must lie on its pixels.

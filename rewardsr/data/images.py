@@ -4,7 +4,7 @@ Files come in every shape that PIL reads; inside there is one: (3, H, W) float32
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,16 +52,39 @@ def read_image(path: Path | str) -> Tensor:
     path = _existing(path)
     try:
         with _whole_files_only(), Image.open(path) as image:
-            before = _orientation(image)
-            image.load()
-            # PIL turns TIFF pixels by itself from version 11.1 on, and then the tag is gone.
-            orientation = _orientation(image) if image.format == "TIFF" else before
-            pixels = _deep_png(path) if _is_deep_png(path, image) else _pixels(image)
+            return _convert(image, (lambda _: _deep_png(path)) if _is_deep_png(path, image) else _pixels)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise whatever they stumble over in a damaged file
         raise _unreadable(path, error) from error
-    return _upright(_to_rgb(pixels), orientation).contiguous()
+
+
+def from_pil(image: Image.Image) -> Tensor:
+    """A PIL image as `read_image` gives one of a file: (3, H, W) float32 RGB in [0, 1]; of a 16-bit colour PNG 8 bits.
+
+    Raises:
+        UserError: its file is damaged or truncated, or the mode has no such form.
+    """
+    try:
+        with _whole_files_only():
+            return _convert(image, _pixels)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _unreadable(f"PIL image of mode {image.mode}", error) from error
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """(3, H, W) or (1, 3, H, W) RGB in [0, 1], clamped and rounded, as an 8-bit PIL image.
+
+    Raises:
+        ValueError: another shape, or values that are not finite.
+    """
+    if image.ndim == 4 and image.shape[0] == 1:
+        image = image[0]
+    if image.ndim != 3 or image.shape[0] != 3 or not image.numel():
+        raise ValueError(f"expected an image (3, H, W) or (1, 3, H, W), got {tuple(image.shape)}")
+    return Image.fromarray(to_uint8(image).permute(1, 2, 0).contiguous().cpu().numpy())
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
@@ -114,13 +137,8 @@ def write_image(image: Tensor, path: Path | str) -> Path:
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise UserError(f"cannot write '{path}': images are written as PNG, let the name end in .png")
-    if image.ndim == 4 and image.shape[0] == 1:
-        image = image[0]
-    if image.ndim != 3 or image.shape[0] != 3 or not image.numel():
-        raise ValueError(f"write_image: expected (3, H, W) or (1, 3, H, W), got {tuple(image.shape)}")
-    pixels = to_uint8(image).permute(1, 2, 0).contiguous().cpu().numpy()
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
+    to_pil(image).save(buffer, format="PNG")
     write_bytes(path, buffer.getvalue())
     return path
 
@@ -157,7 +175,7 @@ def _existing(path: Path | str) -> Path:
     return path
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
+def _unreadable(path: Path | str, error: Exception) -> UserError:
     if isinstance(error, Image.DecompressionBombError):
         return UserError(f"cannot read '{path}': more pixels than PIL's safety limit; cut it into parts")
     if isinstance(error, PermissionError):
@@ -174,6 +192,15 @@ def _orientation(image: Image.Image) -> int:
         return 1
     value = image.getexif().get(_ORIENTATION, 1)
     return value if value in range(1, 9) else 1
+
+
+def _convert(image: Image.Image, pixels: Callable[[Image.Image], Tensor]) -> Tensor:
+    """(3, H, W) float32 in [0, 1], upright and on white; `pixels` is called when the image is loaded."""
+    before = _orientation(image)
+    image.load()
+    # PIL turns TIFF pixels by itself from version 11.1 on, and then the tag is gone.
+    orientation = _orientation(image) if image.format == "TIFF" else before
+    return _upright(_to_rgb(pixels(image)), orientation).contiguous()
 
 
 def _pixels(image: Image.Image) -> Tensor:

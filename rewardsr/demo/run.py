@@ -1,27 +1,34 @@
 """`rewardsr demo`: the main job, small enough for a CPU and real in every part."""
 
+import logging
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from torch import Tensor
 
 from rewardsr import lora, run_folder
-from rewardsr.adapter import Batch, ISRAdapter
+from rewardsr.adapter import ISRAdapter
 from rewardsr.data.folder import open_data
-from rewardsr.data.images import read_image
+from rewardsr.data.images import list_images, read_image
 from rewardsr.demo.photos import write_folders
+from rewardsr.draws import Draws
 from rewardsr.errors import UserError
-from rewardsr.evaluation import report
-from rewardsr.evaluation.protocol import Evaluation
-from rewardsr.evaluation.protocol import compare as compare_on
+from rewardsr.evaluation.pictures import Cell, write_grid
+from rewardsr.evaluation.protocol import HeldOut
+from rewardsr.evaluation.report import Evaluation
+from rewardsr.evaluation.upscale import upscale_tensor
 from rewardsr.pipelines import load_adapter
 from rewardsr.rewards import build
 from rewardsr.storage import write_text
 from rewardsr.train.finetune import finetune
 from rewardsr.train.recipe import Recipe, load_recipe
+
+logger = logging.getLogger(__name__)
 
 RECIPE = Path(__file__).parent / "recipe.yaml"
 DRAWS = 4  # noise draws that each score averages
@@ -47,29 +54,23 @@ def run_demo(output: Path, steps: int | None = None) -> None:
     photos, tuned, control = output / "photos", output / "run", output / "control"
     write_folders(photos)
     recipe = demo_recipe(photos, tuned, steps)
-    print("recipe:\n" + _indent(RECIPE.read_text()))
-    print(f"fine-tuning on {photos / 'train'} ...", flush=True)
+    logger.info("recipe:\n" + indent(RECIPE.read_text(), "  "))
+    logger.info(f"fine-tuning on {photos / 'train'} ...")
     finetune(recipe)
-    print("control: the same, with the advantages dealt out at random ...", flush=True)
+    logger.info("control: the same, with the advantages dealt out at random ...")
     finetune(_shuffled(recipe, control))
 
-    rows: list[list[report.Cell]] = []
-
-    def keep(position: int, batch: Batch, base: Tensor, sr: Tensor) -> None:
-        assert batch.hq is not None
-        rows.append(report.comparison_row(batch.lq[0], base[0], sr[0], batch.hq[0], Path(batch.paths[0]).stem))
-
-    found = compare(recipe, tuned, keep)
-    dealt = compare(recipe, control)
-    report.write_grid(rows, output / "before_after.png")
+    found, rows = compare(recipe, tuned)
+    dealt, _ = compare(recipe, control)
+    write_grid(rows, output / "before_after.png")
     write_text(output / "tuned.json", found.to_json())
     write_text(output / "control.json", dealt.to_json())
-    print("\nheld-out photographs, base against tuned:\n" + _indent(report.text(found)))
-    print("held-out photographs, base against the shuffled control:\n" + _indent(report.text(dealt)))
-    print(verdict(found, dealt))
+    logger.info("\nheld-out photographs, base against tuned:\n" + indent(str(found), "  "))
+    logger.info("held-out photographs, base against the shuffled control:\n" + indent(str(dealt), "  "))
+    logger.info(verdict(found, dealt))
     _in_a_fresh_process(tuned, photos, output / "upscaled", _in_this_process(recipe, tuned, photos))
-    print(f"done in {time.perf_counter() - began:.0f} s\n")
-    print(_where(output))
+    logger.info(f"done in {time.perf_counter() - began:.0f} s\n")
+    logger.info(_where(output))
 
 
 def demo_recipe(photos: Path, run: Path, steps: int | None) -> Recipe:
@@ -83,14 +84,14 @@ def demo_recipe(photos: Path, run: Path, steps: int | None) -> Recipe:
     return load_recipe(str(RECIPE), overrides, [])
 
 
-def compare(recipe: Recipe, run: Path, keep: Any = None) -> Evaluation:
-    """Base against the LoRA of a run, on the held-out photographs."""
-    adapter = _adapter(recipe)
-    lora.load(adapter, run)
+def compare(recipe: Recipe, run: Path) -> tuple[Evaluation, list[list[Cell]]]:
+    """Base against the LoRA of a run on the held-out photographs, as scores and as pictures."""
+    adapter = _tuned(recipe, run)
     assert recipe.data.validation is not None
-    images = open_data(recipe.data.validation, scale=adapter.scale).validation()
+    images = partial(open_data(recipe.data.validation, scale=adapter.scale).validation, None, 0, None)
     rewards = {name: build(name) for name in METRICS}
-    return compare_on(adapter, images, rewards, seed=1, draws_per_image=DRAWS, on_image=keep)
+    held_out = HeldOut(adapter, images, rewards, seed=1, draws_per_image=DRAWS, picture_side=None)
+    return held_out.score(), held_out.rows
 
 
 def verdict(found: Evaluation, control: Evaluation) -> str:
@@ -110,8 +111,10 @@ def verdict(found: Evaluation, control: Evaluation) -> str:
     return "\n".join(lines)
 
 
-def _adapter(recipe: Recipe) -> ISRAdapter:
-    return load_adapter(recipe.adapter, recipe.base, **recipe.adapter_options)
+def _tuned(recipe: Recipe, run: Path) -> ISRAdapter:
+    adapter = load_adapter(recipe.adapter, recipe.base, **recipe.adapter_options)
+    lora.load(adapter, run)
+    return adapter
 
 
 def _shuffled(recipe: Recipe, run: Path) -> Recipe:
@@ -120,47 +123,34 @@ def _shuffled(recipe: Recipe, run: Path) -> Recipe:
 
 
 def _in_this_process(recipe: Recipe, run: Path, photos: Path) -> list[Tensor]:
-    """What `upscale` should give for the held-out LQ photographs."""
-    from rewardsr.data.images import list_images
-    from rewardsr.draws import Draws
-    from rewardsr.evaluation.upscale import upscale_tensor
-
-    adapter = _adapter(recipe)
-    lora.load(adapter, run)
-    files = list_images(photos / "val" / "lq")
+    """What `upscale` gives for the held-out LQ photographs."""
+    adapter = _tuned(recipe, run)
     return [
         upscale_tensor(adapter, read_image(file)[None], generator=Draws(0, 0, [index], "upscale"))[0]
-        for index, file in enumerate(files)
+        for index, file in enumerate(list_images(photos / "val" / "lq"))
     ]
 
 
 def _in_a_fresh_process(run: Path, photos: Path, output: Path, expected: list[Tensor]) -> None:
     """Run the command that a user would, and compare its pictures with this process's."""
     command = ["upscale", str(photos / "val" / "lq"), "--run", str(run), "--output", str(output), "--device", "cpu"]
-    print("in a fresh process: rewardsr " + " ".join(command), flush=True)
+    logger.info("in a fresh process: rewardsr " + " ".join(command))
     subprocess.run([sys.executable, "-m", "rewardsr", *command], check=True)
     written = [read_image(path) for path in sorted(output.glob("*.png"))]
     worst = max(float((a - b).abs().max()) for a, b in zip(written, expected, strict=True))
-    print(f"largest difference to this process: {worst * 255:.2f} of 255 (8-bit rounding is 0.5)")
+    logger.info(f"largest difference to this process: {worst * 255:.2f} of 255 (8-bit rounding is 0.5)")
     if worst > 0.51 / 255:
         raise RuntimeError("the reloaded LoRA gives other pictures than the one that was evaluated")
 
 
 def _where(output: Path) -> str:
-    lines = {
-        "before/after picture": output / "before_after.png",
-        "LoRA": output / "run" / run_folder.LORA,
-        "metrics of every step": output / "run" / "metrics.jsonl",
-        "tables, per image": output / "tuned.json",
-        "upscaled photographs": output / "upscaled",
-    }
-    listing = "\n".join(f"  {name:<22} {path}" for name, path in lines.items())
-    return (
-        f"{listing}\n\nyour own pipeline and photographs:\n"
-        "  rewardsr finetune --base FOLDER_OR_ID --set adapter_options.noise_t=250 --rewards psnr=0.5,musiq=0.5 \\\n"
-        "    --data YOUR_HQ_FOLDER --validation HELD_OUT_FOLDER --steps 1000 --output runs/first"
-    )
+    return f"""\
+  before/after picture   {output / "before_after.png"}
+  LoRA                   {output / "run" / run_folder.LORA}
+  metrics of every step  {output / "run" / run_folder.METRICS}
+  tables, per image      {output / "tuned.json"}
+  upscaled photographs   {output / "upscaled"}
 
-
-def _indent(text: str) -> str:
-    return "\n".join("  " + line for line in text.splitlines())
+your own pipeline and photographs:
+  rewardsr finetune --base FOLDER_OR_ID --set adapter_options.noise_t=250 --rewards psnr=0.5,musiq=0.5 \\
+    --data YOUR_HQ_FOLDER --validation HELD_OUT_FOLDER --steps 1000 --output runs/first"""

@@ -1,132 +1,45 @@
-"""Paired comparison of a pipeline before and after fine-tuning: same images, same noise, same colour fix."""
+"""Paired comparison of a pipeline before and after fine-tuning: same images, same noise, same colour fix.
 
-import json
+`evaluate` does it once on a folder; training does it again and again on its held-out images (`HeldOut`).
+"""
+
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import TypeVar
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
-from rewardsr.adapter import Batch, ISRAdapter
-from rewardsr.draws import Draws
+from rewardsr.adapter import ISRAdapter
+from rewardsr.batch import Batch
+from rewardsr.data.degradation import make_degradation
+from rewardsr.data.folder import open_data
+from rewardsr.draws import Draws, seed_of
 from rewardsr.errors import TrainingError, UserError
+from rewardsr.evaluation.pictures import Cell, comparison_row, shown, write_grid
+from rewardsr.evaluation.report import CONFIDENCE, Comparison, Evaluation
 from rewardsr.evaluation.upscale import upscale_tensor
+from rewardsr.lora.layers import attached, reference
+from rewardsr.rewards import build
 from rewardsr.rewards.base import Reward
+from rewardsr.run_folder import VALIDATION
+from rewardsr.storage import write_text
+from rewardsr.train.recipe import DegradationRecipe
 
-CONFIDENCE = 0.95
+Images = Callable[[int, int], Iterable[Batch]]
+"""Called with (first, every): batches of one image, those at the positions first, first + every, ..."""
+
+T = TypeVar("T")
 
 _RESAMPLES = 10_000
 _CHUNK = 2_000_000  # numbers held at once while resampling
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One reward on all images, base against tuned.
-
-    Attributes:
-        base, tuned: one score an image, averaged over the draws of noise; higher is better.
-        low, high: 95 % interval of the mean difference (tuned - base), bootstrapped by image; NaN with one image.
-    """
-
-    base: tuple[float, ...]
-    tuned: tuple[float, ...]
-    low: float
-    high: float
-
-    @property
-    def differences(self) -> tuple[float, ...]:
-        """tuned - base, one an image."""
-        return tuple(after - before for before, after in zip(self.base, self.tuned, strict=True))
-
-    @property
-    def base_mean(self) -> float:
-        """Mean score of the base."""
-        return sum(self.base) / len(self.base)
-
-    @property
-    def tuned_mean(self) -> float:
-        """Mean score after fine-tuning."""
-        return sum(self.tuned) / len(self.tuned)
-
-    @property
-    def difference(self) -> float:
-        """Mean of tuned - base."""
-        return sum(self.differences) / len(self.base)
-
-    @property
-    def improved(self) -> float:
-        """Share of the images, in [0, 1], that score strictly higher after fine-tuning."""
-        return sum(difference > 0 for difference in self.differences) / len(self.base)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What `evaluate` found; `to_dict` and `from_dict` go through JSON unchanged.
-
-    Attributes:
-        images: where each image came from, in the order of the scores.
-        rewards: the comparison of each reward, by its name.
-        seed: of the noise and of the bootstrap.
-        draws_per_image: draws of noise that each score averages.
-        color_fix: what was done to the colours before scoring.
-    """
-
-    images: tuple[str, ...]
-    rewards: Mapping[str, Comparison]
-    seed: int
-    draws_per_image: int
-    color_fix: str
-
-    def worst(self, reward: str, count: int = 10) -> list[tuple[str, float]]:
-        """The images that lost most (or won least) under a reward, with their differences, worst first."""
-        ranked = zip(self.images, self.rewards[reward].differences, strict=True)
-        return sorted(ranked, key=lambda entry: entry[1])[:count]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; means and shares are written beside the scores for people who read the file."""
-        return {
-            "seed": self.seed,
-            "draws_per_image": self.draws_per_image,
-            "color_fix": self.color_fix,
-            "confidence": CONFIDENCE,
-            "images": list(self.images),
-            "rewards": {
-                name: {
-                    "base_mean": comparison.base_mean,
-                    "tuned_mean": comparison.tuned_mean,
-                    "difference": comparison.difference,
-                    "interval": [None if math.isnan(end) else end for end in (comparison.low, comparison.high)],
-                    "improved": comparison.improved,
-                    "base": list(comparison.base),
-                    "tuned": list(comparison.tuned),
-                }
-                for name, comparison in self.rewards.items()
-            },
-        }
-
-    def to_json(self) -> str:
-        """`to_dict` as text, without NaN."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`."""
-        rewards = {}
-        for name, entry in content["rewards"].items():
-            low, high = (math.nan if end is None else float(end) for end in entry["interval"])
-            rewards[name] = Comparison(tuple(entry["base"]), tuple(entry["tuned"]), low, high)
-        return cls(
-            images=tuple(content["images"]),
-            rewards=rewards,
-            seed=content["seed"],
-            draws_per_image=content["draws_per_image"],
-            color_fix=content["color_fix"],
-        )
 
 
 def bootstrap(differences: Iterable[float], seed: int, resamples: int = _RESAMPLES) -> tuple[float, float]:
@@ -170,7 +83,7 @@ def evaluate(
     limit: int | None = None,
     prompts: str = "adapter",
 ) -> Evaluation:
-    """Score base against tuned on a data folder, with the same noise; see `compare`.
+    """Score base against tuned on a data folder, with the same noise; see `HeldOut`.
 
     Args:
         adapter: with a LoRA loaded.
@@ -180,107 +93,193 @@ def evaluate(
         seed: of degradation and noise.
         limit: the first so many images.
         prompts: "adapter", "sidecar" (text files), or one text for all.
-    """
-    from rewardsr.data.degradation import make_degradation
-    from rewardsr.data.folder import open_data
-    from rewardsr.rewards import build
-    from rewardsr.train.recipe import DegradationRecipe
 
+    Raises:
+        UserError: there is no LoRA, the folder or a metric cannot be had, or as of `HeldOut`.
+    """
+    if not attached(adapter):
+        raise UserError("evaluate compares base and tuned, and this pipeline carries no LoRA: load one first")
     degradation = make_degradation(DegradationRecipe(), adapter.scale)
     folder = open_data(data, scale=adapter.scale, degradation=degradation, prompts=prompts, extras=adapter.extras)
     rewards = {name: build(name) for name in metrics}
-    return compare(adapter, folder.validation(limit, seed), rewards, seed=seed, draws_per_image=draws_per_image)
+    images = partial(folder.validation, limit, seed, None)
+    return HeldOut(adapter, images, rewards, seed=seed, draws_per_image=draws_per_image, pictures=0).score()
 
 
-@torch.no_grad()
-def compare(
-    adapter: ISRAdapter,
-    images: Iterable[Batch],
-    rewards: Mapping[str, Reward],
-    *,
-    seed: int = 0,
-    draws_per_image: int = 1,
-    color_fix: str = "none",
-    base: Callable[[ISRAdapter], AbstractContextManager[None]] | None = None,
-    on_image: Callable[[int, Batch, Tensor, Tensor], None] | None = None,
-) -> Evaluation:
-    """Score every image before and after fine-tuning, from the same noise.
+@dataclass(frozen=True)
+class _Scored:
+    """One image: its name, the scores of base and tuned by reward, and a row of pictures where it is shown."""
 
-    One image is held at a time. `sr` is scored as floating point, not as an 8-bit file.
+    name: str
+    base: dict[str, float]
+    tuned: dict[str, float]
+    cells: list[Cell]
+
+
+class HeldOut:
+    """Images on which base and tuned are scored from the same noise, once or again and again.
+
+    Processes share the images: process r of n scores those at the positions r, r + n, ..., one at a time, and every
+    process gets the scores of all. N processes find the same numbers as one, bit for bit. What the base makes of an
+    image is scored at the first call and kept.
 
     Args:
         adapter: the pipeline with its LoRA on.
-        images: batches of one image, as `Data.validation` yields them.
+        images: see `Images`; the same ones at every call.
         rewards: by the name they get in the table.
         seed: the noise of image i in draw d is seeded by (seed, d, i).
         draws_per_image: scores are averaged over so many draws of noise; a pipeline without noise takes one.
         color_fix: "none", "adain" or "wavelet".
-        base: a context in which the pipeline is the one to compare with; `rewardsr.lora.layers.reference` by default.
-        on_image: called with (position, batch, base sr, tuned sr) of the first draw, each sr (1, 3, H, W); for
-            pictures and progress bars.
+        base: a context in which the pipeline is the one to compare with; our LoRA off by default.
+        accelerator: the processes that share the images; None: this one alone.
+        run: the run's folder: `score` writes pictures and scores of a step to `validation/` there.
+        pictures: the first so many images are shown, enlarged LQ beside base, tuned and HQ.
+        picture_side: pictures are cut at the centre to this many pixels a side; None: not at all.
+        memory_advice: text of the TrainingError that is raised where memory runs out; None: torch's own error.
+
+    Attributes:
+        rows: the pictures of the last `score`, a row an image, for `write_grid`.
 
     Raises:
-        UserError: no images or rewards, or a reward needs HQ images that are not there.
-        TrainingError: a score is not finite; reward, image and side are named.
-        ValueError: a batch of several images, fewer than one draw, or a reward that breaks the contract.
+        UserError: no rewards.
+        ValueError: fewer than one draw.
     """
-    if not rewards:
-        raise UserError("nothing to evaluate with: name at least one reward")
-    if draws_per_image < 1:
-        raise ValueError(f"compare: expected at least one draw an image, got {draws_per_image}")
-    base = _reference() if base is None else base
-    draws = 1 if adapter.deterministic else draws_per_image
-    names: list[str] = []
-    sides: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in rewards}
-    for position, batch in enumerate(images):
-        batch = batch.to(adapter.device)
-        names.append(_name(batch, position))
-        _check(batch, rewards, names[-1])
-        for draw in range(draws):
-            with base(adapter):
-                before = _upscale(adapter, batch, Draws(seed, draw, [position], "evaluate"), color_fix)
-            after = _upscale(adapter, batch, Draws(seed, draw, [position], "evaluate"), color_fix)
-            for name, reward in rewards.items():
-                for scores, sr, side in zip(sides[name], (before, after), ("base", "tuned"), strict=True):
-                    score = _score(name, reward, sr, batch, f"{names[-1]} ({side})") / draws
-                    if draw == 0:
-                        scores.append(score)
-                    else:
-                        scores[-1] += score
-            if draw == 0 and on_image is not None:
-                on_image(position, batch, before, after)
-    if not names:
-        raise UserError("nothing to evaluate: there are no images")
-    return Evaluation(
-        images=tuple(names),
-        rewards={name: _compare(before, after, seed) for name, (before, after) in sides.items()},
-        seed=seed,
-        draws_per_image=draws,
-        color_fix=color_fix,
-    )
 
+    def __init__(
+        self,
+        adapter: ISRAdapter,
+        images: Images,
+        rewards: Mapping[str, Reward],
+        *,
+        seed: int = 0,
+        draws_per_image: int = 1,
+        color_fix: str = "none",
+        base: Callable[[], AbstractContextManager[None]] | None = None,
+        accelerator: Accelerator | None = None,
+        run: Path | None = None,
+        pictures: int = 4,
+        picture_side: int | None = 512,
+        memory_advice: str | None = None,
+    ) -> None:
+        if not rewards:
+            raise UserError("nothing to evaluate with: name at least one reward")
+        if draws_per_image < 1:
+            raise ValueError(f"expected at least one draw an image, got {draws_per_image}")
+        self._adapter, self._images, self._rewards, self._seed = adapter, images, rewards, seed
+        self._draws = 1 if adapter.deterministic else draws_per_image
+        self._color_fix, self._accelerator, self._run = color_fix, accelerator, run
+        self._reference = base or partial(reference, adapter)
+        self._pictures, self._side, self._memory_advice = pictures, picture_side, memory_advice
+        self._base: dict[int, tuple[dict[str, float], Tensor | None]] = {}  # scores and, where it is shown, picture
+        self.rows: list[list[Cell]] = []
 
-def _reference() -> Callable[[ISRAdapter], AbstractContextManager[None]]:
-    from rewardsr.lora.layers import reference
+    def score(self, step: int = 0) -> Evaluation:
+        """Score every image before and after fine-tuning; equal in every process.
 
-    return reference
+        `sr` is scored as floating point, not as an 8-bit file.
 
+        Args:
+            step: of the run, for the names of its files.
 
-def _name(batch: Batch, position: int) -> str:
-    return Path(batch.paths[0]).name if batch.paths else f"image {position}"
+        Raises:
+            UserError: no images, a reward needs HQ images that are not there, or a file cannot be read or written.
+            TrainingError: a score is not finite (reward, image and side are named), or the memory was not enough.
+            ValueError: a batch of several images, or a reward that breaks the contract.
+        """
+        scored: dict[int, _Scored] = {}
+        for share in self._everywhere(self._score_share):
+            scored |= share
+        if not scored:
+            raise UserError("nothing to evaluate: there are no images")
+        found = [scored[position] for position in sorted(scored)]
+        self.rows = [image.cells for image in found if image.cells]
+        rewards = {}
+        for name in self._rewards:
+            base, tuned = tuple(image.base[name] for image in found), tuple(image.tuned[name] for image in found)
+            differences = (after - before for before, after in zip(base, tuned, strict=True))
+            rewards[name] = Comparison(base, tuned, *bootstrap(differences, self._seed))
+        evaluation = Evaluation(tuple(image.name for image in found), rewards, self._seed, self._draws, self._color_fix)
+        self._everywhere(lambda: self._write(step, evaluation))
+        return evaluation
 
+    @torch.no_grad()
+    def _score_share(self) -> dict[int, _Scored]:
+        """The images of this process, by position."""
+        first, every = 0, 1
+        if self._accelerator is not None:
+            first, every = self._accelerator.process_index, self._accelerator.num_processes
+        share = {}
+        try:
+            for turn, batch in enumerate(self._images(first, every)):
+                position = first + turn * every
+                share[position] = self._score_image(position, batch)
+        except torch.OutOfMemoryError as error:
+            if self._memory_advice is None:
+                raise
+            raise TrainingError(self._memory_advice) from error
+        return share
 
-def _check(batch: Batch, rewards: Mapping[str, Reward], name: str) -> None:
-    if len(batch) != 1:
-        raise ValueError(f"compare: expected batches of one image, got {len(batch)}")
-    if batch.hq is None:
-        needing = [key for key, reward in rewards.items() if reward.needs_hq]
+    def _score_image(self, position: int, batch: Batch) -> _Scored:
+        name = Path(batch.paths[0]).name if batch.paths else f"image {position}"
+        if len(batch) != 1:
+            raise ValueError(f"expected batches of one image, got {len(batch)}")
+        needing = [] if batch.hq is not None else [key for key, reward in self._rewards.items() if reward.needs_hq]
         if needing:
             raise UserError(f"{', '.join(needing)} compare with an HQ image, and {name} has none: leave them out")
+        batch = batch.to(self._adapter.device)
+        if position not in self._base:
+            with self._reference():
+                scores, sr = self._score_side(position, batch, f"{name} (base)")
+            self._base[position] = scores, shown(sr[0], self._side) if position < self._pictures else None
+        tuned, sr = self._score_side(position, batch, f"{name} (tuned)")
+        base, picture = self._base[position]
+        cells: list[Cell] = []
+        if picture is not None:
+            hq = None if batch.hq is None else batch.hq[0]
+            cells = comparison_row(batch.lq[0], picture, sr[0], hq, Path(name).stem, self._side)
+        return _Scored(name, base, tuned, cells)
 
+    def _score_side(self, position: int, batch: Batch, where: str) -> tuple[dict[str, float], Tensor]:
+        """Scores of the pipeline as it is, averaged over the draws, and `sr` (1, 3, H, W) of the first draw."""
+        scores = dict.fromkeys(self._rewards, 0.0)
+        first: Tensor | None = None
+        for draw in range(self._draws):
+            source = Draws(self._seed, draw, [position], "evaluate")
+            sr = upscale_tensor(self._adapter, batch, generator=source, color_fix=self._color_fix)
+            first = sr if first is None else first
+            # A metric that draws at random (MANIQA its crops) sees base and tuned alike, in any process and step.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed_of(self._seed, draw, "metrics", position))
+                for name, reward in self._rewards.items():
+                    scores[name] += _score(name, reward, sr, batch, where) / self._draws
+        assert first is not None
+        return scores, first
 
-def _upscale(adapter: ISRAdapter, batch: Batch, source: Draws, color_fix: str) -> Tensor:
-    return upscale_tensor(adapter, batch, generator=source, color_fix=color_fix)
+    def _write(self, step: int, evaluation: Evaluation) -> None:
+        if self._run is None or (self._accelerator is not None and not self._accelerator.is_main_process):
+            return
+        folder = self._run / VALIDATION
+        write_grid(self.rows, folder / f"step-{step:08d}.png")
+        write_text(folder / f"step-{step:08d}.json", evaluation.to_json())
+
+    def _everywhere(self, work: Callable[[], T]) -> list[T]:
+        """What `work` returns in every process; where it fails in one, all of them raise, and none waits for ever."""
+        if self._accelerator is None or self._accelerator.num_processes == 1:
+            return [work()]
+        result: T | None = None
+        failure: Exception | None = None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+        told = failure
+        if failure is not None and not isinstance(failure, UserError | TrainingError):
+            told = TrainingError(f"{type(failure).__name__}: {failure}")  # others may not survive pickling
+        gathered: list[tuple[T, Exception | None]] = gather_object([(result, told)])
+        for raised in (failure, *(told for _, told in gathered)):
+            if raised is not None:
+                raise raised
+        return [result for result, _ in gathered]
 
 
 def _score(name: str, reward: Reward, sr: Tensor, batch: Batch, where: str) -> float:
@@ -291,8 +290,3 @@ def _score(name: str, reward: Reward, sr: Tensor, batch: Batch, where: str) -> f
     if not math.isfinite(score):
         raise TrainingError(f"reward '{name}' gave {score} for {where}")
     return score
-
-
-def _compare(before: list[float], after: list[float], seed: int) -> Comparison:
-    low, high = bootstrap((b - a for a, b in zip(before, after, strict=True)), seed)
-    return Comparison(tuple(before), tuple(after), low, high)

@@ -1,44 +1,113 @@
-"""Running a pipeline over tensors and files."""
+"""Running a pipeline over tensors, files and PIL images."""
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypedDict, Unpack, overload
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from rewardsr.adapter import Batch, ISRAdapter
-from rewardsr.data.images import list_images, read_image, write_image
-from rewardsr.data.sidecars import ADAPTER, check_tensors, first_few, resolve_prompts, stack_tensors, tensor_files
+from rewardsr.adapter import ISRAdapter
+from rewardsr.batch import Batch
+from rewardsr.data.images import from_pil, list_images, read_image, to_pil, write_image
+from rewardsr.data.sidecars import (
+    ADAPTER,
+    SIDECAR,
+    check_tensors,
+    first_few,
+    resolve_prompts,
+    stack_tensors,
+    tensor_files,
+)
 from rewardsr.draws import Draws, Source
 from rewardsr.errors import UserError
 from rewardsr.evaluation.colour import _check_color_fix, fix_color
 
+Input = Path | str | Image.Image
+
+logger = logging.getLogger(__name__)
+
+
+class Keywords(TypedDict, total=False):
+    """The keywords of `upscale`, for its two forms."""
+
+    color_fix: str
+    seed: int
+    prompts: str
+    overwrite: bool
+
+
+@overload
+def upscale(
+    adapter: ISRAdapter, inputs: Input | Sequence[Input], output: Path | str, **options: Unpack[Keywords]
+) -> list[Path]: ...
+
+
+@overload
+def upscale(
+    adapter: ISRAdapter, inputs: Input | Sequence[Input], output: None = None, **options: Unpack[Keywords]
+) -> list[Image.Image]: ...
+
 
 def upscale(
     adapter: ISRAdapter,
-    inputs: Sequence[Path | str],
-    output: Path | str,
+    inputs: Input | Sequence[Input],
+    output: Path | str | None = None,
     *,
     color_fix: str = "none",
     seed: int = 0,
-    prompts: str = "adapter",
+    prompts: str = ADAPTER,
     overwrite: bool = False,
-    progress: Callable[[int, int, Path], None] | None = None,
-) -> list[Path]:
-    """Super-resolve image files or folders of them into a folder; see `rewardsr.evaluation.upscale.upscale_files`."""
-    files: list[Path] = []
-    for entry in map(Path, inputs):
-        files += list_images(entry) if entry.is_dir() else [entry]
-    return upscale_files(
-        adapter,
-        files,
-        output,
-        seed=seed,
-        color_fix=color_fix,
-        prompts=prompts,
-        overwrite=overwrite,
-        progress=progress,
-    )
+) -> list[Path] | list[Image.Image]:
+    """Super-resolve images, one at a time.
+
+    All inputs are decoded once before any work, and nothing is written if one of them is bad. An input is never
+    overwritten. Files are finished one by one: what is there after an interruption is whole.
+
+    Args:
+        adapter: the pipeline.
+        inputs: an image file, a folder of them, or a PIL image; or a list of these.
+        output: folder for `<stem>.png` (of PIL images `000.png`, the place in the list); made if need be. None: nothing
+            is written.
+        color_fix: "none", "adain" or "wavelet".
+        seed: image i is sampled with noise from (seed, i).
+        prompts: "adapter", "sidecar" (`<stem>.txt` beside the image), or one text for all.
+        overwrite: replace files of an earlier run.
+
+    Returns:
+        The files written, or without `output` PIL images of 8 bits, in the order of the inputs.
+
+    Raises:
+        UserError: no inputs, an unreadable one, two of one name, an output that exists already or is an input.
+    """
+    _check_color_fix(color_fix)
+    sources: list[Path | Image.Image] = []
+    for entry in [inputs] if isinstance(inputs, str | Path | Image.Image) else inputs:
+        path = entry if isinstance(entry, Image.Image) else Path(entry)
+        sources += list_images(path) if isinstance(path, Path) and path.is_dir() else [path]
+    if not sources:
+        raise UserError("no images to upscale")
+    targets = None if output is None else _targets(sources, Path(output), overwrite)
+    texts, extras = _beside(sources, prompts, adapter.extras)
+    for source in sources:
+        _read(source)
+    pictures: list[Image.Image] = []
+    for index, source in enumerate(sources):
+        batch = Batch(
+            lq=_read(source)[None],
+            prompts=None if texts is None else (texts[index],),
+            paths=(str(source),) if isinstance(source, Path) else (),
+            extras=stack_tensors([] if extras is None else [extras[index]], adapter.extras),
+        )
+        sr = upscale_tensor(adapter, batch, generator=Draws(seed, 0, [index], "upscale"), color_fix=color_fix)
+        if targets is None:
+            pictures.append(to_pil(sr))
+        else:
+            write_image(sr, targets[index])
+            logger.info("%d/%d %s", index + 1, len(sources), targets[index])
+    return pictures if targets is None else targets
 
 
 @torch.no_grad()
@@ -77,77 +146,40 @@ def upscale_tensor(
     return fix_color(sr, adapter.upsample(image.to(sr.device)), color_fix)
 
 
-def upscale_files(
-    adapter: ISRAdapter,
-    inputs: Sequence[Path],
-    output: Path | str,
-    *,
-    seed: int = 0,
-    color_fix: str = "none",
-    prompts: str = ADAPTER,
-    overwrite: bool = False,
-    progress: Callable[[int, int, Path], None] | None = None,
-) -> list[Path]:
-    """Super-resolve image files, one at a time, to `<stem>.png` in a folder.
-
-    All inputs are decoded once before any work, and nothing is written if one of them is bad. An input is never
-    overwritten. Files are finished one by one: what is there after an interruption is whole.
-
-    Args:
-        adapter: the pipeline.
-        inputs: image files.
-        output: a folder; made if need be.
-        seed: image i is sampled with noise from (seed, i).
-        color_fix: "none", "adain" or "wavelet".
-        prompts: "adapter", "sidecar" (`<stem>.txt` beside the image), or one text for all.
-        overwrite: replace files of an earlier run.
-        progress: called with (done, total, file written) after every image.
-
-    Returns:
-        The files written, in the order of the inputs.
-
-    Raises:
-        UserError: no inputs, an unreadable one, two of one stem, an output that exists already or is an input.
-    """
-    _check_color_fix(color_fix)
-    inputs, output = [Path(path) for path in inputs], Path(output)
-    targets = _targets(inputs, output, overwrite)
-    texts = resolve_prompts(inputs, prompts)
-    extras = tensor_files(inputs, adapter.extras)
-    for path in inputs:
-        read_image(path)
-    check_tensors(extras or [], adapter.extras)
-    for index, (path, target) in enumerate(zip(inputs, targets, strict=True)):
-        batch = Batch(
-            lq=read_image(path)[None],
-            prompts=None if texts is None else (texts[index],),
-            paths=(str(path),),
-            extras=stack_tensors([] if extras is None else [extras[index]], adapter.extras),
-        )
-        sr = upscale_tensor(adapter, batch, generator=Draws(seed, 0, [index], "upscale"), color_fix=color_fix)
-        write_image(sr, target)
-        if progress is not None:
-            progress(index + 1, len(inputs), target)
-    return targets
+def _read(source: Path | Image.Image) -> Tensor:
+    return read_image(source) if isinstance(source, Path) else from_pil(source)
 
 
-def _targets(inputs: list[Path], output: Path, overwrite: bool) -> list[Path]:
-    if not inputs:
-        raise UserError("no images to upscale")
+def _beside(
+    sources: Sequence[Path | Image.Image], prompts: str, names: Sequence[str]
+) -> tuple[list[str] | None, list[Path] | None]:
+    """Prompts and files of tensors, one an image each; None where there are none."""
+    files = [source for source in sources if isinstance(source, Path)]
+    if len(files) == len(sources):
+        extras = tensor_files(files, names)
+        check_tensors(extras or [], names)
+        return resolve_prompts(files, prompts), extras
+    if prompts == SIDECAR:
+        raise UserError(f"prompts '{SIDECAR}' are files beside images, and a PIL image has none: give one text for all")
+    return resolve_prompts([Path()] * len(sources), prompts), None  # no file is looked for
+
+
+def _targets(sources: Sequence[Path | Image.Image], output: Path, overwrite: bool) -> list[Path]:
     if output.exists() and not output.is_dir():
         raise UserError(f"output '{output}' is a file; give a folder")
-    targets = [output / f"{path.stem}.png" for path in inputs]
+    names = [source.stem if isinstance(source, Path) else f"{place:03d}" for place, source in enumerate(sources)]
+    targets = [output / f"{name}.png" for name in names]
     # Folded, because many file systems take A.png and a.png for one file.
-    seen: dict[str, Path] = {}
-    for path, target in zip(inputs, targets, strict=True):
-        other = seen.setdefault(target.name.casefold(), path)
-        if other is not path:
-            raise UserError(f"'{other}' and '{path}' would both become '{target}': rename one, or upscale them apart")
+    seen: dict[str, Path | Image.Image] = {}
+    for source, target in zip(sources, targets, strict=True):
+        other = seen.setdefault(target.name.casefold(), source)
+        if other is not source:
+            raise UserError(f"'{other}' and '{source}' would both become '{target}': rename one, or upscale them apart")
     existing = [target for target in targets if target.exists()]
     for target in existing:
-        if any(path.exists() and target.samefile(path) for path in inputs):
+        if any(isinstance(source, Path) and source.exists() and target.samefile(source) for source in sources):
             raise UserError(f"'{target}' is an input and would be overwritten: choose another output folder")
     if existing and not overwrite:
-        names = first_few([path.name for path in existing])
-        raise UserError(f"'{output}' has {len(existing)} of the results already ({names}): allow overwriting")
+        shown = first_few([path.name for path in existing])
+        raise UserError(f"'{output}' has {len(existing)} of the results already ({shown}): allow overwriting")
     return targets

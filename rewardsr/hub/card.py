@@ -13,8 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from rewardsr import __version__
 from rewardsr.errors import UserError
-from rewardsr.evaluation.protocol import Evaluation
-from rewardsr.evaluation.report import markdown
+from rewardsr.evaluation.report import Evaluation, markdown
 from rewardsr.hub.connection import online
 from rewardsr.hub.fetch import EMBEDDED, PIPELINE, check_lora
 from rewardsr.hub.search import TAG

@@ -30,6 +30,11 @@ class DryRun:
     would_save: dict[str, int]
     metrics: dict[str, Any]
 
+    def __str__(self) -> str:
+        cost = f"one step: {self.seconds:.2f} s, peak memory {self.peak_gib:.2f} GiB, {self.trainable} weights train"
+        files = [f"would save {path} ({size / 2**20:.1f} MiB)" for path, size in self.would_save.items()]
+        return "\n".join([cost, *files])
+
 
 def measure_step(setup: Setup) -> DryRun:
     """Take one step and measure it; nothing is written."""

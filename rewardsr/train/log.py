@@ -59,10 +59,6 @@ class RunLog:
         for tracker in self._trackers:
             tracker.finish()
 
-    def say(self, text: str) -> None:
-        """A line on the console."""
-        self._console.print(text, highlight=False, soft_wrap=True)
-
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """One step's line; flushed, so that a killed run keeps it."""
         if not self._active:
@@ -86,7 +82,7 @@ class RunLog:
                 status += f" | {group} {' '.join(f'{name} {value:.4g}' for name, value in entries.items())}"
         self._progress.update(self._task, completed=step, status=status)
         if not self._console.is_terminal and step and step % max(1, self._steps // 20) == 0:
-            self.say(f"step {step}/{self._steps} {status}")
+            self._console.print(f"step {step}/{self._steps} {status}", highlight=False, soft_wrap=True)
 
 
 def flatten(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,12 +27,13 @@ from torch import Tensor
 from rewardsr import lora
 from rewardsr.draws import Draws, seed_of
 from rewardsr.errors import TrainingError, UserError
+from rewardsr.evaluation.protocol import HeldOut
+from rewardsr.run_folder import LORA
 from rewardsr.train import checkpoint
 from rewardsr.train.checkpoint import State
 from rewardsr.train.log import RunLog
 from rewardsr.train.prepare import Setup
 from rewardsr.train.recipe import Recipe
-from rewardsr.train.validation import Validator
 from rewardsr.trainers.base import ParameterGroup, Prepared
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,11 @@ class Result:
     output: Path
     validation: dict[str, Any]
 
+    def __str__(self) -> str:
+        if not self.finished:
+            return f"stopped after step {self.step}; go on with the same command and --resume"
+        return f"finished {self.step} steps; LoRA: {self.output / LORA}"
+
 
 def train(setup: Setup, run: Path, resume: bool) -> Result:
     """Run the recipe of `setup` into the folder `run`.
@@ -73,8 +80,9 @@ def train(setup: Setup, run: Path, resume: bool) -> Result:
     recipe, accelerator = setup.recipe, setup.accelerator
     optimiser = make_optimiser(setup)
     state = checkpoint.resume(run, setup.method, optimiser) if resume else State()
+    _check_machine(state, accelerator.num_processes)
     for note in setup.notes:
-        accelerator.print(note)
+        logger.info(note)
     log = RunLog(
         run,
         recipe.steps,
@@ -83,16 +91,26 @@ def train(setup: Setup, run: Path, resume: bool) -> Result:
         list(recipe.log_with),
         recipe.model_dump(mode="json"),
     )
-    _check_machine(state, accelerator.num_processes)
-    validator = Validator(setup, run)
+    held_out = _held_out(setup, run)
+    validation: dict[str, Any] = {}
     save = _saver(setup, run, optimiser, state)
 
     def validate() -> None:
-        if validator.active and (state.step % recipe.validate_every == 0 or state.step == recipe.steps):
-            log.write(state.step, {"validation": validator.score(state.step)})
+        nonlocal validation
+        if held_out is not None and (state.step % recipe.validate_every == 0 or state.step == recipe.steps):
+            with setup.method.shipped():
+                found = held_out.score(state.step)
+            validation = {name: comparison.summary() for name, comparison in found.rewards.items()}
+            log.write(state.step, {"validation": validation})
+
+    def finish() -> None:
+        if state.step == recipe.steps and accelerator.is_main_process:
+            with setup.method.shipped():
+                lora.save(setup.adapter, run)
 
     with log, _signals() as stopped:
-        # A run that ended between a checkpoint and its validation catches up on that.
+        # A run that ended between its last checkpoint and what follows on that catches up.
+        finish()
         if any_process(accelerator, accelerator.is_main_process and state.step not in log.validated):
             validate()
         stop = False
@@ -103,9 +121,7 @@ def train(setup: Setup, run: Path, resume: bool) -> Result:
             due = (recipe.checkpoint_every, recipe.validate_every)
             if done or stop or failing or any(state.step % every == 0 for every in due):
                 save()
-            if done and accelerator.is_main_process:
-                with setup.method.shipped():
-                    lora.save(setup.adapter, run)
+            finish()
             if failing:
                 raise TrainingError(
                     f"stopped at step {state.step}: {state.skipped_in_a_row} updates in a row were not finite "
@@ -114,7 +130,7 @@ def train(setup: Setup, run: Path, resume: bool) -> Result:
             if not stop:
                 validate()
     accelerator.wait_for_everyone()
-    return Result(state.step, state.step == recipe.steps, run, validator.latest)
+    return Result(state.step, state.step == recipe.steps, run, validation)
 
 
 def _saved_if_it_fails(
@@ -176,12 +192,31 @@ class Means:
         return {name: total / self._weights[name] for name, total in self._sums.items()}
 
 
-def memory_advice(setup: Setup) -> str:
+def memory_advice(setup: Setup, *first: str) -> str:
+    """What to change where memory ran out; `first` are keys of the recipe's `data` that help before all others."""
     recipe = setup.recipe
     options = [name for name in MEMORY_OPTIONS if name in setup.method.Options.model_fields]
-    levers = [f"trainer_options.{name} (now {recipe.trainer_options.get(name)})" for name in options]
+    levers = [f"data.{name} (now {getattr(recipe.data, name)})" for name in first]
+    levers += [f"trainer_options.{name} (now {recipe.trainer_options.get(name)})" for name in options]
     levers += [f"gradient_checkpointing (now {recipe.gradient_checkpointing})", f"data.crop (now {recipe.data.crop})"]
     return f"out of memory on {setup.accelerator.device}; what helps most, in this order: {', '.join(levers)}"
+
+
+def _held_out(setup: Setup, run: Path) -> HeldOut | None:
+    """The held-out images of a run; None where the recipe names none."""
+    recipe, data = setup.recipe, setup.validation
+    if data is None:
+        return None
+    return HeldOut(
+        setup.adapter,
+        partial(data.validation, recipe.data.validation_limit, recipe.seed, recipe.data.validation_side),
+        setup.metrics,
+        seed=recipe.seed,
+        base=setup.method.reference,
+        accelerator=setup.accelerator,
+        run=run,
+        memory_advice=memory_advice(setup, "validation_side", "validation_limit"),
+    )
 
 
 def make_optimiser(setup: Setup) -> torch.optim.Optimizer:

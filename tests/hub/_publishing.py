@@ -17,7 +17,7 @@ from hub_server import Hub, serving
 from rewardsr import lora, run_folder
 from rewardsr.data.images import write_image
 from rewardsr.errors import UserError
-from rewardsr.evaluation.protocol import Comparison, Evaluation
+from rewardsr.evaluation.report import Comparison, Evaluation
 from rewardsr.hub import connection
 from rewardsr.hub.publish import Pushed, push
 from rewardsr.pipelines import load_adapter

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps
 
 from rewardsr.data import images
-from rewardsr.data.images import image_size, list_images, read_image, to_uint8, write_image
+from rewardsr.data.images import from_pil, image_size, list_images, read_image, to_uint8, write_image
 from rewardsr.errors import UserError
 
 
@@ -57,6 +57,7 @@ def test_other_colour_modes(tmp_path, pixels, mode) -> None:
         assert torch.equal(image, as_tensor(np.array(stored.convert("RGB"))))
     if mode in ("1", "L"):
         assert torch.equal(image[0], image[2])
+    assert torch.equal(from_pil(Image.open(path)), image)
 
 
 def test_transparency_is_laid_on_white(tmp_path) -> None:
@@ -66,6 +67,7 @@ def test_transparency_is_laid_on_white(tmp_path) -> None:
     Image.fromarray(rgba).save(tmp_path / "a.png")
     image = read_image(tmp_path / "a.png")
     assert torch.allclose(image[:, 0], torch.tensor([[1.0, 1, 1], [1, 0.8, 0], [1, 0.8, 0]]), atol=1e-6)
+    assert torch.equal(from_pil(Image.fromarray(rgba)), image)
     assert float(image.max()) <= 1
     gray = Image.fromarray(np.array([[0, 0]], np.uint8)).convert("LA")
     gray.putalpha(Image.fromarray(np.array([[0, 255]], np.uint8)))

@@ -1,19 +1,21 @@
 """Colour fixes and running a pipeline over tensors and files."""
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from _support import picked
+from PIL import Image
 
 from rewardsr import load_adapter
-from rewardsr.adapter import Batch
+from rewardsr.batch import Batch
 from rewardsr.data.images import read_image, write_image
 from rewardsr.draws import Draws
 from rewardsr.errors import UserError
 from rewardsr.evaluation.colour import adain, fix_color, wavelet
-from rewardsr.evaluation.upscale import upscale_files, upscale_tensor
+from rewardsr.evaluation.upscale import upscale, upscale_tensor
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -120,24 +122,53 @@ def inputs(tmp_path) -> list[Path]:
     return [write_image(image(n, 3, 6 + n, 8), tmp_path / "in" / f"{name}.png") for n, name in enumerate("ab")]
 
 
-def test_files(adapter, inputs, tmp_path) -> None:
-    seen: list[tuple[int, int, Path]] = []
-    written = upscale_files(adapter, inputs, tmp_path / "out", seed=3, progress=lambda *step: seen.append(step))
+def test_files(adapter, inputs, tmp_path, caplog) -> None:
+    caplog.set_level("INFO", "rewardsr")
+    written = upscale(adapter, inputs, tmp_path / "out", seed=3)
     assert written == [tmp_path / "out" / "a.png", tmp_path / "out" / "b.png"]
-    assert seen == [(1, 2, written[0]), (2, 2, written[1])]
+    assert caplog.messages == [f"1/2 {written[0]}", f"2/2 {written[1]}"]
     for index, (path, target) in enumerate(zip(inputs, written, strict=True)):
         sr = upscale_tensor(adapter, read_image(path)[None], None, Draws(3, 0, [index], "upscale"))
         assert torch.equal(read_image(target), (sr[0] * 255).round() / 255)
 
 
+def test_whatever_holds_the_images_the_pictures_are_the_same(adapter, inputs, tmp_path, monkeypatch) -> None:
+    written = [path.read_bytes() for path in upscale(adapter, inputs, tmp_path / "out")]
+    pictures = [Image.open(path) for path in inputs]
+    monkeypatch.chdir(tmp_path)
+    for same in (
+        inputs[0].parent,
+        "in",
+        [str(path) for path in inputs],
+        [Path("in")],
+        pictures,
+        (inputs[0], pictures[1]),
+    ):
+        found = upscale(adapter, same)
+        assert all(isinstance(image, Image.Image) and image.mode == "RGB" for image in found)
+        for image, content in zip(found, written, strict=True):
+            assert image.tobytes() == Image.open(io.BytesIO(content)).tobytes()
+    for one in (inputs[0], str(inputs[0]), pictures[0]):
+        assert upscale(adapter, one)[0].tobytes() == Image.open(io.BytesIO(written[0])).tobytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+    numbered = upscale(adapter, pictures, "numbered")
+    assert numbered == [Path("numbered/000.png"), Path("numbered/001.png")]
+    assert [path.read_bytes() for path in numbered] == written
+    (tmp_path / "000.txt").write_text("of another image")
+    with pytest.raises(UserError, match="PIL image has none"):
+        upscale(adapter, pictures, prompts="sidecar")
+    told = [upscale(adapter, images, prompts="a cat")[0].tobytes() for images in (pictures, inputs)]
+    assert told[0] == told[1] != upscale(adapter, inputs)[0].tobytes()
+
+
 def test_sidecar_prompts(adapter, inputs, tmp_path) -> None:
     with pytest.raises(UserError, match="prompt file"):
-        upscale_files(adapter, inputs, tmp_path / "out", prompts="sidecar")
+        upscale(adapter, inputs, tmp_path / "out", prompts="sidecar")
     assert not (tmp_path / "out").exists()
     for path in inputs:
         path.with_suffix(".txt").write_text("a cat")
-    with_files = upscale_files(adapter, inputs, tmp_path / "one", prompts="sidecar")
-    with_text = upscale_files(adapter, inputs, tmp_path / "two", prompts="a cat")
+    with_files = upscale(adapter, inputs, tmp_path / "one", prompts="sidecar")
+    with_text = upscale(adapter, inputs, tmp_path / "two", prompts="a cat")
     for one, two in zip(with_files, with_text, strict=True):
         assert one.read_bytes() == two.read_bytes()
 
@@ -147,7 +178,7 @@ def test_a_bad_input_stops_everything_before_it_begins(adapter, inputs, tmp_path
     truncated.write_bytes(inputs[0].read_bytes()[:-30])
     for bad in (truncated, tmp_path / "in" / "missing.png"):
         with pytest.raises(UserError, match=bad.name):
-            upscale_files(adapter, [*inputs, bad], tmp_path / "out")
+            upscale(adapter, [*inputs, bad], tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
 
@@ -155,31 +186,31 @@ def test_inputs_are_never_overwritten(adapter, inputs) -> None:
     before = inputs[0].read_bytes()
     for overwrite in (False, True):
         with pytest.raises(UserError, match="is an input"):
-            upscale_files(adapter, inputs, inputs[0].parent / ".." / "in", overwrite=overwrite)
+            upscale(adapter, inputs, inputs[0].parent / ".." / "in", overwrite=overwrite)
     link = inputs[0].parent.parent / "linked"
     link.symlink_to(inputs[0].parent)
     with pytest.raises(UserError, match="is an input"):
-        upscale_files(adapter, inputs, link, overwrite=True)
+        upscale(adapter, inputs, link, overwrite=True)
     assert inputs[0].read_bytes() == before
 
 
 def test_clashes(adapter, inputs, tmp_path) -> None:
     twin = write_image(image(5, 3, 8, 8), tmp_path / "other" / "A.png")
     with pytest.raises(UserError, match="would both become"):
-        upscale_files(adapter, [*inputs, twin], tmp_path / "out")
+        upscale(adapter, [*inputs, twin], tmp_path / "out")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "b.png").write_bytes(b"precious")
     with pytest.raises(UserError, match=r"1 of the results already \(b\.png\)"):
-        upscale_files(adapter, inputs, tmp_path / "out")
+        upscale(adapter, inputs, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.png"]
     assert (tmp_path / "out" / "b.png").read_bytes() == b"precious"
-    upscale_files(adapter, inputs, tmp_path / "out", overwrite=True)
+    upscale(adapter, inputs, tmp_path / "out", overwrite=True)
     assert read_image(tmp_path / "out" / "b.png").shape == (3, 28, 32)
 
 
 def test_no_inputs_and_no_folder(adapter, inputs, tmp_path) -> None:
     with pytest.raises(UserError, match="no images"):
-        upscale_files(adapter, [], tmp_path / "out")
+        upscale(adapter, [], tmp_path / "out")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
-        upscale_files(adapter, inputs, tmp_path / "file")
+        upscale(adapter, inputs, tmp_path / "file")

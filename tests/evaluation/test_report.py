@@ -1,16 +1,15 @@
 """Tables and pictures."""
 
-import io
 import math
+from xml.etree import ElementTree
 
 import pytest
 import torch
-from rich.console import Console
 
 from rewardsr.data.images import read_image
 from rewardsr.errors import UserError
-from rewardsr.evaluation.protocol import Comparison, Evaluation
-from rewardsr.evaluation.report import comparison_row, grid, markdown, rows, table, text, write_grid
+from rewardsr.evaluation.pictures import comparison_row, grid, shown, write_grid
+from rewardsr.evaluation.report import HEADINGS, Comparison, Evaluation, markdown, rows
 
 
 @pytest.fixture
@@ -29,6 +28,7 @@ def evaluation() -> Evaluation:
 
 def test_rows(evaluation) -> None:
     assert rows(evaluation) == [
+        HEADINGS,
         ("psnr", "25.0000", "25.5000", "+0.5000 [+0.0000, +1.0000]", "50 %"),
         ("a|b", "2000.0", "1.5000", "-1998.5 [-1999.0, -1998.0]", "0 %"),
     ]
@@ -36,24 +36,8 @@ def test_rows(evaluation) -> None:
 
 def test_one_image_has_no_interval() -> None:
     single = Evaluation(("a",), {"x": Comparison((0.0,), (1.0,), math.nan, math.nan)}, 0, 1, "none")
-    assert rows(single)[0][3] == "+1.0000 [one image: none]"
-    assert "1 image, 1 draw of" in text(single)
-
-
-def test_table(evaluation) -> None:
-    console = Console(file=io.StringIO(), width=160)
-    console.print(table(evaluation, "held-out"))
-    shown = console.file.getvalue()
-    for part in ("held-out", "difference [95 % interval]", "+0.5000 [+0.0000, +1.0000]", "-1998.5 [-1999.0, -1998.0]"):
-        assert part in shown
-    assert "2 images, 1 draw of noise each, seed 7, colour fix adain" in shown
-
-
-def test_table_colours_what_is_beyond_doubt(evaluation) -> None:
-    console = Console(file=io.StringIO(), width=160, force_terminal=True, color_system="standard")
-    console.print(table(evaluation))
-    lines = {line.split("│")[1].strip(): line for line in console.file.getvalue().splitlines() if line.count("│") > 4}
-    assert "\x1b[31m" in lines["a|b"] and "\x1b[3" not in lines["psnr"]
+    assert rows(single)[1][3] == "+1.0000 [one image: none]"
+    assert "1 image, 1 draw of" in str(single)
 
 
 def test_markdown(evaluation) -> None:
@@ -65,8 +49,17 @@ def test_markdown(evaluation) -> None:
 
 
 def test_text_is_aligned(evaluation) -> None:
-    lines = text(evaluation).splitlines()
-    assert len({len(line) for line in lines[:3]}) == 1
+    lines = str(evaluation).splitlines()
+    assert len({len(line) for line in lines[:3]}) == 1 and len(lines) == 4
+    assert lines[3].startswith("2 images, 1 draw of noise each, seed 7, colour fix adain")
+
+
+def test_a_notebook_shows_a_table() -> None:
+    single = Evaluation(("a",), {"<b>&x": Comparison((0.0,), (1.0,), math.nan, math.nan)}, 0, 1, "none")
+    table = ElementTree.fromstring(single._repr_html_())
+    assert [cell.text for cell in table.iter("th")] == list(HEADINGS)
+    assert [cell.text for cell in table.iter("td")] == list(rows(single)[1])
+    assert table.find("caption").text.startswith("1 image, 1 draw")
 
 
 def test_grid_places_every_image(tmp_path) -> None:
@@ -90,9 +83,9 @@ def test_grid_places_every_image(tmp_path) -> None:
 
 def test_grid_of_unequal_sizes_and_sides() -> None:
     big = torch.rand(3, 40, 50)
-    picture = grid([[("big", big), ("small", torch.zeros(3, 5, 5))]], side=20)
+    picture = grid([[("big", shown(big, 20)), ("small", shown(torch.zeros(3, 5, 5), 20))]])
     assert picture.shape == (3, 14 + 20, 20 + 4 + 5)
-    assert torch.equal(picture[:, 14:, :20], big[:, 10:30, 15:35])
+    assert torch.equal(picture[:, 14:, :20], (big[:, 10:30, 15:35] * 255).round() / 255)
     assert grid([[("", torch.zeros(3, 1, 1))]]).shape == (3, 15, 1)
 
 
@@ -104,7 +97,7 @@ def test_grid_refuses(tmp_path) -> None:
     for cells in ([], [[]]):
         with pytest.raises(ValueError, match="nothing to show"):
             grid(cells)
-    with pytest.raises(ValueError, match="expected images"):
+    with pytest.raises(ValueError, match="expected an image"):
         grid([[("a", torch.zeros(1, 3, 4, 4))]])
     with pytest.raises(UserError, match=r"\.png"):
         write_grid([[("a", torch.zeros(3, 4, 4))]], tmp_path / "a.jpg")

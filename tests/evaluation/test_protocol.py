@@ -2,18 +2,25 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import rewardsr
 from rewardsr import load_adapter, lora
-from rewardsr.adapter import Batch
+from rewardsr.batch import Batch
 from rewardsr.draws import Draws
 from rewardsr.errors import TrainingError, UserError
-from rewardsr.evaluation.protocol import Comparison, Evaluation, bootstrap, compare
+from rewardsr.evaluation.protocol import HeldOut, bootstrap
+from rewardsr.evaluation.report import Comparison, Evaluation
 from rewardsr.evaluation.upscale import upscale_tensor
 from rewardsr.rewards.fidelity import PSNR
 
@@ -39,6 +46,10 @@ class Broken(Brightness):
 
     def __call__(self, sr: torch.Tensor, batch: Batch) -> torch.Tensor:
         return self._scores
+
+
+def compare(adapter, images, rewards, **options) -> Evaluation:
+    return HeldOut(adapter, lambda first, every: islice(images, first, None, every), rewards, **options).score()
 
 
 def batches(count: int, hq: bool = True) -> list[Batch]:
@@ -160,11 +171,7 @@ def test_a_lora_that_does_nothing_makes_no_difference(adapter) -> None:
 
 
 def test_another_base_to_compare_with(adapter) -> None:
-    @contextmanager
-    def itself(_) -> Iterator[None]:
-        yield
-
-    assert compare(adapter, batches(2), {"psnr": PSNR()}, base=itself).rewards["psnr"].differences == (0, 0)
+    assert compare(adapter, batches(2), {"psnr": PSNR()}, base=nullcontext).rewards["psnr"].differences == (0, 0)
 
 
 def test_without_noise_one_draw_is_enough(tiny) -> None:
@@ -174,20 +181,105 @@ def test_without_noise_one_draw_is_enough(tiny) -> None:
 
 def test_images_come_one_at_a_time(adapter) -> None:
     """Nothing is asked for before the last image is done with."""
-    done: list[int] = []
+    done: list[torch.Tensor] = []
+
+    class Light(Brightness):
+        def __call__(self, sr: torch.Tensor, batch: Batch) -> torch.Tensor:
+            assert sr.shape == (1, 3, 16, 16) and not sr.requires_grad
+            done.append(sr)
+            return super().__call__(sr, batch)
 
     def stream() -> Iterator[Batch]:
         for number, batch in enumerate(batches(3)):
-            assert len(done) == number
+            assert len(done) == 2 * number
             yield batch
 
-    def on_image(position: int, batch: Batch, base: torch.Tensor, tuned: torch.Tensor) -> None:
-        assert base.shape == tuned.shape == (1, 3, 16, 16) and not torch.equal(base, tuned)
-        assert not tuned.requires_grad
-        done.append(position)
+    compare(adapter, stream(), {"light": Light()}, color_fix="adain")
+    assert len(done) == 6
+    assert not any(torch.equal(base, tuned) for base, tuned in zip(done[::2], done[1::2], strict=True))
 
-    compare(adapter, stream(), {"light": Brightness()}, on_image=on_image, color_fix="adain")
-    assert done == [0, 1, 2]
+
+class Images:
+    """What `HeldOut` asks for, of a list; notes what was asked for."""
+
+    def __init__(self, count: int) -> None:
+        self.batches, self.asked = batches(count), list[tuple[int, int]]()
+
+    def __call__(self, first: int, every: int) -> list[Batch]:
+        self.asked.append((first, every))
+        return self.batches[first::every]
+
+
+class Drawing(Brightness):
+    """Draws from torch's global generator, as MANIQA does for its crops; notes how often it was asked."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, sr: torch.Tensor, batch: Batch) -> torch.Tensor:
+        self.calls += 1
+        return sr.mean((1, 2, 3)) + torch.rand(1)
+
+
+def test_scored_again_the_base_is_remembered(adapter, tmp_path) -> None:
+    images, metric = Images(3), Drawing()
+    held_out = HeldOut(adapter, images, {"drawing": metric}, seed=5, run=tmp_path, pictures=2, picture_side=8)
+    first = held_out.score(0)
+    state = torch.get_rng_state()
+    again = held_out.score(12)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first == again == HeldOut(adapter, images, {"drawing": Drawing()}, seed=5).score()
+    assert metric.calls == 3 * 2 + 3
+    assert sorted(path.name for path in (tmp_path / "validation").iterdir()) == [
+        f"step-{step:08d}.{kind}" for step in (0, 12) for kind in ("json", "png")
+    ]
+    written = json.loads((tmp_path / "validation" / "step-00000012.json").read_text())
+    assert Evaluation.from_dict(written) == again
+    assert [[caption for caption, _ in row] for row in held_out.rows] == [
+        [f"{name} LQ", "base", "tuned", "HQ"] for name in "01"
+    ]
+    assert {tuple(image.shape) for row in held_out.rows for _, image in row} == {(3, 8, 8)}
+    lora.set_scale(adapter, 0)  # the base in training: what is compared with it moves on
+    try:
+        moved = held_out.score(13).rewards["drawing"]
+    finally:
+        lora.set_scale(adapter, 1)
+    assert moved.base == moved.tuned == first.rewards["drawing"].base != first.rewards["drawing"].tuned
+
+
+def test_memory_that_runs_out_comes_with_advice(adapter) -> None:
+    class Large(Brightness):
+        def __call__(self, sr: torch.Tensor, batch: Batch) -> torch.Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        compare(adapter, batches(1), {"large": Large()})
+    with pytest.raises(TrainingError, match=r"^lower data\.validation_side$"):
+        HeldOut(adapter, Images(1), {"x": Large()}, memory_advice="lower data.validation_side").score()
+
+
+def test_two_processes_share_the_images_and_find_what_one_finds(adapter, tiny, tmp_path) -> None:
+    """The figures are equal bit for bit; a failure in one process ends both in the same line."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    script = Path(__file__).with_name("sharing.py")
+    lora.save(adapter, tmp_path / "lora")
+    done = subprocess.run(
+        [*launch, script, tiny, tmp_path], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    alone = HeldOut(adapter, Images(3), {"psnr": PSNR(), "drawing": Drawing()}, run=tmp_path / "one")
+    expected = alone.score(4).to_json()
+    said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert [entry["scores"] for entry in said] == [expected, expected]
+    assert [entry["calls"] for entry in said] == [2 * 2 + 2, 2 + 1]  # images 0 and 2; image 1; the base only once
+    for name in ("step-00000004.json", "step-00000004.png"):
+        one, two = (tmp_path / run / "validation" / name for run in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
+    assert [entry["errors"] for entry in said] == [
+        ["TrainingError: reward 'bad' gave nan for 1.png (base)", message, "UserError: no such disk"]
+        for message in ("TrainingError: ZeroDivisionError: on image 1", "ZeroDivisionError: on image 1")
+    ]
 
 
 def test_json_round_trip(adapter) -> None:
@@ -197,6 +289,11 @@ def test_json_round_trip(adapter) -> None:
         assert Evaluation.from_dict(content).to_dict() == content
         assert content["color_fix"] == "wavelet" and content["rewards"]["psnr"]["improved"] in (0, 1 / 3, 2 / 3, 1)
         assert (content["rewards"]["psnr"]["interval"] == [None, None]) == (count == 1)
+
+
+def test_without_a_lora_there_is_nothing_to_compare(tiny, hq_folder) -> None:
+    with pytest.raises(UserError, match="carries no LoRA"):
+        rewardsr.evaluate(load_adapter("osediff", tiny, scale=4), hq_folder)
 
 
 def test_refused(adapter) -> None:
