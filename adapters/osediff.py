@@ -12,9 +12,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rewardsr.adapter import Condition
 from rewardsr.adapters._networks import load_network
 from rewardsr.adapters.stable_diffusion import Parts, Scale, StableDiffusion, check_fit, load_parts, parts_of
+from rewardsr.batch import Condition
 from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError
 from rewardsr.hub.fetch import fetch

@@ -14,7 +14,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rewardsr.adapter import Batch, Condition
 from rewardsr.adapters.stable_diffusion import (
     PARTS,
     Guidance,
@@ -30,6 +29,7 @@ from rewardsr.adapters.stable_diffusion import (
     scheduler_config,
     times,
 )
+from rewardsr.batch import Batch, Condition
 from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError
 from rewardsr.hub.fetch import fetch

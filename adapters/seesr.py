@@ -12,9 +12,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from rewardsr.adapter import Batch, Condition
 from rewardsr.adapters._networks import load_changed
 from rewardsr.adapters.stable_diffusion import Ancestral, Guidance, Parts, Steps, Tile, load_parts, parts_of, times
+from rewardsr.batch import Batch, Condition
 from rewardsr.draws import Source
 from rewardsr.errors import UserError
 from rewardsr.hub.fetch import fetch

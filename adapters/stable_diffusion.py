@@ -12,8 +12,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from rewardsr import options
-from rewardsr.adapter import BaseModel, Batch, Condition, ISRAdapter
+from rewardsr.adapter import BaseModel, ISRAdapter
 from rewardsr.adapters._networks import load_network, read_part
+from rewardsr.batch import Batch, Condition
 from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError
 from rewardsr.hub.fetch import fetch

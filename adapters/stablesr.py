@@ -10,7 +10,6 @@ from typing import Any, Self
 from pydantic import Field
 from torch import Tensor
 
-from rewardsr.adapter import Condition
 from rewardsr.adapters._stablesr_checkpoint import (
     PREDICTION,
     import_checkpoint,
@@ -19,6 +18,7 @@ from rewardsr.adapters._stablesr_checkpoint import (
     read_folder,
 )
 from rewardsr.adapters.stable_diffusion import Ancestral, Parts, Steps, Tile, check_scheduler, load_parts
+from rewardsr.batch import Condition
 from rewardsr.errors import UserError
 from rewardsr.hub.fetch import fetch
 

@@ -7,8 +7,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rewardsr.adapter import Condition
 from rewardsr.adapters.stable_diffusion import Scale, StableDiffusion, load_parts
+from rewardsr.batch import Condition
 from rewardsr.draws import Source, draw
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rewardsr import run_folder
-from rewardsr.adapter import Batch
+from rewardsr.batch import Batch
 from rewardsr.options import Options
 
 MAIN = "runs:Brightness"

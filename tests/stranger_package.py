@@ -7,8 +7,8 @@ from taggers import Means
 from torch import Tensor
 
 from rewardsr import options
-from rewardsr.adapter import Condition
 from rewardsr.adapters.stable_diffusion import Parts, StableDiffusion, load_parts, parts_of
+from rewardsr.batch import Condition
 from rewardsr.draws import Source, draw
 from rewardsr.rewards.fidelity import PSNR
 from rewardsr.trainers.gdpo import GDPO

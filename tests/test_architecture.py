@@ -29,6 +29,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 LAZY = {
     "cli": "answers --help without importing what the commands need",
     "__init__": "`import rewardsr` is light; public names are imported when they are first used",
+    "adapters.stablesr": "its networks import those of diffusers, which takes seconds: listing adapters need not",
+    "adapters._stablesr_checkpoint": "as adapters.stablesr",
 }
 
 LONGEST_FILE, LONGEST_FUNCTION = 400, 80

@@ -17,7 +17,7 @@ from rewardsr import Draws, UserError, load_adapter, lora, run_folder
 from rewardsr.data.degradation import make_degradation
 from rewardsr.data.folder import open_data
 from rewardsr.plugins import names
-from rewardsr.train import prepare
+from rewardsr.train import finetune
 from rewardsr.train.prepare import Setup
 from rewardsr.train.recipe import DegradationRecipe
 
@@ -38,13 +38,13 @@ def folders(tmp_path_factory) -> dict[str, str]:
 def used(monkeypatch) -> list[Setup]:
     """What the runs of a test worked with; they work as ever."""
     found: list[Setup] = []
-    real = prepare.set_up
+    real = finetune.set_up
 
     def noted(recipe: Any) -> Setup:
         found.append(real(recipe))
         return found[-1]
 
-    monkeypatch.setattr(prepare, "set_up", noted)
+    monkeypatch.setattr(finetune, "set_up", noted)
     return found
 
 

@@ -160,7 +160,7 @@ def test_built_in_rewards_are_listed_and_work_without_pyiqa(pyproject, tmp_path)
     names = list(pyproject["project"]["entry-points"]["rewardsr.rewards"])
     use = f"""
 import torch
-from rewardsr.adapter import Batch
+from rewardsr.batch import Batch
 from rewardsr.cli import main
 from rewardsr.rewards import build
 

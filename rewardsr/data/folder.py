@@ -16,7 +16,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from rewardsr.adapter import Batch
+from rewardsr.batch import Batch
 from rewardsr.data.captions import Captions
 from rewardsr.data.degradation import Degradation
 from rewardsr.data.images import image_size, list_images, read_image, to_uint8

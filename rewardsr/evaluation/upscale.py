@@ -30,7 +30,7 @@ Input = Path | str | Image.Image
 logger = logging.getLogger(__name__)
 
 
-class Options(TypedDict, total=False):
+class Keywords(TypedDict, total=False):
     """The keywords of `upscale`, for its two forms."""
 
     color_fix: str
@@ -41,13 +41,13 @@ class Options(TypedDict, total=False):
 
 @overload
 def upscale(
-    adapter: ISRAdapter, inputs: Input | Sequence[Input], output: Path | str, **options: Unpack[Options]
+    adapter: ISRAdapter, inputs: Input | Sequence[Input], output: Path | str, **options: Unpack[Keywords]
 ) -> list[Path]: ...
 
 
 @overload
 def upscale(
-    adapter: ISRAdapter, inputs: Input | Sequence[Input], output: None = None, **options: Unpack[Options]
+    adapter: ISRAdapter, inputs: Input | Sequence[Input], output: None = None, **options: Unpack[Keywords]
 ) -> list[Image.Image]: ...
 
 

@@ -9,7 +9,7 @@ from kornia.color import rgb_to_grayscale
 from kornia.filters import filter2d
 from torch import Tensor
 
-from rewardsr.adapter import Batch
+from rewardsr.batch import Batch
 from rewardsr.rewards.fidelity import target
 
 CELL = 8  # pixels: the neighbourhood in which energy is compared

@@ -9,7 +9,7 @@ from kornia.color import rgb_to_grayscale
 from kornia.filters import filter2d_separable, get_gaussian_kernel1d
 from torch import Tensor
 
-from rewardsr.adapter import Batch
+from rewardsr.batch import Batch
 from rewardsr.errors import UserError
 from rewardsr.rewards.distances import structure
 

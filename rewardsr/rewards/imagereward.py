@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from rewardsr.adapter import Batch
+from rewardsr.batch import Batch
 from rewardsr.errors import UserError, one_line
 from rewardsr.options import Options
 from rewardsr.rewards.pretrained import Checkpoint, from_hub, local_file

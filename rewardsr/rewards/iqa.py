@@ -24,7 +24,7 @@ from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from rewardsr import plugins
-from rewardsr.adapter import Batch
+from rewardsr.batch import Batch
 from rewardsr.errors import UserError, nearest, one_line
 from rewardsr.options import Options
 from rewardsr.rewards.fidelity import target

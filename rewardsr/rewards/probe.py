@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rewardsr.adapter import Batch
+from rewardsr.batch import Batch
 from rewardsr.errors import UserError, one_line
 from rewardsr.rewards.base import Reward
 

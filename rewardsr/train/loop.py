@@ -80,8 +80,9 @@ def train(setup: Setup, run: Path, resume: bool) -> Result:
     recipe, accelerator = setup.recipe, setup.accelerator
     optimiser = make_optimiser(setup)
     state = checkpoint.resume(run, setup.method, optimiser) if resume else State()
+    _check_machine(state, accelerator.num_processes)
     for note in setup.notes:
-        accelerator.print(note)
+        logger.info(note)
     log = RunLog(
         run,
         recipe.steps,
@@ -90,7 +91,6 @@ def train(setup: Setup, run: Path, resume: bool) -> Result:
         list(recipe.log_with),
         recipe.model_dump(mode="json"),
     )
-    _check_machine(state, accelerator.num_processes)
     held_out = _held_out(setup, run)
     validation: dict[str, Any] = {}
     save = _saver(setup, run, optimiser, state)
@@ -103,8 +103,14 @@ def train(setup: Setup, run: Path, resume: bool) -> Result:
             validation = {name: comparison.summary() for name, comparison in found.rewards.items()}
             log.write(state.step, {"validation": validation})
 
+    def finish() -> None:
+        if state.step == recipe.steps and accelerator.is_main_process:
+            with setup.method.shipped():
+                lora.save(setup.adapter, run)
+
     with log, _signals() as stopped:
-        # A run that ended between a checkpoint and its validation catches up on that.
+        # A run that ended between its last checkpoint and what follows on that catches up.
+        finish()
         if any_process(accelerator, accelerator.is_main_process and state.step not in log.validated):
             validate()
         stop = False
@@ -115,9 +121,7 @@ def train(setup: Setup, run: Path, resume: bool) -> Result:
             due = (recipe.checkpoint_every, recipe.validate_every)
             if done or stop or failing or any(state.step % every == 0 for every in due):
                 save()
-            if done and accelerator.is_main_process:
-                with setup.method.shipped():
-                    lora.save(setup.adapter, run)
+            finish()
             if failing:
                 raise TrainingError(
                     f"stopped at step {state.step}: {state.skipped_in_a_row} updates in a row were not finite "

@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
 from rewardsr import lora
-from rewardsr.adapter import Batch, ISRAdapter
+from rewardsr.adapter import ISRAdapter
+from rewardsr.batch import Batch
 from rewardsr.data.captions import Captions
 from rewardsr.data.degradation import degradation_options, make_degradation
 from rewardsr.data.folder import Data, open_data

@@ -14,10 +14,10 @@ from accelerate import init_empty_weights
 from torch import Tensor
 
 from rewardsr import load_adapter
-from rewardsr.adapter import Condition
 from rewardsr.adapters import _stablesr_checkpoint as checkpoint
 from rewardsr.adapters._sft import StructEncoder, add_modulation, modulated
 from rewardsr.adapters.stablesr import StableSR, import_checkpoint, respaced
+from rewardsr.batch import Condition
 from rewardsr.draws import Replay
 from rewardsr.evaluation.colour import _coarse, _restyled, adain, wavelet
 

@@ -23,7 +23,7 @@ from _sizes import PARAMETERS, images, parameter_counts, pipeline
 from accelerate import Accelerator
 
 from rewardsr import lora
-from rewardsr.adapter import Batch
+from rewardsr.batch import Batch
 from rewardsr.draws import Draws
 from rewardsr.options import parse
 from rewardsr.rewards import build

@@ -16,7 +16,7 @@ import torch
 
 import rewardsr
 from rewardsr import load_adapter, lora
-from rewardsr.adapter import Batch
+from rewardsr.batch import Batch
 from rewardsr.draws import Draws
 from rewardsr.errors import TrainingError, UserError
 from rewardsr.evaluation.protocol import HeldOut, bootstrap

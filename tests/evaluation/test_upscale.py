@@ -10,7 +10,7 @@ from _support import picked
 from PIL import Image
 
 from rewardsr import load_adapter
-from rewardsr.adapter import Batch
+from rewardsr.batch import Batch
 from rewardsr.data.images import read_image, write_image
 from rewardsr.draws import Draws
 from rewardsr.errors import UserError

@@ -191,7 +191,7 @@ def test_each_component_of_seesr_has_its_file_and_its_loader(tiny_seesr, tmp_pat
 
     @torch.no_grad()
     def eps(of) -> torch.Tensor:
-        from rewardsr.adapter import Condition
+        from rewardsr.batch import Condition
 
         condition = Condition(
             entry["text"], entry["z"], (64, 64), control=entry["control"], extras={"ram": entry["ram"]}

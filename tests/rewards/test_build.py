@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rewardsr import plugins
-from rewardsr.adapter import Batch
+from rewardsr.batch import Batch
 from rewardsr.errors import UserError
 from rewardsr.rewards import Known, build, iqa, known
 from rewardsr.rewards.base import Reward

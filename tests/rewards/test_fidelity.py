@@ -9,7 +9,7 @@ from skimage.data import astronaut
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
-from rewardsr.adapter import Batch
+from rewardsr.batch import Batch
 from rewardsr.errors import UserError
 from rewardsr.rewards.base import Reward
 from rewardsr.rewards.fidelity import PSNR, SSIM

@@ -21,7 +21,7 @@ from _imagereward import (
 from _support import picked
 from torch import Tensor
 
-from rewardsr.adapter import Batch
+from rewardsr.batch import Batch
 from rewardsr.errors import UserError
 from rewardsr.rewards.imagereward import RAW_MEAN, RAW_STD, ImageReward, preprocess
 from rewardsr.rewards.probe import probe_gradient

@@ -8,7 +8,7 @@ import torch
 from skimage.data import astronaut
 from torch import Tensor
 
-from rewardsr.adapter import Batch
+from rewardsr.batch import Batch
 from rewardsr.errors import UserError
 from rewardsr.rewards import build, iqa
 from rewardsr.rewards.base import Reward

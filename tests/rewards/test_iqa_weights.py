@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from skimage.data import astronaut
 from torch import Tensor
 
-from rewardsr.adapter import Batch
+from rewardsr.batch import Batch
 from rewardsr.errors import UserError
 from rewardsr.hub import connection
 from rewardsr.rewards import build, iqa

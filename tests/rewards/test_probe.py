@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rewardsr import plugins
-from rewardsr.adapter import Batch
+from rewardsr.batch import Batch
 from rewardsr.errors import UserError
 from rewardsr.rewards import build
 from rewardsr.rewards.detail import Sharpness
