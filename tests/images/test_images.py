@@ -83,6 +83,7 @@ def test_16_bit_gray_keeps_its_precision(tmp_path) -> None:
     for name in ("a.png", "a.tif"):
         Image.fromarray(levels).save(tmp_path / name)
         image = read_image(tmp_path / name)
+        assert torch.equal(from_pil(Image.open(tmp_path / name)), image)
         assert torch.equal((image * 65535).round(), torch.from_numpy(levels.astype(np.float32)).expand(3, -1, -1)), name
 
 
@@ -114,6 +115,8 @@ def test_exif_orientation(tmp_path, pixels, kind, orientation) -> None:
         upright = np.array(ImageOps.exif_transpose(opened))
     image = read_image(path)
     assert torch.equal(image, as_tensor(upright))
+    with Image.open(path) as opened:
+        assert torch.equal(from_pil(opened), image)
     assert image_size(path) == tuple(image.shape[-2:]) == ((6, 9) if orientation < 5 else (9, 6))
 
 
@@ -160,6 +163,14 @@ def test_pixel_bombs_are_refused(tmp_path, pixels, monkeypatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
     with pytest.raises(UserError, match="safety limit"):
         read_image(tmp_path / "a.png")
+
+
+def test_pil_images_that_cannot_be_read(tmp_path, pixels) -> None:
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:-30])
+    for image in (Image.open(tmp_path / "b.png"), Image.new("F", (3, 3))):
+        with pytest.raises(UserError, match=f"cannot read 'PIL image of mode {image.mode}'"):
+            from_pil(image)
 
 
 def test_missing_and_folders(tmp_path) -> None:
