@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rewardsr.errors import UserError
 from rewardsr.run_folder import METRICS
 from rewardsr.storage import write_text
+from rewardsr.train.recipe import Recipe
 
 GROUPS = ("reference", "loss")
 SHOWN = ("loss", "implicit_accuracy", "group/pixel_std", "seconds")
@@ -21,21 +23,20 @@ class RunLog:
     """The log of one process; all but the main process stay silent.
 
     Args:
-        run: the run's folder; None logs to the console only (a dry run).
-        steps: of the whole run.
+        run: the run's folder.
+        recipe: of the run.
         start: steps that a resumed run has behind it; later lines of an earlier attempt are dropped.
         active: whether this is the main process.
-        trackers: "tensorboard", "wandb".
-        config: the resolved recipe, for the trackers.
+
+    Attributes:
+        validated: steps whose validation the kept lines tell of.
     """
 
-    def __init__(
-        self, run: Path | None, steps: int, start: int, active: bool, trackers: list[str], config: dict[str, Any]
-    ) -> None:
-        self._file = run / METRICS if run is not None and active else None
+    def __init__(self, run: Path, recipe: Recipe, start: int, active: bool) -> None:
+        self._file = run / METRICS
         self._console = Console(stderr=True, quiet=not active)
-        self._active, self._steps = active, steps
-        self._trackers = _open_trackers(trackers, run, config) if active and run is not None else []
+        self._active, self._steps = active, recipe.steps
+        self._trackers = _open_trackers(run, recipe) if active else []
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -45,8 +46,8 @@ class RunLog:
             console=self._console,
             disable=not active or not self._console.is_terminal,
         )
-        self._task = self._progress.add_task("train", total=steps, completed=start, status="")
-        self.validated = set[int]() if self._file is None else _keep_until(self._file, start)  # steps, of this run
+        self._task = self._progress.add_task("train", total=recipe.steps, completed=start, status="")
+        self.validated = _keep_until(self._file, start) if active else set[int]()
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -63,12 +64,11 @@ class RunLog:
         """One step's line; flushed, so that a killed run keeps it."""
         if not self._active:
             return
-        if self._file is not None:
-            try:
-                with self._file.open("a") as file:
-                    file.write(json.dumps(_plain({"step": step, **metrics}), allow_nan=False) + "\n")
-            except OSError as error:
-                raise UserError(f"cannot write '{self._file}': {error.strerror or error}") from error
+        try:
+            with self._file.open("a") as file:
+                file.write(json.dumps(_plain({"step": step, **metrics}), allow_nan=False) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write '{self._file}': {error.strerror or error}") from error
         for tracker in self._trackers:
             tracker.log(flatten(metrics), step=step)
         if "validation" in metrics:
@@ -119,22 +119,22 @@ def _keep_until(file: Path, step: int) -> set[int]:
     return validated
 
 
-def _open_trackers(names: list[str], run: Path, config: dict[str, Any]) -> list[Any]:
+def _open_trackers(run: Path, recipe: Recipe) -> list[Any]:
     """accelerate's trackers, started."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     opened = []
-    for name in names:
+    for name in recipe.log_with:
         kind = LOGGER_TYPE_TO_CLASS[name]
         tracker = kind(run_name="rewardsr", logging_dir=run) if kind.requires_logging_directory else kind("rewardsr")
         if hasattr(tracker, "start"):  # recent versions of accelerate do not open a tracker when it is made
             tracker.start()
-        tracker.store_init_configuration({key: str(value) for key, value in config.items()})
+        tracker.store_init_configuration({key: str(value) for key, value in recipe.model_dump(mode="json").items()})
         opened.append(tracker)
     return opened
 
 
-def check_trackers(names: list[str]) -> None:
+def check_trackers(names: Sequence[str]) -> None:
     """Refuse trackers whose package is absent.
 
     Raises:

@@ -83,14 +83,7 @@ def train(setup: Setup, run: Path, resume: bool) -> Result:
     _check_machine(state, accelerator.num_processes)
     for note in setup.notes:
         logger.info(note)
-    log = RunLog(
-        run,
-        recipe.steps,
-        state.step,
-        accelerator.is_main_process,
-        list(recipe.log_with),
-        recipe.model_dump(mode="json"),
-    )
+    log = RunLog(run, recipe, state.step, accelerator.is_main_process)
     held_out = _held_out(setup, run)
     validation: dict[str, Any] = {}
     save = _saver(setup, run, optimiser, state)

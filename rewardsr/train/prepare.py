@@ -63,7 +63,7 @@ def set_up(recipe: Recipe) -> Setup:
     Raises:
         UserError: anything in the recipe that cannot be had or does not fit.
     """
-    check_trackers(list(recipe.log_with))
+    check_trackers(recipe.log_with)
     device, dtype = choose_device(recipe.device, recipe.precision)
     accelerator = _accelerator(device)
     method_kind = method_class(recipe.trainer)
