@@ -316,7 +316,7 @@ class ISRAdapter(ABC):
         self,
         condition: Condition,
         generator: Source | None = None,
-        steps: Sequence[int] | None = None,
+        steps: Sequence[float] | None = None,
         guidance: float | None = None,
     ) -> Tensor:
         """`sr` (B, 3, H, W) in [0, 1]: `sample_latents`, decoded."""
