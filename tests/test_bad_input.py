@@ -282,6 +282,8 @@ def test_ctrl_c_before_training_begins_is_no_traceback(tiny_base, hq_folder, tmp
     """While things load there is nothing to save yet."""
     code = (
         "import signal, os, time; from rewardsr import cli; from rewardsr.train import prepare; "
+        # Where the tests run in the background of a shell, that has told its children to ignore the signal.
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
         # The sleep is what is interrupted: a signal to a process may take a moment to reach its main thread.
         "prepare.open_folders = lambda *_: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60)); cli.main()"
     )
