@@ -140,58 +140,40 @@ def _modulate(unet: Any, state: State) -> None:
 # ---- sizes and names ----
 
 
-def _layers(state: State) -> int:
-    """Residual blocks a level: the first downsampling follows them and the first convolution."""
+def _downward_half(state: State) -> tuple[dict[str, Any], list[bool]]:
+    """The configuration that UNet and encoder have in common, and which levels have attentions."""
     places = [int(match[1]) for key in state if (match := re.fullmatch(r"input_blocks\.(\d+)\.0\.op\.weight", key))]
     if not places:
         raise KeyError("input_blocks.*.0.op.weight")
-    return min(places) - 1
-
-
-def _levels(state: State, layers: int) -> list[tuple[int, bool]]:
-    """Channels of each level, and whether it has attentions."""
-    count = len({key.split(".")[1] for key in state if key.startswith("input_blocks.")})
-    firsts = range(1, count, layers + 1)
-    return [
-        (
-            state[f"input_blocks.{first}.0.out_layers.3.weight"].shape[0],
-            any(key.startswith(f"input_blocks.{first}.1.") for key in state),
-        )
-        for first in firsts
-    ]
+    layers = min(places) - 1  # the first downsampling follows a level's residual blocks and the first convolution
+    firsts = range(1, len({key.split(".")[1] for key in state if key.startswith("input_blocks.")}), layers + 1)
+    config = {
+        "in_channels": state["input_blocks.0.0.weight"].shape[1],
+        "block_out_channels": [state[f"input_blocks.{first}.0.out_layers.3.weight"].shape[0] for first in firsts],
+        "layers_per_block": layers,
+        "norm_num_groups": GROUPS,
+    }
+    return config, [any(key.startswith(f"input_blocks.{first}.1.") for key in state) for first in firsts]
 
 
 def _unet_config(state: State) -> dict[str, Any]:
-    layers = _layers(state)
-    levels = _levels(state, layers)
-    key = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
-    return {
-        "in_channels": state["input_blocks.0.0.weight"].shape[1],
+    config, attentions = _downward_half(state)
+    return config | {
         "out_channels": state["out.2.weight"].shape[0],
-        "block_out_channels": [width for width, _ in levels],
-        "layers_per_block": layers,
-        "down_block_types": ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for _, attends in levels],
-        "up_block_types": ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for _, attends in reversed(levels)],
-        "attention_head_dim": [max(1, width // HEAD_WIDTH) for width, _ in levels],  # heads, in spite of the name
-        "cross_attention_dim": state[key].shape[1],
+        "down_block_types": ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in attentions],
+        "up_block_types": ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(attentions)],
+        # Heads, in spite of the name.
+        "attention_head_dim": [max(1, width // HEAD_WIDTH) for width in config["block_out_channels"]],
+        "cross_attention_dim": state["middle_block.1.transformer_blocks.0.attn2.to_k.weight"].shape[1],
         "use_linear_projection": state["middle_block.1.proj_in.weight"].ndim == 2,
-        "norm_num_groups": GROUPS,
         "sample_size": 64,
     }
 
 
 def _encoder_config(state: State) -> dict[str, Any]:
-    layers = _layers(state)
-    levels = _levels(state, layers)
-    return {
-        "in_channels": state["input_blocks.0.0.weight"].shape[1],
-        "out_channels": state["fea_tran.0.out_layers.3.weight"].shape[0],
-        "block_out_channels": [width for width, _ in levels],
-        "layers_per_block": layers,
-        "attention": [attends for _, attends in levels],
-        "heads": ENCODER_HEADS,
-        "norm_num_groups": GROUPS,
-    }
+    config, attentions = _downward_half(state)
+    features = state["fea_tran.0.out_layers.3.weight"].shape[0]
+    return config | {"out_channels": features, "attention": attentions, "heads": ENCODER_HEADS}
 
 
 def unet_names(state: State, config: Mapping[str, Any]) -> State:

@@ -22,17 +22,6 @@ _ORIENTATION = 0x0112  # the EXIF tag
 _TURNED = (5, 6, 7, 8)  # orientations that swap height and width
 
 
-@contextmanager
-def _whole_files_only() -> Iterator[None]:
-    """PIL's global switch for truncated files, off: some packages turn it on when they are imported."""
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
-
-
 def read_image(path: Path | str) -> Tensor:
     """Read one image file.
 
@@ -50,13 +39,8 @@ def read_image(path: Path | str) -> Tensor:
         UserError: missing, damaged, truncated, too large for PIL's safety limit, or not an image.
     """
     path = _existing(path)
-    try:
-        with _whole_files_only(), Image.open(path) as image:
-            return _convert(image, (lambda _: _deep_png(path)) if _is_deep_png(path, image) else _pixels)
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise whatever they stumble over in a damaged file
-        raise _unreadable(path, error) from error
+    with _reading(path), Image.open(path) as image:
+        return _convert(image, (lambda _: _deep_png(path)) if _is_deep_png(path, image) else _pixels)
 
 
 def from_pil(image: Image.Image) -> Tensor:
@@ -65,13 +49,8 @@ def from_pil(image: Image.Image) -> Tensor:
     Raises:
         UserError: its file is damaged or truncated, or the mode has no such form.
     """
-    try:
-        with _whole_files_only():
-            return _convert(image, _pixels)
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise _unreadable(f"PIL image of mode {image.mode}", error) from error
+    with _reading(f"PIL image of mode {image.mode}"):
+        return _convert(image, _pixels)
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -94,18 +73,14 @@ def image_size(path: Path | str) -> tuple[int, int]:
         UserError: missing, or no image that PIL knows.
     """
     path = _existing(path)
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = _orientation(image) in _TURNED
-            if turned and image.format == "TIFF":  # whether `size` is turned already depends on PIL's version
-                height, width = read_image(path).shape[-2:]
-                turned = False
-    except UserError:
-        raise
-    except Exception as error:
-        raise _unreadable(path, error) from error
-    return (width, height) if turned else (height, width)
+    with _reading(path), Image.open(path) as image:
+        width, height = image.size
+        if _orientation(image) not in _TURNED:
+            return height, width
+        if image.format != "TIFF":
+            return width, height
+    height, width = read_image(path).shape[-2:]  # whether `size` is turned already depends on PIL's version
+    return height, width
 
 
 def to_uint8(image: Tensor) -> Tensor:
@@ -175,15 +150,26 @@ def _existing(path: Path | str) -> Path:
     return path
 
 
-def _unreadable(path: Path | str, error: Exception) -> UserError:
-    if isinstance(error, Image.DecompressionBombError):
-        return UserError(f"cannot read '{path}': more pixels than PIL's safety limit; cut it into parts")
-    if isinstance(error, PermissionError):
-        return UserError(f"cannot read '{path}': no permission")
-    if isinstance(error, Image.UnidentifiedImageError):
-        return UserError(f"cannot read '{path}': not an image, or damaged at its beginning")
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return UserError(f"cannot read '{path}': damaged, truncated or of an unknown kind ({reason})")
+@contextmanager
+def _reading(what: Path | str) -> Iterator[None]:
+    """Turns what goes wrong while `what` is read into one line, and refuses truncated files."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # PIL's global switch, which some packages turn on when they are imported
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise UserError(f"cannot read '{what}': more pixels than PIL's safety limit; cut it into parts") from error
+    except PermissionError as error:
+        raise UserError(f"cannot read '{what}': no permission") from error
+    except Image.UnidentifiedImageError as error:
+        raise UserError(f"cannot read '{what}': not an image, or damaged at its beginning") from error
+    except Exception as error:  # decoders raise whatever they stumble over in a damaged file
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot read '{what}': damaged, truncated or of an unknown kind ({reason})") from error
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _orientation(image: Image.Image) -> int:

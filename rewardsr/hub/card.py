@@ -7,8 +7,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download, metadata_load
 from huggingface_hub.utils import validate_repo_id
 
 from rewardsr import __version__
@@ -167,9 +166,8 @@ def _licence_of_base(base: str, revision: str) -> str | None:
             path = (PIPELINE if base == EMBEDDED else Path(base).expanduser()) / CARD
         else:
             path = Path(hf_hub_download(base, CARD, revision=revision, local_files_only=not online()))
-        _, front, _ = path.read_text().split("---", 2)
-        stated = yaml.safe_load(front)["license"]
-    except Exception:  # no file, no connection, no front matter, not YAML: nothing is stated in all of these
+        stated = (metadata_load(path) or {}).get("license")
+    except Exception:  # no file, no connection, not YAML: nothing is stated in all of these
         return None
     return stated if isinstance(stated, str) else None
 

@@ -1,51 +1,23 @@
 """LoRAs on the networks of a pipeline (`layers`), in files (`file`) and in other programs' formats (`exchange`)."""
 
-from rewardsr.lora.file import (
-    load,
-    load_several,
-    locate,
-    read,
-    save,
-)
-from rewardsr.lora.layers import (
-    NAME,
-    active,
-    attach,
-    attached,
-    delta,
-    detach,
-    load_state_dict,
-    merge,
-    names,
-    only,
-    parameters,
-    rank_and_alpha,
-    reference,
-    set_scale,
-    state_dict,
-    target_shapes,
-)
-
-__all__ = [
-    "NAME",
-    "active",
-    "attach",
-    "attached",
-    "delta",
-    "detach",
-    "load",
-    "load_several",
-    "load_state_dict",
-    "locate",
-    "merge",
-    "names",
-    "only",
-    "parameters",
-    "rank_and_alpha",
-    "read",
-    "reference",
-    "save",
-    "set_scale",
-    "state_dict",
-    "target_shapes",
-]
+from rewardsr.lora.file import load as load
+from rewardsr.lora.file import load_several as load_several
+from rewardsr.lora.file import locate as locate
+from rewardsr.lora.file import read as read
+from rewardsr.lora.file import save as save
+from rewardsr.lora.layers import NAME as NAME
+from rewardsr.lora.layers import active as active
+from rewardsr.lora.layers import attach as attach
+from rewardsr.lora.layers import attached as attached
+from rewardsr.lora.layers import delta as delta
+from rewardsr.lora.layers import detach as detach
+from rewardsr.lora.layers import load_state_dict as load_state_dict
+from rewardsr.lora.layers import merge as merge
+from rewardsr.lora.layers import names as names
+from rewardsr.lora.layers import only as only
+from rewardsr.lora.layers import parameters as parameters
+from rewardsr.lora.layers import rank_and_alpha as rank_and_alpha
+from rewardsr.lora.layers import reference as reference
+from rewardsr.lora.layers import set_scale as set_scale
+from rewardsr.lora.layers import state_dict as state_dict
+from rewardsr.lora.layers import target_shapes as target_shapes

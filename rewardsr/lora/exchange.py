@@ -36,7 +36,6 @@ def export(adapter: ISRAdapter, output: Path | str, form: str, *, name: str = NA
     others = [other for other in layers.names(adapter) if other != name]
     if form == "merged" and others:
         raise UserError(f"merged networks hold one LoRA: merge or detach {', '.join(others)} first")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     write_folder(folder, lambda path: FORMATS[form].write(adapter, name, given, path))
     return folder
 

@@ -44,8 +44,5 @@ def same_base(one: str, other: str) -> bool:
     if structure != other_structure:
         return False
     pairs = zip(values.split(","), other_values.split(","), strict=True)
-    return all(_close(float(a), float(b)) for a, b in pairs if a or b)
-
-
-def _close(a: float, b: float) -> bool:
-    return abs(a - b) <= TOLERANCE * max(abs(a), abs(b)) + FLOOR
+    numbers = [(float(a), float(b)) for a, b in pairs if a or b]
+    return all(abs(a - b) <= TOLERANCE * max(abs(a), abs(b)) + FLOOR for a, b in numbers)

@@ -54,12 +54,13 @@ def _write_diffusers(adapter: ISRAdapter, name: str, given: Lora, folder: Path) 
         write_safetensors(folder / file, named, header(adapter, [component], given.alpha, name))
 
 
-def _read_diffusers(adapter: ISRAdapter, path: Path) -> Lora | None:
+def _read_file(adapter: ISRAdapter, path: Path) -> Lora | None:
+    """A file of diffusers' names, or of kohya's: its keys say which."""
     if path.suffix != ".safetensors":
         return None
     tensors, about = read_safetensors(path)
     if any(key.startswith(KOHYA_PREFIX) for key in tensors):
-        return None
+        return _read(adapter, path, tensors, KOHYA_SUFFIXES, lambda c, m: f"lora_{c}_{m.replace('.', '_')}", {})
     settings = settings_of(path, about)
     try:
         stated = {component: settings.get(f"{component}.lora_alpha") for component in adapter.lora_targets}
@@ -121,15 +122,6 @@ def _write_kohya(adapter: ISRAdapter, name: str, given: Lora, folder: Path) -> N
     write_safetensors(folder / "lora.safetensors", tensors, about | {"ss_network_alpha": f"{given.alpha:g}"})
 
 
-def _read_kohya(adapter: ISRAdapter, path: Path) -> Lora | None:
-    if path.suffix != ".safetensors":
-        return None
-    tensors = read_safetensors(path)[0]
-    if not any(key.startswith(KOHYA_PREFIX) for key in tensors):
-        return None
-    return _read(adapter, path, tensors, KOHYA_SUFFIXES, lambda c, m: f"lora_{c}_{m.replace('.', '_')}", {})
-
-
 # ---- a pipeline family's own checkpoints ----
 
 
@@ -188,10 +180,10 @@ FORMATS = {
     "diffusers": Format(
         "diffusers' `load_lora_weights`; components but the UNet in a file each, for rewardsr's `load_component`",
         _write_diffusers,
-        _read_diffusers,
+        _read_file,
     ),
     "peft": Format("`PeftModel.from_pretrained`, a folder a component", _write_peft, _read_peft),
-    "kohya": Format("ComfyUI and its kin, one file for the UNet", _write_kohya, _read_kohya),
+    "kohya": Format("ComfyUI and its kin, one file for the UNet", _write_kohya, _read_file),
     "osediff": Format(
         "OSEDiff's repository, a checkpoint together with the released one that the base was made of",
         _write_osediff,
