@@ -117,3 +117,28 @@ def test_two_processes_equal_one_with_twice_the_batch(folder) -> None:
         renamed = {name.replace("Brightness", "TwoProcesses"): value for name, value in line.items()}
         renamed.pop("validation", None), other.pop("validation", None)
         assert other == {name: pytest.approx(value, rel=1e-3, abs=1e-6) for name, value in renamed.items()}
+
+
+AGREE = """
+import json
+from accelerate import Accelerator
+from rewardsr.train.loop import _agree
+accelerator = Accelerator(cpu=True)
+rank = accelerator.process_index
+own = [{"only here": 5.0}, {"not_finite": "loss2", "there": 7.0}]
+mine = {"loss": 1.0 + rank, **own[rank]}
+found = _agree(accelerator, mine, rank == 1)
+if rank == 0:
+    print(json.dumps(found))
+"""
+
+
+def test_metrics_are_averaged_by_name_over_the_processes_that_have_them(tmp_path) -> None:
+    (tmp_path / "agree.py").write_text(AGREE)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launch, str(tmp_path / "agree.py")], env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.returncode == 0, done.stderr
+    metrics, stop = json.loads(done.stdout.splitlines()[-1])
+    assert metrics == {"loss": 1.5, "only here": 5.0, "there": 7.0, "not_finite": "loss2"} and stop
