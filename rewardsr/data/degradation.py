@@ -12,13 +12,13 @@ import io
 import math
 from typing import Annotated, Any, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
+from rewardsr.data.images import from_pil, to_pil
 from rewardsr.errors import UserError, one_line
 from rewardsr.options import Options, parse
 from rewardsr.plugins import resolve
@@ -201,10 +201,6 @@ def _gaussian_blur(image: Tensor, sigma: float) -> Tensor:
 
 def _jpeg(image: Tensor, quality: int) -> Tensor:
     """The image (3, H, W), written as JPEG and read back."""
-    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="JPEG", quality=quality)
-    buffer.seek(0)
-    with Image.open(buffer) as decoded:
-        array = np.array(decoded.convert("RGB"))
-    return torch.from_numpy(array).permute(2, 0, 1).float() / 255
+    to_pil(image).save(buffer, format="JPEG", quality=quality)
+    return from_pil(Image.open(buffer))
