@@ -108,9 +108,9 @@ class _Check:
     def disturb(self, method: Method) -> None:
         """As if training had begun: policy and reference differ."""
         random = torch.Generator().manual_seed(1)
-        for parameter in _trained(method).values():
+        for parameter in method.trained_weights().values():
             noise = torch.randn(parameter.shape, generator=random).to(parameter.device)
-            parameter += 0.02 * noise
+            parameter.add_(noise, alpha=0.02)
 
     @torch.no_grad()
     def output(self) -> Tensor:
@@ -129,7 +129,7 @@ class _Check:
 
     def gradient(self, method: Method, losses: Iterator[Loss]) -> Tensor:
         """The gradient of all losses in what is trained, flat."""
-        parameters = list(_trained(method).values())
+        parameters = list(method.trained_weights().values())
         for parameter in parameters:
             parameter.grad = None
         for loss in losses:
@@ -149,7 +149,7 @@ class _Check:
         parameters = [parameter for group in groups for parameter in group.parameters.values()]
         if not parameters or len(parameters) > len(set(map(id, parameters))):
             yield "parameters: there are none, or one is in two groups"
-        for key, parameter in _trained(method).items():
+        for key, parameter in method.trained_weights().items():
             if parameter.dtype != torch.float32 or not parameter.requires_grad:
                 yield f"parameters: {key} is frozen or in {parameter.dtype}, expected trainable float32"
 
@@ -188,7 +188,7 @@ class _Check:
         yield from found
         if abs(weight - 1) > 1e-6:
             yield f"losses: their weights add up to {weight:g}, expected 1"
-        trained = _trained(method)
+        trained = method.trained_weights()
         without = [key for key, parameter in trained.items() if parameter.grad is None]
         if without:
             yield f"losses: no gradient reaches {len(without)} of {len(trained)} parameters (first: {without[0]})"
@@ -231,11 +231,6 @@ class _Check:
         with resumed.shipped():
             if not _equal(shipped, self.weights()):
                 yield "state_dict: a method that has loaded it ships other weights"
-
-
-def _trained(method: Method) -> dict[str, Tensor]:
-    """What a method trains, by `group/key`."""
-    return {f"{group.name}/{key}": value for group in method.trained for key, value in group.parameters.items()}
 
 
 def _parts(value: Any) -> list[Any] | None:

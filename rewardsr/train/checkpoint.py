@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rewardsr import lora
 from rewardsr.errors import UserError
@@ -41,11 +41,6 @@ class State:
     processes: int = 0
 
 
-def trained_weights(method: Method) -> dict[str, nn.Parameter]:
-    """Everything that a method trains, by `group/key`."""
-    return {f"{group.name}/{key}": value for group in method.trained for key, value in group.parameters.items()}
-
-
 def save(run: Path, method: Method, optimiser: torch.optim.Optimizer, state: State, keep: int) -> Path:
     """Write `run/checkpoints/step-N` and drop all but the last `keep`; returns the folder.
 
@@ -58,7 +53,7 @@ def save(run: Path, method: Method, optimiser: torch.optim.Optimizer, state: Sta
     def fill(folder: Path) -> None:
         with method.shipped():
             lora.save(method.adapter, folder)
-        weights = {name: value.detach().cpu() for name, value in trained_weights(method).items()}
+        weights = {name: value.detach().cpu() for name, value in method.trained_weights().items()}
         write_safetensors(folder / TRAINED, weights)
         if own := method.state_dict():
             write_safetensors(folder / METHOD_STATE, own)
@@ -96,7 +91,7 @@ def resume(run: Path, method: Method, optimiser: torch.optim.Optimizer) -> State
             f"checkpoint '{newest}' is damaged: {error}; remove it to resume from the one before"
         ) from error
     lora.load(method.adapter, newest)  # says it best if the checkpoint is another pipeline's
-    _put(newest / TRAINED, lambda saved: copy_into(trained_weights(method), saved))
+    _put(newest / TRAINED, lambda saved: copy_into(method.trained_weights(), saved))
     if method.state_dict():
         _put(newest / METHOD_STATE, method.load_state_dict)
     _set_moments(method, optimiser, read_safetensors(newest / MOMENTS)[0], newest)
@@ -124,7 +119,7 @@ def _complete(run: Path) -> list[Path]:
 def _moments(method: Method, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
         f"{name}/{key}": torch.as_tensor(value).detach().cpu()
-        for name, parameter in trained_weights(method).items()
+        for name, parameter in method.trained_weights().items()
         for key, value in optimiser.state.get(parameter, {}).items()
     }
 
@@ -134,7 +129,7 @@ def _set_moments(method: Method, optimiser: torch.optim.Optimizer, saved: dict[s
     for name, value in saved.items():
         parameter_name, _, key = name.rpartition("/")
         by_name.setdefault(parameter_name, {})[key] = value
-    own = list(trained_weights(method))
+    own = list(method.trained_weights())
     if by_name and set(by_name) != set(own):
         raise UserError(f"checkpoint '{where}': its optimiser belongs to another LoRA")
     packed = optimiser.state_dict()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rewardsr import run_folder
-from rewardsr.train.checkpoint import State, trained_weights
+from rewardsr.train.checkpoint import State
 from rewardsr.train.loop import make_optimiser, step
 from rewardsr.train.prepare import Setup
 
@@ -41,7 +41,7 @@ def measure_step(setup: Setup) -> DryRun:
     metrics, _ = step(setup, make_optimiser(setup), State())
     device = setup.accelerator.device
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_resident()
-    trainable = sum(parameter.numel() for parameter in trained_weights(setup.method).values())
+    trainable = sum(parameter.numel() for parameter in setup.method.trained_weights().values())
     run = setup.recipe.output
     # 16 bytes a weight: the LoRA, the weights being trained, and AdamW's two moments.
     in_checkpoint = 16 * trainable + sum(value.nbytes for value in setup.method.state_dict().values())

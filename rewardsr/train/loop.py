@@ -259,7 +259,7 @@ def _update(
     setup: Setup, optimiser: torch.optim.Optimizer, state: State, groups: list[tuple[Prepared, list[int]]], update: int
 ) -> dict[str, Any]:
     """Back-propagate the losses of the groups and take one optimiser step, unless something is not finite."""
-    recipe, parameters = setup.recipe, checkpoint.trained_weights(setup.method)
+    recipe, parameters = setup.recipe, setup.method.trained_weights()
     optimiser.zero_grad(set_to_none=True)
     means, culprit = Means(), ""
     for group, indices in groups:

@@ -117,6 +117,10 @@ class Method(ABC):
         """`parameters`, asked once."""
         return self.parameters()
 
+    def trained_weights(self) -> dict[str, nn.Parameter]:
+        """Everything that is trained, by `group/key`."""
+        return {f"{group.name}/{key}": value for group in self.trained for key, value in group.parameters.items()}
+
     @cached_property
     def reference(self) -> "Reference":
         """`with method.reference():` is the pipeline as it was before training."""
