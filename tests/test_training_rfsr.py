@@ -302,8 +302,7 @@ DAMAGES = {
 }
 
 
-# One row spreads over four without a word.
-@pytest.mark.parametrize("damage", list(DAMAGES))
+@pytest.mark.parametrize("damage", list(DAMAGES))  # one row spreads over four without a word
 def test_a_state_of_the_method_that_does_not_fit_is_refused_in_one_line(damage, own) -> None:
     path, run = own(steps=2)
     rewardsr.finetune(path)

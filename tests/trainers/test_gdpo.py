@@ -11,10 +11,7 @@ from rewardsr.errors import TrainingError, UserError
 from rewardsr.rewards.attribute import texture_share
 from rewardsr.testing import tiny_pipeline
 from rewardsr.trainers import gdpo, groups, preferences
-from rewardsr.trainers.base import Loss
 from rewardsr.trainers.gdpo import GDPO, GDPOOptions
-from rewardsr.trainers.groups import Group
-from rewardsr.trainers.preferences import group_advantages
 
 LN2 = math.log(2)
 FORMS = [{"preference": "paper"}, {"preference": "conditional"}, {"preference": "conditional", "shared_noise": True}]
@@ -57,7 +54,7 @@ def images(count: int = 1, side: int = 16) -> Batch:
     return Batch(lq=pixels, hq=pixels, prompts=("a cat", "a much longer text", "a")[:count])
 
 
-def step(method: GDPO, group: Group, draws=None) -> tuple[dict[str, torch.Tensor], list[Loss]]:
+def step(method: GDPO, group: groups.Group, draws=None) -> tuple[dict[str, torch.Tensor], list[gdpo.Loss]]:
     """LoRA gradients and losses of one update; the losses are back-propagated one by one, as the loop does it."""
     own = lora.parameters(method.adapter)
     for parameter in own.values():
@@ -287,7 +284,7 @@ def test_the_policy_moves_towards_the_better_outputs(base) -> None:
         method = make(base, preference="conditional", group_size=4, beta=100)
         adapter = method.adapter
         group = method.prepare(images(), Draws(0, 0, [0]))
-        group = Group(group.condition, group.latents, sign * group.advantages, group.metrics)
+        group = groups.Group(group.condition, group.latents, sign * group.advantages, group.metrics)
         optimiser = torch.optim.AdamW(lora.parameters(adapter).values(), lr=1e-3)
         for at in range(12):
             step(method, group, Draws(0, at, [0], "update"))
@@ -366,7 +363,7 @@ def test_attribute_weighting_shares_one_by_the_texture_of_hq(base, monkeypatch) 
 
     def spy(scores, weights):
         seen.update(weights)
-        return group_advantages(scores, weights)
+        return preferences.group_advantages(scores, weights)
 
     monkeypatch.setattr(groups, "group_advantages", spy)
     rewards = [Score(name="psnr"), Score(kind="detail", name="fine"), Score(kind="detail", name="crisp")]
