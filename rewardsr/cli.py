@@ -303,8 +303,6 @@ def push(
         datasets=dataset or [],
         licence=licence,
     )
-    for line in pushed.plan.lines():
-        typer.echo(line)
     typer.echo("nothing was sent" if pushed.url is None else pushed.url)
 
 

@@ -16,6 +16,7 @@ def test_finetune_push_pull_and_use(commands, hub, tiny_base, hq_folder, tmp_pat
     run = tmp_path / "run"
     assert commands.finetune(tiny_base, hq_folder, run, "--validation", hq_folder).code == 0
     shown = commands("push", run, "ada/crisp", "--dry-run")
+    assert shown.out.count("recipe.yaml") == 1  # each file once
     assert shown.code == 0 and "README.md" in shown.out and "nothing was sent" in shown.out
     answer = commands("push", run, "ada/crisp", "--base-model", "ada/base", "--license", "openrail++")
     assert answer.code == 0, answer.err
