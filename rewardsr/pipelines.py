@@ -1,6 +1,7 @@
 """Where every command and the Python API get a pipeline: loaded, taken from memory, or as a run left it."""
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -159,8 +160,6 @@ def choose_device(device: str, precision: str) -> tuple[torch.device, torch.dtyp
         )
     chosen = torch.device(device)
     if device == "cuda":  # each process of a launch has its own
-        import os
-
         chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(chosen)
     if precision == "auto":

@@ -61,15 +61,6 @@ def batches(count: int, hq: bool = True) -> list[Batch]:
     return result
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Networks this small are slower with two threads, and far slower on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def adapter(tiny):
     """A noisy one-step pipeline whose LoRA does something."""

@@ -1,7 +1,6 @@
 """Colour fixes and running a pipeline over tensors and files."""
 
 import io
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,15 +15,6 @@ from rewardsr.draws import Draws
 from rewardsr.errors import UserError
 from rewardsr.evaluation.colour import adain, fix_color, wavelet
 from rewardsr.evaluation.upscale import upscale, upscale_tensor
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Networks this small are slower with two threads, and far slower on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
