@@ -7,10 +7,15 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it once
 
+import hypothesis
 import pytest
 import torch
 from _data import DATA
 from safetensors.torch import load_file
+
+# Equal examples in every run, and no clock: a slow machine is no fault. Tests say how many they want.
+hypothesis.settings.register_profile("seeded", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("seeded")
 
 
 @pytest.fixture(scope="session", autouse=True)
