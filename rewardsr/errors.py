@@ -1,11 +1,18 @@
 """Errors that are the user's to mend, and hints at what was meant."""
 
 import difflib
+import errno
 from collections.abc import Iterable
+
+# How torch and the libraries below it say it, where they raise no error of its own kind.
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "status_alloc_failed")
 
 
 class UserError(ValueError):
     """Bad input: one line that says what is wrong, where, and what to do. The CLI prints it and exits with code 2."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class TrainingError(RuntimeError):
@@ -23,3 +30,19 @@ def one_line(error: BaseException) -> str:
     """What somebody else's error says, in one line of at most 200 characters, after its kind."""
     said = " ".join(str(error).split())[:200]
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def printable(text: str) -> str:
+    """A text for one line of a terminal: what is not printable becomes its escape (`\\n`, `\\x1b`, `\\udcff`)."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode() for letter in text
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory, on the CPU or on a device, was not enough for what was tried."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's; it may not be imported
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _NO_MEMORY)

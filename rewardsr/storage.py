@@ -1,5 +1,6 @@
-"""Writing so that nothing is ever half-written."""
+"""Paths as users write them, and writing so that nothing is ever half-written."""
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -7,6 +8,34 @@ from contextlib import suppress
 from pathlib import Path
 
 from rewardsr.errors import UserError
+
+_SHOWN = 100  # characters of a path in a message about it
+
+
+def expand(path: Path | str) -> Path:
+    """A path that a user gave, with `~` and `~name` replaced by home folders; a relative one stays relative.
+
+    Raises:
+        UserError: the text is empty, there is no such home folder, or no file system takes the name.
+    """
+    if not str(path):
+        raise UserError("a path is empty: name a file or folder")
+    shown = f"'{path}'" if len(str(path)) <= _SHOWN else f"'{str(path)[:_SHOWN]}...'"
+    try:
+        full = Path(path).expanduser()
+    except RuntimeError as error:
+        if os.path.lexists(path):
+            return Path(path)
+        raise UserError(f"{shown}: there is no home folder of {Path(path).parts[0]}: write the whole path") from error
+    for part in map(str, (full, *full.parts)):
+        try:
+            os.lstat(part)
+        except ValueError as error:  # a NUL, or half of a surrogate pair
+            raise UserError(f"{shown} holds a character that no file name can hold") from error
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise UserError(f"{shown} is too long for a file name: choose a shorter one") from error
+    return full
 
 
 def write_bytes(path: Path, content: bytes) -> None:
