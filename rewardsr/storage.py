@@ -12,6 +12,7 @@ from pathlib import Path
 from rewardsr.errors import UserError
 
 _SUFFIX = ".rewardsr.tmp"
+_LONGEST = 255  # bytes of a file's name
 _SHOWN = 100  # characters of a path in a message about it
 
 
@@ -115,8 +116,11 @@ def remove_own_leftovers(folder: Path) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    """The same name for the same target, so that the next writer clears away what a killed one left; never too long."""
-    return path.with_name(f".{hashlib.blake2b(os.fsencode(path.name), digest_size=8).hexdigest()}{_SUFFIX}")
+    """The same name for the same target, so that the next writer clears away what a killed one left."""
+    name = f".{path.name}{_SUFFIX}"
+    if len(os.fsencode(name)) > _LONGEST:
+        name = f".{hashlib.blake2b(os.fsencode(path.name), digest_size=8).hexdigest()}{_SUFFIX}"
+    return path.with_name(name)
 
 
 @contextmanager

@@ -134,10 +134,15 @@ def write_image(image: Tensor, path: Path | str) -> Path:
     path = expand(path)
     if path.suffix.lower() != ".png":
         raise UserError(f"cannot write '{path}': images are written as PNG, let the name end in .png")
+    write_bytes(path, encode_png(image))
+    return path
+
+
+def encode_png(image: Tensor) -> bytes:
+    """An image (3, H, W) or (1, 3, H, W) as an 8-bit PNG; errors are those of `to_pil`."""
     buffer = io.BytesIO()
     to_pil(image).save(buffer, format="PNG")
-    write_bytes(path, buffer.getvalue())
-    return path
+    return buffer.getvalue()
 
 
 def list_images(folder: Path | str) -> list[Path]:
