@@ -4,6 +4,7 @@ Heavy imports happen inside the commands, so that `--help` is quick.
 """
 
 import errno
+import io
 import logging
 import os
 import sys
@@ -13,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from rewardsr import __version__
-from rewardsr.errors import TrainingError, UserError
+from rewardsr.errors import TrainingError, UserError, is_out_of_memory, printable
 
 app = typer.Typer(
     name="rewardsr",
@@ -47,24 +48,25 @@ Seed = Annotated[int, typer.Option(help="of the noise")]
 
 def main() -> None:
     """Entry point: runs a command; the user's mistakes become one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show must not end a command
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(standalone_mode=True)
     except UserError as error:
         _leave(f"error: {error}", 2)
     except TrainingError as error:
         _leave(f"training stopped: {error}", 1)
-    except OSError as error:
-        if error.errno not in PLACE_ERRORS:
+    except Exception as error:
+        if is_out_of_memory(error):
+            _leave("error: out of memory: smaller images, a tile, --precision bf16 or --device cpu need less", 2)
+        if not isinstance(error, OSError) or error.errno not in PLACE_ERRORS:
             raise
         _leave(f"error: {error.strerror}: '{error.filename}'" if error.filename else f"error: {error.strerror}", 2)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; by name, for it may not be imported
-            raise
-        _leave("error: out of memory on the device: smaller images, --precision bf16 or --device cpu need less", 2)
 
 
 def _leave(message: str, code: int) -> NoReturn:
-    print(" ".join(message.split()), file=sys.stderr)
+    print(printable(" ".join(message.split())), file=sys.stderr)
     sys.exit(code)
 
 
@@ -73,7 +75,9 @@ class _Console(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         warns = record.levelno >= logging.WARNING
-        typer.echo(f"warning: {record.getMessage()}" if warns else record.getMessage(), err=warns)
+        message = "\n".join(map(printable, record.getMessage().split("\n")))
+        text, stream = (f"warning: {message}", sys.stderr) if warns else (message, sys.stdout)
+        print(text, file=stream, flush=True)
 
 
 def _version(wanted: bool) -> None:

@@ -244,7 +244,7 @@ def _sources(inputs: Input | Iterable[Input]) -> Iterator[Path | Image.Image | T
             yield from list_images(path) if path.is_dir() else [path]
         elif isinstance(entry, Image.Image):
             yield entry
-        elif isinstance(entry, np.ndarray) and entry.dtype == np.uint8 and entry.ndim == 3 and entry.shape[2] in (3, 4):
+        elif isinstance(entry, np.ndarray) and _is_picture(entry):
             yield Image.fromarray(entry)
         elif isinstance(entry, Tensor) and entry.ndim in (3, 4) and entry.shape[-3] == 3 and entry.numel():
             whole = entry.detach().cpu()
@@ -260,6 +260,11 @@ def _sources(inputs: Input | Iterable[Input]) -> Iterator[Path | Image.Image | T
                 f"cannot upscale {type(entry).__name__}{about}: give files, folders, PIL images, arrays (H, W, 3) of "
                 "uint8, or tensors (3, H, W) in [0, 1]"
             )
+
+
+def _is_picture(array: np.ndarray) -> bool:
+    colours = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    return colours and array.dtype == np.uint8 and array.size > 0
 
 
 def _read(source: Path | Image.Image | Tensor) -> Tensor:
