@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rewardsr.errors import UserError, one_line
 from rewardsr.hub import connection
+from rewardsr.storage import expand
 from rewardsr.weights import read_pickle, read_safetensors
 
 Got = TypeVar("Got")
@@ -95,7 +96,7 @@ def local_file(owner: str, path: Path | str) -> Path:
     Raises:
         UserError: there is none.
     """
-    path = Path(path).expanduser()
+    path = expand(path)
     if not path.is_file():
         raise UserError(f"{owner}: no weights file '{path}'")
     return path
