@@ -45,7 +45,7 @@ class SeeSR(Ancestral):
         )
         steps: Steps = 50
         guidance: Guidance = 5.5
-        conditioning_scale: float = Field(1.0, description="of what the ControlNet adds to the UNet")
+        conditioning_scale: float = Field(1.0, ge=-1000, le=1000, description="of what the ControlNet adds to the UNet")
         template: str = Field(
             "{tags}, ,clean, high-resolution, 8k",
             description="text around the tags; `{tags}`: the tags alone, as in RFSR's training. An empty prompt that "

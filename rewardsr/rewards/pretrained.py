@@ -49,6 +49,8 @@ def cached_or_fetched(owner: str, cached: Callable[[], Got], fetch: Callable[[],
         ) from cause
     try:
         return fetch()
+    except UserError:
+        raise
     except Exception as error:  # of urllib, torch, or what the Hub's client stands on, by its version
         raise UserError(f"{owner}: {what} could not be fetched: {one_line(error)}; try again, or {instead}") from error
 
