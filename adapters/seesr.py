@@ -6,7 +6,7 @@ embeddings of a tagger (RAM, or SeeSR's DAPE): tokens of 512 numbers, which come
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import torch
 from pydantic import Field
@@ -18,7 +18,7 @@ from rewardsr.batch import Batch, Condition
 from rewardsr.draws import Source
 from rewardsr.errors import UserError
 from rewardsr.hub.fetch import fetch
-from rewardsr.plugins import resolve
+from rewardsr.plugins import named, resolve
 
 EMBEDDING = "ram"  # its name in Batch.extras, and in the files beside the images
 ALIKE = ("in_channels", "block_out_channels", "layers_per_block", "down_block_types", "attention_head_dim")
@@ -38,14 +38,14 @@ class SeeSR(Ancestral):
         weights: str | None = Field(
             None, description="folder or Hub id with SeeSR's `unet/` and `controlnet/`; null: those of the base"
         )
-        tagger: str | None = Field(
+        tagger: Annotated[str, named("taggers")] | None = Field(
             None,
             description="looks at images that bring no embeddings: `module:Name`, or a name of the entry-point group "
             "`rewardsr.taggers`",
         )
         steps: Steps = 50
         guidance: Guidance = 5.5
-        conditioning_scale: float = Field(1.0, description="of what the ControlNet adds to the UNet")
+        conditioning_scale: float = Field(1.0, ge=-1000, le=1000, description="of what the ControlNet adds to the UNet")
         template: str = Field(
             "{tags}, ,clean, high-resolution, 8k",
             description="text around the tags; `{tags}`: the tags alone, as in RFSR's training. An empty prompt that "

@@ -33,11 +33,15 @@ UNET_TARGETS = (
 )
 
 # Options that several families have, each with a default of its own.
-Scale = Annotated[int, Field(ge=1, description="`sr` is this many times `lq`; 1 for inputs already at output size")]
-Steps = Annotated[int, Field(ge=1, description="of the sampler")]
-Guidance = Annotated[float, Field(ge=1, description="classifier-free guidance scale; 1: none")]
-Tile = Annotated[int | None, Field(description="latents larger than tile x tile are sampled in tiles; null: never")]
-TileOverlap = Annotated[int, Field(description="of neighbouring tiles, in latents")]
+Scale = Annotated[
+    int, Field(ge=1, le=64, description="`sr` is this many times `lq`; 1 for inputs already at output size")
+]
+Steps = Annotated[int, Field(ge=1, le=10_000, description="of the sampler")]
+Guidance = Annotated[float, Field(ge=1, le=1000, description="classifier-free guidance scale; 1: none")]
+Tile = Annotated[
+    int | None, Field(le=65_536, description="latents larger than tile x tile are sampled in tiles; null: never")
+]
+TileOverlap = Annotated[int, Field(le=65_536, description="of neighbouring tiles, in latents")]
 
 
 @dataclass

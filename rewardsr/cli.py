@@ -95,7 +95,8 @@ def _options(
     if not any(isinstance(handler, _Console) for handler in logger.handlers):
         logger.addHandler(_Console())
     # Of the processes of a launch one speaks.
-    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    rank = os.environ.get("RANK", "")
+    logger.setLevel(logging.ERROR if rank.isdecimal() and int(rank) else logging.INFO)
 
 
 @app.command()

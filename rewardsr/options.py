@@ -3,13 +3,27 @@
 from collections.abc import Mapping
 from pathlib import PurePath
 from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rewardsr.errors import UserError, nearest
+from rewardsr.errors import UserError, nearest, shortened, shown
 
 Model = TypeVar("Model", bound=BaseModel)
+
+LEAST_SEED, LAST_SEED = -(2**63), 2**64 - 1  # what torch takes
+Seed = Annotated[int, Field(ge=LEAST_SEED, le=LAST_SEED)]
+Count = Annotated[int, Field(ge=1, le=10**9)]  # of steps or images: a thousand times what anybody has
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that the generators do not take.
+
+    Raises:
+        UserError: it is not within 64 bits.
+    """
+    if not LEAST_SEED <= seed <= LAST_SEED:
+        raise UserError(f"the seed is {shown(seed)}, expected {LEAST_SEED} to {LAST_SEED}")
 
 
 class Options(BaseModel):
@@ -35,7 +49,7 @@ def parse(model: type[Model], content: Mapping[str, Any], where: str) -> Model:
         )
     except ValidationError as error:
         # A key that is misspelt is missing under its right name, too: say the former.
-        first = min(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
+        first = min(error.errors(include_url=False), key=lambda entry: entry["type"] != "extra_forbidden")
         raise UserError(
             f"{where}: {_explain(model, first['loc'], first['type'], first['msg'], first['input'])}"
         ) from error
@@ -69,6 +83,8 @@ def _in_words(annotation: Any) -> str:
         return " or ".join(map(str, get_args(annotation)))
     if get_origin(annotation) in (Union, UnionType):
         return " or ".join(map(_in_words, get_args(annotation)))
+    if get_origin(annotation) is Annotated:
+        return _in_words(get_args(annotation)[0])
     if annotation is NoneType:
         return "null"
     return annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
@@ -79,14 +95,17 @@ def _default(value: Any) -> str:
 
 
 def _explain(model: type[BaseModel], loc: tuple[int | str, ...], kind: str, message: str, value: Any) -> str:
-    dotted = ".".join(str(part) for part in loc)
+    message = message.removeprefix("Value error, ")
+    dotted = ".".join(shortened(str(part), 60) for part in loc)
     if kind == "extra_forbidden":
         return f"unknown key '{dotted}': {nearest(str(loc[-1]), _keys(model, loc[:-1]))}"
     if kind == "missing":
         return f"'{dotted}' is missing"
+    if kind == "invalid_key":
+        return f"the key {shown(loc[-1])} is no text: put it in quotes"
     if not loc:
-        return message.removeprefix("Value error, ")
-    return f"'{dotted}' is {value!r}: {message[:1].lower()}{message[1:]}"
+        return message
+    return f"'{dotted}' is {shown(value)}: {message[:1].lower()}{message[1:]}"
 
 
 def _keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:

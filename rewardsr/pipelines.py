@@ -2,24 +2,26 @@
 
 import math
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rewardsr import lora
+from rewardsr import lora, plugins
 from rewardsr.adapter import ISRAdapter
-from rewardsr.errors import UserError
-from rewardsr.hub.fetch import fetch_lora, is_reference
+from rewardsr.errors import UserError, shown
+from rewardsr.hub.fetch import EMBEDDED, fetch_lora, is_reference
 from rewardsr.options import describe, parse
+from rewardsr.places import is_place
 from rewardsr.plugins import names, resolve_class
+from rewardsr.rewards import is_plugin
 from rewardsr.run_folder import RECIPE
+from rewardsr.storage import expand
 from rewardsr.train import recipe as recipes
 from rewardsr.train.recipe import Recipe
 
-CODE = re.compile(r"[\w.]+:[\w.]+")  # module:Name
 LOADING = {"weights", "revision"}  # options of adapters that a live pipeline has no use for
 
 
@@ -160,11 +162,18 @@ def choose_device(device: str, precision: str) -> tuple[torch.device, torch.dtyp
         )
     chosen = torch.device(device)
     if device == "cuda":  # each process of a launch has its own
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        chosen = torch.device("cuda", _local_rank(torch.cuda.device_count()))
         torch.cuda.set_device(chosen)
     if precision == "auto":
         precision = "bf16" if device == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     return chosen, torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def _local_rank(devices: int) -> int:
+    said = os.environ.get("LOCAL_RANK") or "0"
+    if not (said.isascii() and said.isdecimal() and int(said) < devices):
+        raise UserError(f"LOCAL_RANK is {shown(said)}, and there are {devices} CUDA devices: start one process on each")
+    return int(said)
 
 
 def open_run(
@@ -183,8 +192,9 @@ def open_run(
 
     Args:
         run: folder of a run, or "user/name[@revision]" on the Hub; its recipe names adapter, base and options, and its
-            LoRA is loaded.
-        adapter, base: without a run.
+            LoRA is loaded. A recipe from the Hub is a stranger's: it names registered plug-ins only, and no place here.
+        adapter: without a run.
+        base: without a run; beside one, where the run's base lies here.
         options: `key=value` strings; they override those of the recipe.
         loras: LoRA files, folders or Hub references, instead of the run's; `:weight` behind one is its share.
         strength: scale of the LoRA.
@@ -200,24 +210,25 @@ def open_run(
     if not math.isfinite(strength):
         raise UserError(f"strength is {strength}, expected a finite number")
     chosen, dtype = choose_device(device, precision)
+    given = recipes.assignments_of(list(options or ()), "--option")
+    parts = [weighted(text) for text in loras or ()]
+    recipe, stranger = None, False
     settings: dict[str, Any] = {}
-    recipe = None
     if run is not None:
-        if base is not None:
-            raise UserError("give --run or --base, not both")
-        folder = fetch_lora(run) if is_reference(run) else Path(run).expanduser()
+        stranger = is_reference(run)
+        folder = fetch_lora(run) if stranger else expand(run)
         recipe = recipes.load_recipe(str(folder / RECIPE), {}, [])
-        if is_reference(run):
-            _refuse_code(recipe, run)
-        adapter, base, settings = recipe.adapter, recipe.base, dict(recipe.adapter_options)
-        loras = loras or [str(folder)]
+        if stranger:
+            _check_stranger(recipe, run, base is None, given)
+        adapter, base, settings = recipe.adapter, base or recipe.base, dict(recipe.adapter_options)
+        parts = parts or [(str(folder), 1.0)]
     if base is None:
         raise UserError(
             "say which pipeline: --run FOLDER of a run, or --base with a diffusers folder, a Hub id or 'embedded'"
         )
-    settings |= recipes.assignments_of(list(options or ()), "--option")
-    pipeline = load_adapter(adapter, base, device=chosen, dtype=dtype, **settings)
-    parts = [weighted(text) for text in loras or ()]
+    named = [value for value in given.values() if isinstance(value, str)]
+    with plugins.registered_only(f"the run '{run}'", named) if stranger else nullcontext():
+        pipeline = load_adapter(adapter, base, device=chosen, dtype=dtype, **(settings | given))
     if len(parts) == 1:
         lora.load(pipeline, parts[0][0], strength * parts[0][1], force_base)
     elif parts:
@@ -225,31 +236,62 @@ def open_run(
     return pipeline, recipe
 
 
-def _refuse_code(recipe: Recipe, run: str) -> None:
-    """A stranger's recipe must not choose what is imported and called here: registered names only.
+def _check_stranger(recipe: Recipe, run: str, uses_base: bool, given: Mapping[str, Any]) -> None:
+    """A stranger's recipe must not choose what is imported and called here, nor which files of this machine are read.
 
-    `module:Name` reaches everything that is installed, `torch:hub` for one, whose `load` runs code from the network.
+    Names that options hold (`tagger`) are left to the resolver; all others are looked up now, those that only training
+    or an evaluation would use among them.
     """
-    for value in (recipe.adapter, *recipe.adapter_options.values()):
-        if isinstance(value, str) and CODE.fullmatch(value):
-            raise UserError(
-                f"the run '{run}' names code, '{value}', which a run from the Hub may not: pull it, look at its "
-                "recipe.yaml, and give --adapter, --base, --option and --lora yourself"
-            )
+    data = recipe.data
+    rewards = [name for name in (*(entry.name for entry in recipe.rewards), *recipe.guards) if is_plugin(name)]
+    with plugins.registered_only(f"the run '{run}'"):
+        plugins.check("adapters", recipe.adapter)
+        plugins.check("trainers", recipe.trainer)
+        plugins.check("degradations", data.degradation.name)
+        for kind, found in (("rewards", rewards), ("captioners", [data.captioner] if data.captioner else [])):
+            for name in found:
+                plugins.check(kind, name)
+    places = {f"adapter option {key}": value for key, value in recipe.adapter_options.items() if key not in given}
+    places |= {f"degradation option {key}": value for key, value in (data.degradation.model_extra or {}).items()}
+    for what, value in places.items():
+        for text in _texts(value):
+            if is_place(text):
+                raise UserError(
+                    f"the run '{run}' names a place on a disk as {what}, {shown(text)}, which a run from the Hub may "
+                    "not: give the option yourself (--option KEY=VALUE), or pull it and look at its recipe.yaml"
+                )
+    if uses_base and recipe.base != EMBEDDED and not is_reference(recipe.base):
+        raise UserError(
+            f"the run '{run}' was trained on a base of its author's disk, {shown(recipe.base)}: say where it "
+            "lies here, --base PATH"
+        )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a value, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from _texts(key)
+            yield from _texts(entry)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _texts(entry)
 
 
 def weighted(text: str) -> tuple[str, float]:
-    """A LoRA and its weight, of `source` (weight 1) or `source:0.7`.
+    """A LoRA and its weight, of `source` (weight 1) or `source:0.7`; a path that is there is one, whatever its name.
 
     Raises:
         UserError: the weight is not finite.
     """
     source, _, weight = text.rpartition(":")
+    if not source or os.path.lexists(expand(text)):
+        return text, 1.0
     try:
         value = float(weight)
-    except ValueError:  # no weight; a colon may be the path's own
-        return text, 1.0
-    if not source:
+    except ValueError:  # no weight: a colon of the path's own
         return text, 1.0
     if not math.isfinite(value):
         raise UserError(f"--lora {text}: the weight is not a finite number")

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -40,6 +41,28 @@ def expand(path: Path | str) -> Path:
             if error.errno == errno.ENAMETOOLONG:
                 raise UserError(f"{shown} is too long for a file name: choose a shorter one") from error
     return full
+
+
+def read_text(path: Path, what: str, most: int = 2**20) -> str:
+    """The text of a small file, never more than `most` bytes of it, and of nothing that does not end.
+
+    Raises:
+        UserError: no such file, no regular one (a pipe or a device may go on for ever), a larger one, or no UTF-8 text;
+            the message begins with `what`.
+    """
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # reading the latter says so
+            raise UserError(f"{what} is a pipe or a device, expected a file")
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+        if len(content) > most:
+            raise UserError(f"{what} is larger than {most:,d} bytes: that is not one")
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} is not a text file (UTF-8)") from error
+    except OSError as error:
+        raise UserError(f"{what}: {error.strerror or error}") from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # From low to high; an entry stands for the module or package and what is in it, unless a longer entry names that.
 # A module imports from its own floor or lower ones only.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "run_folder", "options"),
+    ("errors", "run_folder", "options", "places"),
     ("plugins", "storage", "draws", "hub.connection"),
     ("weights", "schedule", "tiling", "batch", "hub.fetch", "train.recipe"),
     ("adapter",),

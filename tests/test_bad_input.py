@@ -69,7 +69,7 @@ def test_recipe_that_says_nonsense(refused, tmp_path, monkeypatch, text, says) -
         (("--set", "trainer_options.bet=1"), "did you mean 'beta'?"),
         (("--set", "trainer_options.group_size=1"), "group_size"),
         (("--set", 'rewards=[{"name":"ssim","options":{"windo":1}}]'), "reward 'ssim': unknown key 'windo'"),
-        (("--set", "rewards.0=psnr"), "not a section"),
+        (("--set", "rewards.0=psnr"), "'rewards.0' is 'psnr': input should be"),
         (("--set", "steps"), "expected key=value"),
         (("--set", "data.crop=30"), "multiple of the scale"),
         (("--device", "gpu"), "'device' is 'gpu'"),
@@ -262,8 +262,9 @@ def test_a_name_that_does_not_resolve_in_time_is_no_connection(monkeypatch) -> N
 
 
 def test_a_hub_id_that_cannot_be_one(refused, hq_folder, tmp_path) -> None:
-    for name in ("no spaces/please", "user/--name", "a/b/c", ""):
+    for name in ("no spaces/please", "user/--name", "a/b/c"):
         assert "base '" in refused.finetune(name, hq_folder, tmp_path / "run")
+    assert "'base' is ''" in refused.finetune("", hq_folder, tmp_path / "run")
 
 
 def test_a_metric_that_needs_a_download(commands: Commands, contacted, tiny_base, hq_folder, tmp_path) -> None:

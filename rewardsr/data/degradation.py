@@ -93,7 +93,7 @@ def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
     return bounds
 
 
-_Sigma = Annotated[float, Field(ge=0)]
+_Sigma = Annotated[float, Field(ge=0, le=255)]  # more leaves nothing of an image
 _Quality = Annotated[int, Field(ge=1, le=100)]
 
 

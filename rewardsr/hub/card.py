@@ -18,6 +18,7 @@ from rewardsr.hub.fetch import EMBEDDED, PIPELINE, check_lora
 from rewardsr.hub.search import TAG
 from rewardsr.rewards import licence_of
 from rewardsr.run_folder import CARD, LORA, RECIPE, SAMPLES, VALIDATION
+from rewardsr.storage import expand
 from rewardsr.train.recipe import Recipe, load_recipe, to_yaml
 
 UNKNOWN = "unknown"  # what an adapter says of a licence that it cannot know
@@ -163,7 +164,7 @@ def _licence_of_base(base: str, revision: str) -> str | None:
     """The licence that the base's own card states; None where it has no card here, or none that states one."""
     try:
         if revision in NOT_ON_HUB:
-            path = (PIPELINE if base == EMBEDDED else Path(base).expanduser()) / CARD
+            path = (PIPELINE if base == EMBEDDED else expand(base)) / CARD
         else:
             path = Path(hf_hub_download(base, CARD, revision=revision, local_files_only=not online()))
         stated = (metadata_load(path) or {}).get("license")

@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -23,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from rewardsr.errors import UserError
 from rewardsr.hub.connection import TIMEOUT, online, reason, status_of
 from rewardsr.run_folder import CARD, LORA, OUR_HEADER, RECIPE, SAMPLES
-from rewardsr.storage import write_folder
+from rewardsr.storage import expand, write_folder
 
 EMBEDDED = "embedded"
 PIPELINE = Path(__file__).parents[1] / "demo" / "pipeline"  # the embedded one, in the usual diffusers layout
@@ -37,7 +38,7 @@ _REFERENCE = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\S+))?")
 def is_reference(text: str) -> bool:
     """Whether this names a Hub repository, user/name or user/name@revision, rather than something on the disk."""
     found = _REFERENCE.fullmatch(text)
-    return found is not None and not found["repo"].endswith(_WEIGHTS) and not Path(text).exists()
+    return found is not None and not found["repo"].endswith(_WEIGHTS) and not os.path.lexists(text)
 
 
 def split_reference(text: str) -> tuple[str, str | None]:
@@ -69,7 +70,7 @@ def fetch(source: str, what: str, folders: tuple[str, ...], revision: str | None
     """
     if source == EMBEDDED:
         return PIPELINE, EMBEDDED
-    local = Path(source).expanduser()
+    local = expand(source)
     if local.is_dir():
         return local, "local"
     if local.exists():
@@ -128,7 +129,7 @@ def pull(reference: str, output: Path | str | None = None) -> Path:
     Raises:
         UserError: as `fetch_lora`; or the folder is in use, or cannot be written.
     """
-    target = None if output is None else Path(output).expanduser().absolute()
+    target = None if output is None else expand(output).absolute()
     if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"output '{output}' is not empty: choose a new folder")
     folder = fetch_lora(reference)

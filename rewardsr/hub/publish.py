@@ -22,7 +22,7 @@ from rewardsr.hub.card import build_card, check_card
 from rewardsr.hub.connection import TIMEOUT, online, reason, status_of
 from rewardsr.hub.fetch import check_lora, split_reference
 from rewardsr.run_folder import CARD, LORA, METRICS, READY, RECIPE, SAMPLES, VALIDATION
-from rewardsr.storage import write_bytes, write_folder
+from rewardsr.storage import expand, write_bytes, write_folder
 from rewardsr.train.recipe import load_recipe
 
 LARGEST = 5 * 10**9  # bytes; a LoRA has a thousandth of that
@@ -115,7 +115,7 @@ def push(
         raise UserError("a pull request goes against main: give --create-pr or --revision, not both")
     if card is not None and (base_model or datasets or licence):
         raise UserError("base_model, datasets and licence are for the card that is made: give them or card, not both")
-    run = Path(run).expanduser()
+    run = expand(run)
     files = _of_run(run, repo)
     if card is None:
         card = build_card(run, repo, base_model, datasets, licence)

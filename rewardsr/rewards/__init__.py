@@ -42,7 +42,7 @@ def build(name: str, **options: Any) -> Reward:
     """
     if name.startswith(IQA_PREFIX):
         return _metric(name.removeprefix(IQA_PREFIX), options)
-    if ":" in name or name in plugins.names("rewards"):
+    if is_plugin(name):
         return _make(name, plugins.resolve("rewards", name), options)
     ids = _pyiqa_ids()
     if name in ids:
@@ -51,6 +51,11 @@ def build(name: str, **options: Any) -> Reward:
     hint = nearest(name, [*registered, *ids], f"known: {', '.join(registered)}")
     more = "a pyiqa id" if ids else "with pyiqa installed, one of its ids"
     raise UserError(f"unknown reward '{name}': {hint} (or give module:Name, or {more})")
+
+
+def is_plugin(name: str) -> bool:
+    """Whether a reward of this name is resolved as a plug-in, and not as a metric of pyiqa."""
+    return not name.startswith(IQA_PREFIX) and (":" in name or name in plugins.names("rewards"))
 
 
 def known() -> list[Known]:
@@ -72,7 +77,7 @@ def known() -> list[Known]:
 
 def licence_of(name: str) -> str:
     """Licence of a reward by its name, without building it; "unknown" where it does not say."""
-    if (":" in name and not name.startswith(IQA_PREFIX)) or name in plugins.names("rewards"):
+    if is_plugin(name):
         try:
             return str(getattr(plugins.resolve("rewards", name), "licence", "unknown"))
         except UserError:  # of a package that is not here any more

@@ -19,6 +19,7 @@ from rewardsr.batch import Batch
 from rewardsr.errors import UserError, one_line
 from rewardsr.options import Options
 from rewardsr.rewards.pretrained import Checkpoint, from_hub, local_file
+from rewardsr.storage import expand
 
 OWNER = "reward 'imagereward'"  # in messages
 WEIGHTS = ("THUDM/ImageReward", "ImageReward.pt")  # on the Hub: repository, file
@@ -109,7 +110,7 @@ class ImageReward:
         if options.tokenizer is None:
             words_path = from_hub(OWNER, *VOCABULARY, "give options: {tokenizer: PATH}")
         else:
-            words_path = options.tokenizer.expanduser()
+            words_path = expand(options.tokenizer)
         self._tokenizer = _read_tokenizer(words_path)
         self._network = _fitted(Checkpoint(OWNER, weights, UNUSED))
         # The released vocabulary is BERT's and two words more, which begin other tasks than this one.

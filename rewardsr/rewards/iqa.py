@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import inspect
 import io
+import pickle
 import urllib.request
 import warnings
 from collections.abc import Iterator
@@ -63,6 +64,7 @@ class IQAOptions(Options):
     crops: int | None = Field(
         None,
         ge=1,
+        le=10_000,
         description="over how many crops a network averages that does (maniqa: 20). They lie on a square grid from the "
         "top left, and only square numbers fill it",
     )
@@ -243,7 +245,14 @@ def _crop_option(metric: str, crops: int | None, parameters: set[str]) -> dict[s
 def _create(metric: str, options: dict[str, Any]) -> Any:
     # On the CPU, for pyiqa loses track of its device otherwise when it is moved later.
     pyiqa = importlib.import_module("pyiqa")
-    return pyiqa.create_metric(metric, as_loss=True, loss_reduction="none", device="cpu", **options)
+    try:
+        with _tensors_only():
+            return pyiqa.create_metric(metric, as_loss=True, loss_reduction="none", device="cpu", **options)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{_owner(metric)}: a file of its weights holds more than tensors (it could run code), or is damaged: "
+            "refused; remove it from the cache, or give options: {weights: PATH} with a .safetensors of its tensors"
+        ) from error
 
 
 def _cached_or_fetched(metric: str, options: dict[str, Any]) -> Any:
@@ -254,6 +263,8 @@ def _cached_or_fetched(metric: str, options: dict[str, Any]) -> Any:
         try:
             with _no_downloads(asked):
                 return _create(metric, options)
+        except UserError:
+            raise
         except Exception as error:  # what a missing file looks like depends on the metric
             if not asked and not isinstance(error, OSError):
                 raise UserError(f"{_owner(metric)} cannot be built: {one_line(error)}") from error
@@ -281,6 +292,8 @@ def _from_file(metric: str, kind: str, weights: Path, options: dict[str, Any], p
     try:
         with _no_downloads([]), _untrained_backbones():
             built = _create(metric, options)
+    except UserError:
+        raise
     except Exception as error:
         form = " (expected OpenAI's file, a TorchScript archive)" if is_clip else ""
         raise UserError(f"{_owner(metric)} cannot be built from '{weights}' alone{form}: {one_line(error)}") from error
@@ -326,6 +339,31 @@ def _no_downloads(asked: list[str]) -> Iterator[None]:
         _swapped(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
         _swapped(urllib.request, "urlopen", refuse),
         _swapped(torch.hub, "urlopen", refuse),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _tensors_only() -> Iterator[None]:
+    """Files are read without running code, whatever the metric asks for.
+
+    pyiqa reads most of its downloads as pickles that may run any, some by way of torch.hub, timm or CLIP; all of these
+    end in `torch.load`. TorchScript archives (OpenAI's CLIP, ARNIQA) and .mat files (NIQE, NRQM, BRISQUE) hold no
+    Python. Of transformers' models those that bring Python code along (`trust_remote_code`) are refused.
+    """
+    import transformers.dynamic_module_utils
+
+    load = torch.load
+
+    def load_tensors(*args: Any, **kwargs: Any) -> Any:
+        return load(*args, **{**kwargs, "pickle_module": None, "weights_only": True})
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise pickle.UnpicklingError("it brings Python code along")
+
+    with (
+        _swapped(torch, "load", load_tensors),
+        _swapped(transformers.dynamic_module_utils, "get_class_in_module", refuse),
     ):
         yield
 

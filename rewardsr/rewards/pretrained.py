@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rewardsr.errors import UserError, one_line
 from rewardsr.hub import connection
+from rewardsr.storage import expand
 from rewardsr.weights import read_pickle, read_safetensors
 
 Got = TypeVar("Got")
@@ -48,6 +49,8 @@ def cached_or_fetched(owner: str, cached: Callable[[], Got], fetch: Callable[[],
         ) from cause
     try:
         return fetch()
+    except UserError:
+        raise
     except Exception as error:  # of urllib, torch, or what the Hub's client stands on, by its version
         raise UserError(f"{owner}: {what} could not be fetched: {one_line(error)}; try again, or {instead}") from error
 
@@ -95,7 +98,7 @@ def local_file(owner: str, path: Path | str) -> Path:
     Raises:
         UserError: there is none.
     """
-    path = Path(path).expanduser()
+    path = expand(path)
     if not path.is_file():
         raise UserError(f"{owner}: no weights file '{path}'")
     return path

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
 
 from rewardsr import lora
 from rewardsr.adapter import ISRAdapter
@@ -26,6 +25,7 @@ from rewardsr.run_folder import RECIPE
 from rewardsr.storage import is_leftover
 from rewardsr.train import recipe as recipes
 from rewardsr.train.log import check_trackers
+from rewardsr.train.processes import make_accelerator
 from rewardsr.train.recipe import DegradationRecipe, Recipe
 from rewardsr.trainers.base import Method
 
@@ -65,7 +65,7 @@ def set_up(recipe: Recipe) -> Setup:
     """
     check_trackers(recipe.log_with)
     device, dtype = choose_device(recipe.device, recipe.precision)
-    accelerator = _accelerator(device)
+    accelerator = make_accelerator(device)
     method_kind = method_class(recipe.trainer)
     options = parse(method_kind.Options, recipe.trainer_options, "trainer_options")
     kind = adapter_class(recipe.adapter)
@@ -215,13 +215,6 @@ def check_output(recipe: Recipe, resume: bool) -> None:
         raise UserError(
             f"the run in '{run}' has another recipe (differs in: {', '.join(different)}); resume it unchanged"
         )
-
-
-def _accelerator(device: torch.device) -> Accelerator:
-    """accelerate has one state a process: a second run there, on another device, needs a fresh one."""
-    if PartialState._shared_state and PartialState().device.type != device.type:
-        AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=device.type == "cpu")
 
 
 def _attach(adapter: ISRAdapter, recipe: Recipe) -> None:

@@ -1,21 +1,33 @@
 """Recipes: everything that determines a run, validated before anything is loaded."""
 
 import re
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from rewardsr.errors import UserError
-from rewardsr.options import Options, parse
+from rewardsr.errors import UserError, one_line, shortened, shown
+from rewardsr.options import Count, Options, Seed, parse
+from rewardsr.storage import expand, read_text
+
+LARGEST = 100_000  # bytes of a recipe; the longest of ours has 3,000
+MOST_VALUES, DEEPEST = 10_000, 50  # in a recipe, once its aliases are followed
+
+
+def _of_user(text: str) -> str:
+    """A path with `~` replaced; whatever else it is (a Hub id, say) stays as it is written."""
+    full = expand(text)
+    return str(full) if text.startswith("~") else text
+
+
+_Place = Annotated[str, AfterValidator(_of_user)]
 
 
 class RewardRecipe(Options):
     """One reward and how much it counts."""
 
     name: str = Field(description="built-in name, pyiqa metric id, or module:Name")
-    weight: float = Field(1.0, ge=0, description="0 only watches: the score is logged and does not steer")
+    weight: float = Field(1.0, ge=0, le=1e6, description="0 only watches: the score is logged and does not steer")
     options: dict[str, Any] = Field(default_factory=dict, description="of the reward itself (weights: local path, ...)")
 
 
@@ -30,9 +42,9 @@ class DegradationRecipe(Options):
 class DataRecipe(Options):
     """Where images come from."""
 
-    train: str = Field(description="folder of HQ images, or of paired lq/ and gt/ folders matched by name")
-    validation: str | None = Field(None, description="the same for held-out images; None: no validation")
-    crop: int = Field(512, ge=1, description="side of the HQ crops in pixels")
+    train: _Place = Field(description="folder of HQ images, or of paired lq/ and gt/ folders matched by name")
+    validation: _Place | None = Field(None, description="the same for held-out images; None: no validation")
+    crop: int = Field(512, ge=1, le=16_384, description="side of the HQ crops in pixels")
     degradation: DegradationRecipe = Field(
         default_factory=DegradationRecipe, description="for HQ folders; pairs ignore it"
     )
@@ -42,9 +54,9 @@ class DataRecipe(Options):
         "else one text for all",
     )
     captioner: str | None = Field(None, description="registered name, or module:Name; with prompts: captioner")
-    validation_limit: int | None = Field(None, ge=1, description="the first so many held-out images")
+    validation_limit: Count | None = Field(None, description="the first so many held-out images")
     validation_side: int | None = Field(
-        None, ge=1, description="cut larger held-out images to this many HQ pixels a side"
+        None, ge=1, le=65_536, description="cut larger held-out images to this many HQ pixels a side"
     )
     flip: bool = Field(True, description="mirror crops at random")
 
@@ -52,32 +64,35 @@ class DataRecipe(Options):
 class LoraRecipe(Options):
     """The LoRA that is trained."""
 
-    rank: int = Field(4, ge=1)
+    rank: int = Field(4, ge=1, le=4096, description="more than a layer is wide would be for nothing")
     alpha: float = Field(
-        8.0, gt=0, description="the LoRA is scaled by alpha / rank; the papers' files have 8 at rank 4"
+        8.0, gt=0, le=1e6, description="the LoRA is scaled by alpha / rank; the papers' files have 8 at rank 4"
     )
-    init: str | None = Field(None, description="start from this LoRA (rewardsr safetensors, or GDPO-SR's .pkl)")
+    init: _Place | None = Field(None, description="start from this LoRA (rewardsr safetensors, or GDPO-SR's .pkl)")
+
+
+_Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimiserRecipe(Options):
     """AdamW, its learning rate over time, and gradient clipping."""
 
-    learning_rate: float = Field(5e-5, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(0.01, ge=0)
-    eps: float = Field(1e-8, gt=0)
-    warmup: int = Field(0, ge=0, description="updates over which the learning rate rises linearly")
+    learning_rate: float = Field(5e-5, gt=0, le=10, description="about what AdamW moves a weight by in an update")
+    betas: tuple[_Beta, _Beta] = Field((0.9, 0.999), description="of the moving averages; 1 would never learn")
+    weight_decay: float = Field(0.01, ge=0, le=10, description="times the learning rate: share taken from the weights")
+    eps: float = Field(1e-8, ge=1e-30, le=1, description="below 1e-38 it is 0 in float32")
+    warmup: int = Field(0, ge=0, le=10**9, description="updates over which the learning rate rises linearly")
     schedule: Literal["constant", "cosine"] = Field(
         "constant", description="after warm-up; cosine falls to 0 at the end"
     )
-    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    clip: float = Field(1.0, gt=0, le=1e9, description="largest norm of the gradient")
 
 
 class Recipe(Options):
     """A fine-tuning run. Paths are relative to the folder that the command runs in."""
 
     adapter: str = Field("osediff", description="registered name, or module:Name")
-    base: str = Field(description="local diffusers folder, Hub id, or 'embedded' for the pipeline that comes along")
+    base: _Place = Field(description="local diffusers folder, Hub id, or 'embedded' for the pipeline that comes along")
     adapter_options: dict[str, Any] = Field(default_factory=dict)
     trainer: str = Field("gdpo", description="registered name, or module:Name")
     trainer_options: dict[str, Any] = Field(default_factory=dict)
@@ -86,19 +101,21 @@ class Recipe(Options):
     data: DataRecipe
     lora: LoraRecipe = Field(default_factory=LoraRecipe)
     optimiser: OptimiserRecipe = Field(default_factory=OptimiserRecipe)
-    output: str = Field(description="folder of the run; must be new or empty, unless resumed")
-    steps: int = Field(ge=1)
-    batch_size: int = Field(1, ge=1, description="images per process and pass")
-    accumulate: int = Field(1, ge=1, description="passes whose gradients make one step")
-    updates_per_group: int = Field(1, ge=1, description="optimiser updates on each sampled group, with fresh noise")
-    seed: int = 0
+    output: _Place = Field(description="folder of the run; must be new or empty, unless resumed")
+    steps: int = Field(ge=1, lt=10**8, description="optimiser steps; files of a step have eight digits")
+    batch_size: int = Field(1, ge=1, le=4096, description="images per process and pass")
+    accumulate: int = Field(1, ge=1, le=4096, description="passes whose gradients make one step")
+    updates_per_group: int = Field(
+        1, ge=1, le=4096, description="optimiser updates on each sampled group, with fresh noise"
+    )
+    seed: Seed = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of the base; auto: bf16 on CUDA, else fp32")
     gradient_checkpointing: bool = False
-    validate_every: int = Field(100, ge=1)
-    checkpoint_every: int = Field(100, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
-    max_skipped: int = Field(10, ge=1, description="stop after this many steps in a row that were not finite")
+    validate_every: Count = 100
+    checkpoint_every: Count = 100
+    keep_checkpoints: Count = 2
+    max_skipped: Count = Field(10, description="stop after this many steps in a row that were not finite")
     log_with: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
 
     @model_validator(mode="after")
@@ -124,7 +141,7 @@ def load_recipe(path: str | None, overrides: dict[str, Any], assignments: list[s
     Raises:
         UserError: no such file, not YAML, an unknown key (the nearest is named), a missing or a wrong value.
     """
-    content = _read(Path(path)) if path is not None else {}
+    content = {} if path is None else _read(path)
     for key, value in overrides.items():
         if value is not None:
             _assign(content, key, value)
@@ -142,9 +159,10 @@ def assignments_of(texts: list[str], option: str) -> dict[str, Any]:
     found = {}
     for text in texts:
         key, equals, value = text.partition("=")
-        if not equals or not key.strip():
-            raise UserError(f"{option} {text}: expected key=value")
-        found[key.strip()] = _yaml(value, f"{option} {text}")
+        where = f"{option} {shortened(text, 80)}"
+        if not equals or not all(part.strip() for part in key.split(".")):
+            raise UserError(f"{where}: expected key=value")
+        found[key.strip()] = _yaml(value, where)
     return found
 
 
@@ -175,23 +193,49 @@ def differences(one: Recipe, other: Recipe) -> list[str]:
     return [key for key in left if key not in FREE_ON_RESUME and left[key] != right[key]]
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = _yaml(path.read_text(), f"recipe '{path}'")
-    except OSError as error:
-        raise UserError(f"recipe '{path}': {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"recipe '{path}' is not a text file") from error
+def _read(path: str) -> dict[str, Any]:
+    what = f"recipe '{shortened(path, 100)}'"
+    content = _yaml(read_text(expand(path), what, LARGEST), what)
     if not isinstance(content, dict):
-        raise UserError(f"recipe '{path}' is not a mapping of keys to values")
+        raise UserError(f"{what} is not a mapping of keys to values")
     return content
 
 
 def _yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, _Loader)  # a SafeLoader
+        content = yaml.load(text, _Loader)  # a SafeLoader
     except yaml.YAMLError as error:
-        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{where} is not valid YAML: {shortened(' '.join(str(error).split()), 200)}") from error
+    except RecursionError as error:
+        raise UserError(f"{where} is not valid YAML: it is nested too deeply") from error
+    except Exception as error:  # a value that is not of its tag makes Python stumble in many ways: !!bool x, 2026-13-45
+        raise UserError(f"{where} is not valid YAML: a value does not read as what it is: {one_line(error)}") from error
+    _check_size(content, where)
+    return content
+
+
+def _check_size(content: Any, where: str) -> None:
+    """Refuse what grows or never ends when its aliases are followed, and text that no file can hold."""
+    level = [content]
+    seen = 0
+    for _ in range(DEEPEST):
+        seen += len(level)
+        if seen > MOST_VALUES:
+            raise UserError(f"{where} holds more than {MOST_VALUES:,d} values")
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+                raise UserError(f"{where} holds half of a surrogate pair, which is no character: {shown(value)}")
+            if isinstance(value, dict):
+                below += [*value, *value.values()]
+            elif isinstance(value, list | tuple | set):
+                below += value
+            if len(below) > MOST_VALUES:
+                break
+        level = below
+        if not level:
+            return
+    raise UserError(f"{where} is nested more than {DEEPEST} levels deep")
 
 
 class _Loader(yaml.SafeLoader):
@@ -205,16 +249,34 @@ class _Loader(yaml.SafeLoader):
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def flatten_mapping(self, node: Any) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_VALUES:  # merge keys can multiply at each level
+            raise yaml.YAMLError(f"a mapping has more than {MOST_VALUES:,d} keys")
+
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
 
-def _assign(content: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, last = dotted.split(".")
-    for parent in parents:
-        content = content.setdefault(parent, {})
-        if not isinstance(content, dict):
-            raise UserError(f"'{dotted}': '{parent}' is a value, not a section")
-    content[last] = value
+def _assign(content: Any, dotted: str, value: Any) -> None:
+    """Set a key in sections and lists; `rewards.0.weight` is that of the first reward."""
+    *parents, last = (part.strip() for part in dotted.split("."))
+    for place, part in enumerate(parents):
+        if isinstance(content, list):
+            content = content[_index(content, part, dotted)]
+        else:
+            if content.get(part) is None:
+                content[part] = {}
+            content = content[part]
+        if not isinstance(content, dict | list):
+            raise UserError(f"'{dotted}': '{'.'.join(parents[: place + 1])}' is a value, not a section")
+    content[_index(content, last, dotted) if isinstance(content, list) else last] = value
+
+
+def _index(content: list[Any], part: str, dotted: str) -> int:
+    if part.isascii() and part.isdecimal() and len(part) < 10 and int(part) < len(content):
+        return int(part)
+    held = f"0 to {len(content) - 1}" if content else "nothing: it is empty"
+    raise UserError(f"'{dotted}': '{shortened(part, 40)}' is not in the list, which has {held}")

@@ -24,7 +24,7 @@ from rewardsr.trainers.preferences import gdpo_loss, preference_logit
 class GDPOOptions(GroupOptions):
     """Options of GDPO; the defaults are the paper's."""
 
-    beta: float = Field(5000.0, gt=0, description="strength of the preference; large values saturate sooner")
+    beta: float = Field(5000.0, gt=0, le=1e9, description="strength of the preference; large values saturate sooner")
 
 
 class GDPO(Method):

@@ -30,21 +30,21 @@ FLAT = 1e-3  # a quarter of an 8-bit level: a group that differs by less has not
 class GroupOptions(Options):
     """Options of every method that learns from groups."""
 
-    group_size: int = Field(6, ge=2, description="outputs per LQ image (G)")
+    group_size: int = Field(6, ge=2, le=1024, description="outputs per LQ image (G)")
     preference: Literal["paper", "conditional"] = Field(
         "paper",
         description="of one-step pipelines; paper: noise the re-encoded outputs; conditional: noise the LQ latents, as "
         "at inference. With several steps there is one form: noise the outputs' own latents",
     )
     sampling_steps: int | None = Field(
-        None, ge=1, description="steps that a group is sampled with; None: all of the pipeline's"
+        None, ge=1, le=10_000, description="steps that a group is sampled with; None: all of the pipeline's"
     )
     shared_noise: bool = Field(False, description="conditional: one noise for a group, so one policy pass serves it")
     weighting: Literal["fixed", "attribute"] = Field(
         "fixed", description="fixed: the rewards' weights; attribute: shared by the texture share of HQ"
     )
     micro_batch: int | None = Field(
-        None, ge=1, description="rows in a network pass; None: the whole batch of groups at once"
+        None, ge=1, le=10**6, description="rows in a network pass; None: the whole batch of groups at once"
     )
     shuffle_advantages: bool = Field(False, description="control run: rewards are dealt out at random in each group")
 

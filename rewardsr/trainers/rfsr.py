@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -27,7 +27,8 @@ from rewardsr.rewards.vgg import VGG19
 from rewardsr.trainers.base import Loss, Method
 from rewardsr.trainers.ema import EMA
 
-Window = tuple[int, int]
+_Step = Annotated[int, Field(ge=-10_000, le=10_000)]  # the pipeline says which it has
+Window = tuple[_Step, _Step]
 SMALLEST = 16  # pixels that VGG19 halves four times
 FINE = 2**24  # a uniform number is a whole one below this, divided by it
 
@@ -35,24 +36,33 @@ FINE = 2**24  # a uniform number is a whole one below this, divided by it
 class RFSROptions(Options):
     """Options of RFSR; the defaults are the paper's. Windows are (first, last) step of the sampler, counted from 0."""
 
-    structure_weight: float = Field(5e-4, ge=0, description="of the low-frequency structure term; 0 switches it off")
+    structure_weight: float = Field(
+        5e-4, ge=0, le=1e6, description="of the low-frequency structure term; 0 switches it off"
+    )
     structure_window: Window | None = Field(None, description="steps it acts on; None: the first 2/5 (0-19 of 50)")
     structure_level: int = Field(3, ge=1, le=6, description="levels of the Haar transform whose low band is compared")
     reward_window: Window | None = Field(None, description="steps the rewards act on; None: the last 1/5 (40-49 of 50)")
-    margin: float = Field(2.0, description="a reward counts as weight * relu(margin - reward)")
-    kl_weight: float = Field(5e-7, ge=0, description="of the style distance (Gram-KL) to the untuned pipeline; 0: off")
+    margin: float = Field(2.0, ge=-1e6, le=1e6, description="a reward counts as weight * relu(margin - reward)")
+    kl_weight: float = Field(
+        5e-7, ge=0, le=1e6, description="of the style distance (Gram-KL) to the untuned pipeline; 0: off"
+    )
     kl_window: Window | None = Field(None, description="steps it acts on; None: those of the rewards")
     vgg: str | None = Field(None, description="VGG19 weights for the style distance; None: torchvision's")
     rollout: Literal["denoise", "none"] = Field(
         "denoise", description="none: the start latents go in at every step, as the released code has it; to compare"
     )
-    guidance: float | None = Field(None, ge=1, description="of the rollout; None: the pipeline's own")
+    guidance: float | None = Field(None, ge=1, le=1000, description="of the rollout; None: the pipeline's own")
     text_dropout: float = Field(0.5, ge=0, le=1, description="share of the images whose prompt is left empty")
     ema: float = Field(0.999, ge=0, lt=1, description="decay of the average that is validated and shipped; 0: none")
     reward_crop: int | None = Field(
-        None, ge=16, description="decode and judge a random window of so many pixels a side, not the whole image"
+        None,
+        ge=16,
+        le=16_384,
+        description="decode and judge a random window of so many pixels a side, not the whole image",
     )
-    micro_batch: int | None = Field(None, ge=1, description="images in a pass with gradients; None: the whole batch")
+    micro_batch: int | None = Field(
+        None, ge=1, le=10**6, description="images in a pass with gradients; None: the whole batch"
+    )
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Where the weights of pyiqa's metrics come from: caches, a download, or a file; and what happens without."""
 
+import os
 import pickle
 import shutil
 import time
@@ -71,6 +72,34 @@ def test_cached_weights_work_offline(offline: Path) -> None:
     assert build("iqa:musiq", **SMALL)(photos(), batch()).isfinite().all()
 
 
+class Command:
+    """Its pickle makes a folder when it is read by whoever lets it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self._folder),)
+
+
+@pytest.mark.parametrize(
+    ("metric", "file"),
+    [
+        ("musiq", CHECKPOINT),  # by pyiqa's own reader
+        ("brisque", "brisque_svm_weights.pth"),  # by torch.load in a network
+        ("arniqa", "checkpoints/resnet50-0676ba61.pth"),  # by torch.hub, for torchvision
+    ],
+)
+def test_what_a_cache_holds_runs_no_code(metric: str, file: str, offline: Path, tmp_path: Path) -> None:
+    (offline / file).parent.mkdir(exist_ok=True)
+    torch.save({"params": Command(tmp_path / "made")}, offline / file)
+    with pytest.raises(UserError, match="holds more than tensors"):
+        build(f"iqa:{metric}")
+    assert not (tmp_path / "made").exists()
+    torch.load(offline / file, weights_only=False)
+    assert (tmp_path / "made").exists(), "what would have happened"
+
+
 @pytest.mark.parametrize("answers", [True, False])
 def test_what_is_not_cached_is_fetched(answers: bool, offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import pyiqa.utils.download_util
@@ -108,13 +137,17 @@ def test_nothing_stays_changed(offline: Path, small_state: dict[str, Tensor], tm
     import timm
 
     torch.save(small_state, tmp_path / "musiq.pth")
-    before = (urllib.request.urlopen, torch.hub.urlopen, huggingface_hub.constants.HF_HUB_OFFLINE, timm.create_model)
+
+    def replaced() -> tuple[Any, ...]:
+        offline = huggingface_hub.constants.HF_HUB_OFFLINE
+        return urllib.request.urlopen, torch.hub.urlopen, offline, timm.create_model, torch.load
+
+    before = replaced()
     draws = torch.get_rng_state()
     build("iqa:musiq", weights=tmp_path / "musiq.pth", **SMALL)
     with pytest.raises(UserError):
         build("iqa:maniqa")
-    after = (urllib.request.urlopen, torch.hub.urlopen, huggingface_hub.constants.HF_HUB_OFFLINE, timm.create_model)
-    assert after == before
+    assert replaced() == before
     assert torch.equal(torch.get_rng_state(), draws)
 
 
