@@ -15,7 +15,7 @@ from rewardsr.errors import UserError
 from rewardsr.hub import fetch
 from rewardsr.json_object import parse_object
 from rewardsr.lora import layers
-from rewardsr.lora.fingerprint import same_base
+from rewardsr.lora.fingerprint import differing, is_early, matches_early, same_base
 from rewardsr.lora.foreign import VARIATIONS, check_settings
 from rewardsr.lora.layers import NAME
 from rewardsr.lora.pairs import Lora, alpha_of, even, rank_of, shortened, side_by_side
@@ -167,13 +167,28 @@ def read(adapter: ISRAdapter, path: Path, force_base: bool = False) -> Lora:
     if OUR_HEADER not in header:
         raise UserError(f"'{path}' does not say which base it belongs to: not written by rewardsr")
     given, theirs = described(path, tensors, header)
-    ours = adapter.base_model
-    if not force_base and not same_base(ours.fingerprint, theirs.fingerprint):
-        raise UserError(
-            f"LoRA '{path}' was trained on base '{theirs.id}' ({theirs.revision}), other weights than "
-            f"'{ours.id}' ({ours.revision}); --force-base overrides"
-        )
+    if not force_base:
+        _check_base(adapter, path, theirs)
     return _fitted(adapter, given, f"LoRA '{path}'")
+
+
+def _check_base(adapter: ISRAdapter, path: Path, theirs: BaseModel) -> None:
+    """Refuse a LoRA of other weights.
+
+    Raises:
+        UserError: those that it was trained on differ from the pipeline's, in the parts that are named.
+    """
+    ours = adapter.base_model
+    if is_early(theirs.fingerprint):
+        same, other = matches_early(adapter.networks, theirs.fingerprint), "other weights"
+    else:
+        same = same_base(ours.fingerprint, theirs.fingerprint)
+        other = f"other weights ({', '.join(differing(ours.fingerprint, theirs.fingerprint))})"
+    if not same:
+        raise UserError(
+            f"LoRA '{path}' was trained on base '{shortened(theirs.id)[1:-1]}' ({shortened(theirs.revision)[1:-1]}), "
+            f"{other} than '{ours.id}' ({ours.revision}); --force-base overrides"
+        )
 
 
 def described(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> tuple[Lora, BaseModel]:
