@@ -19,11 +19,13 @@ from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError
 from rewardsr.hub.fetch import fetch
 from rewardsr.lora.layers import delta
+from rewardsr.lora.pairs import Pair, even, floats, shortened, side_by_side
 from rewardsr.weights import read_pickle
 
 # The released checkpoints never set lora_alpha, so peft's default of 8 holds at every rank.
 RELEASED_ALPHA = 8.0
-_LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<matrix>[AB])\.default_\w+\.weight")
+_LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<matrix>[AB])\.(?P<name>default_\w+)\.weight")
+_PARTS = ("state_dict_unet", "state_dict_vae")
 
 
 class OSEDiff(StableDiffusion):
@@ -104,7 +106,7 @@ class OSEDiff(StableDiffusion):
         return self.schedule.add_noise(condition.latents, noise, self.noise_t)
 
     def import_lora(self, path: str) -> tuple[dict[str, Tensor], int, float] | None:
-        """GDPO-SR's released LoRA `.pkl`: its three UNet adapters sit on disjoint modules, so they are one here.
+        """GDPO-SR's released LoRA `.pkl`; where several LoRAs sit on a module, they are one that acts as their sum.
 
         Raises:
             UserError: it belongs to another base, or adapts the autoencoder too (an OSEDiff file: it is for `weights`).
@@ -112,13 +114,13 @@ class OSEDiff(StableDiffusion):
         release = read_pickle(Path(path))
         if not isinstance(release, dict) or "state_dict_unet" not in release:
             return None
-        if not isinstance(release.get("rank_unet"), int):
-            raise UserError(f"'{path}' is damaged: it states no rank_unet")
         if "state_dict_vae" in release:
             raise UserError(
                 f"'{path}' also changes the autoencoder: it is part of a base, give it as the adapter's weights"
             )
-        pairs, full = _split(release["state_dict_unet"], path)
+        pairs, full = _split(release, "unet", path)
+        if not pairs:
+            raise UserError(f"'{path}' holds no LoRA tensors")
         own = self.unet.state_dict()
         for name, tensor in full.items():
             current = own.get(name, own.get(name.replace("conv_in.", "conv_in.base_layer.")))
@@ -128,10 +130,8 @@ class OSEDiff(StableDiffusion):
                 or not torch.allclose(current.float().cpu(), tensor, atol=1e-2)
             ):
                 raise UserError(f"'{path}' was trained on another base: its frozen {name} differs from this one's")
-        tensors = {}
-        for module, (a, b) in pairs.items():
-            tensors[f"unet.{module}.lora_A.weight"], tensors[f"unet.{module}.lora_B.weight"] = a, b
-        return tensors, int(release["rank_unet"]), RELEASED_ALPHA
+        lora = even({("unet", module): side_by_side(several) for module, several in pairs.items()})
+        return dict(lora.tensors), lora.rank, lora.alpha
 
 
 def _merge_release(unet: Any, vae: Any, path: Path) -> None:
@@ -142,13 +142,13 @@ def _merge_release(unet: Any, vae: Any, path: Path) -> None:
     for network, part in ((unet, "unet"), (vae, "vae")):
         if f"state_dict_{part}" not in release:
             continue
-        pairs, full = _split(release[f"state_dict_{part}"], str(path))
+        pairs, full = _split(release, part, str(path))
         own = network.state_dict()
         for name, tensor in full.items():
             _require(path, name, own, tensor.shape)
             own[name].copy_(tensor)
-        for module, (a, b) in pairs.items():
-            change = delta(a, b, RELEASED_ALPHA / a.shape[0])
+        for module, several in pairs.items():
+            change = delta(*side_by_side(several))
             _require(path, f"{module}.weight", own, change.shape)
             own[f"{module}.weight"].add_(change)
 
@@ -159,27 +159,49 @@ def _require(path: Path, name: str, own: dict[str, Tensor], shape: torch.Size) -
         raise UserError(f"'{path}' belongs to another base: {name} is {tuple(shape)} there, here {found}")
 
 
-def _split(released: dict[str, Tensor], path: str) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """LoRA pairs (A, B) by module, and full tensors, of a released state dict, all float32; no key is dropped."""
-    halves: dict[str, dict[str, Tensor]] = {}
-    full: dict[str, Tensor] = {}
-    if not isinstance(released, dict):
+def _split(release: dict[Any, Any], part: str, path: str) -> tuple[dict[str, list[Pair]], dict[str, Tensor]]:
+    """LoRAs by module, and full tensors, of a network in a release, all float32; nothing is dropped.
+
+    Raises:
+        UserError: the release is damaged, or has something that nothing here reads.
+    """
+    for key in release:
+        if str(key).startswith("state_dict_") and key not in _PARTS:
+            raise UserError(f"'{path}' changes more than UNet and autoencoder: {shortened(key)} is not supported")
+    state = release[f"state_dict_{part}"]
+    if not isinstance(state, dict):
         raise UserError(f"'{path}' is damaged: expected tensors by name")
-    for key, tensor in released.items():
+    halves: dict[str, dict[str, dict[str, Tensor]]] = {}
+    full: dict[str, Tensor] = {}
+    for key, tensor in state.items():
         if not isinstance(tensor, Tensor):
-            raise UserError(f"'{path}' is damaged: {key} is no tensor")
-        if not tensor.isfinite().all():
-            raise UserError(f"'{path}': {key} holds values that are not finite")
-        match = _LORA_KEY.fullmatch(key)
-        if match:
-            halves.setdefault(match["module"], {})[match["matrix"]] = tensor.float()
-        elif ".base_layer." in key:
-            full[key.replace(".base_layer.", ".")] = tensor.float()
+            raise UserError(f"'{path}' is damaged: {shortened(key)} is no tensor")
+        match = _LORA_KEY.fullmatch(str(key))
+        if match is None and ".base_layer." not in str(key):
+            raise UserError(f"'{path}': unexpected key {shortened(key)}")
+        try:
+            tensor = floats(key, tensor)
+        except UserError as error:
+            raise UserError(f"'{path}': {error}") from error
+        if match is None:
+            full[key.replace(".base_layer.", ".")] = tensor
         else:
-            raise UserError(f"'{path}': unexpected key {key}")
-    for module, half in halves.items():
-        if set(half) != {"A", "B"}:
-            raise UserError(f"'{path}': {module} has only one of lora_A and lora_B")
-        if half["A"].shape[0] != half["B"].flatten(1).shape[1]:
-            raise UserError(f"'{path}': lora_A and lora_B of {module} have different ranks")
-    return {module: (half["A"], half["B"]) for module, half in halves.items()}, full
+            halves.setdefault(match["module"], {}).setdefault(match["name"], {})[match["matrix"]] = tensor
+    # One for all, or several by name, as the two LoRAs of PiSA-SR have them.
+    stated = [rank for key, rank in release.items() if str(key).startswith(f"rank_{part}")]
+    pairs = {
+        module: [_pair(name, half, module, stated, path) for name, half in found.items()]
+        for module, found in halves.items()
+    }
+    return pairs, full
+
+
+def _pair(name: str, half: dict[str, Tensor], module: str, stated: list[Any], path: str) -> Pair:
+    if set(half) != {"A", "B"}:
+        raise UserError(f"'{path}': {module} has only one of lora_A and lora_B of {name}")
+    rank = len(half["A"]) if half["A"].ndim > 1 else 0
+    if not rank or half["B"].ndim < 2 or half["B"].flatten(1).shape[1] != rank:
+        raise UserError(f"'{path}': lora_A and lora_B of {module} have different ranks")
+    if rank not in stated:
+        raise UserError(f"'{path}' is damaged: {module} has rank {rank}, and the file states {shortened(stated)}")
+    return Pair(half["A"], half["B"], RELEASED_ALPHA / rank)

@@ -255,7 +255,8 @@ class StableDiffusion(ISRAdapter):
         for network in (*self.networks.values(), self._text_encoder):
             network.requires_grad_(False)
             network.eval()
-        self.base_model = BaseModel(base, parts.revision, fingerprint(self.networks))
+        weights = {**self.networks, "text_encoder": parts.text_encoder, "tokenizer": parts.tokenizer}
+        self.base_model = BaseModel(base, parts.revision, fingerprint(weights))
 
     @property
     def compression(self) -> int:

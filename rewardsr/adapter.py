@@ -34,7 +34,7 @@ RANGE_SLACK = 1e-3  # resampling and half precision overshoot [0, 1] a little; m
 
 @dataclass(frozen=True)
 class BaseModel:
-    """Which weights an adapter stands on: resolved id or path, revision, and fingerprint of the networks."""
+    """Which weights an adapter stands on: resolved id or path, revision, and fingerprint of all parts."""
 
     id: str
     revision: str

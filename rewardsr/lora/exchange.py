@@ -7,7 +7,7 @@ from torch import nn
 from rewardsr.adapter import ISRAdapter
 from rewardsr.errors import UserError
 from rewardsr.lora import layers
-from rewardsr.lora.file import Lora, put, save, settings_of
+from rewardsr.lora.file import described, held, put, save
 from rewardsr.lora.formats import FORMATS
 from rewardsr.lora.layers import NAME
 from rewardsr.run_folder import DIFFUSERS_HEADER
@@ -32,7 +32,7 @@ def export(adapter: ISRAdapter, output: Path | str, form: str, *, name: str = NA
         UserError: unknown format, a folder that exists, or a LoRA that the format cannot hold.
     """
     folder = check_output(output, form)
-    given = Lora(layers.state_dict(adapter, name), *layers.rank_and_alpha(adapter, name))
+    given = held(adapter, name)
     others = [other for other in layers.names(adapter) if other != name]
     if form == "merged" and others:
         raise UserError(f"merged networks hold one LoRA: merge or detach {', '.join(others)} first")
@@ -98,19 +98,13 @@ def load_component(network: nn.Module, path: Path | str) -> None:
     components = {name.split(".")[0] for name in tensors}
     if DIFFUSERS_HEADER not in header or len(components) != 1:
         raise UserError(f"'{path}' is no file of one component, as `rewardsr export --format diffusers` writes it")
-    prefix = f"{components.pop()}."
+    (component,) = components
+    given, _ = described(Path(path), tensors, header)
+    targets = (given.targets or {}).get(component, [])
+    own = {name.removeprefix(f"{component}."): value for name, value in tensors.items()}
     try:
-        settings = settings_of(Path(path), header)
-        rank, alpha, targets = (settings[f"{prefix}{key}"] for key in ("r", "lora_alpha", "target_modules"))
-    except KeyError as error:
-        raise UserError(f"'{path}' has a damaged header: {error}") from error
-    try:
-        layers.inject(network, NAME, rank, alpha, 0, targets)
-    except ValueError as error:
+        layers.checked(layers.tensor_shapes(network, given.rank, targets), own)
+    except UserError as error:
         raise UserError(f"'{path}' does not fit {type(network).__name__}: {error}") from error
-    own = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    try:
-        layers.fill(layers.parameters_of(network), own, f"'{path}'")
-    except UserError:
-        layers.detach_from(network)
-        raise
+    layers.inject(network, NAME, given.rank, given.alpha, 0, targets)
+    layers.fill(layers.parameters_of(network), own, f"'{path}'")

@@ -1,43 +1,26 @@
 """The file of a LoRA: written, found, read and checked against the base that it belongs to."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rewardsr import run_folder
 from rewardsr.adapter import BaseModel, ISRAdapter
 from rewardsr.errors import UserError
 from rewardsr.hub import fetch
+from rewardsr.json_object import parse_object
 from rewardsr.lora import layers
-from rewardsr.lora.fingerprint import same_base
+from rewardsr.lora.fingerprint import differing, is_early, matches_early, same_base
+from rewardsr.lora.foreign import VARIATIONS, check_settings
 from rewardsr.lora.layers import NAME
+from rewardsr.lora.pairs import Lora, alpha_of, even, rank_of, shortened, side_by_side
 from rewardsr.run_folder import DIFFUSERS_HEADER, OUR_HEADER
 from rewardsr.weights import read_safetensors, write_safetensors
-
-SUFFIXES = {"A": ".lora_A.weight", "B": ".lora_B.weight"}
-
-
-@dataclass(frozen=True)
-class Lora:
-    """A LoRA apart from any network.
-
-    Attributes:
-        tensors: by their names in our file (`unet.<module>.lora_A.weight`): A is (r, in) or a kernel (r, in, kh, kw),
-            B is (out, r) or (out, r, 1, 1); float32.
-        rank: r, of all modules.
-        alpha: B A is scaled by alpha / rank.
-        targets: module names (suffixes) by component that it sits on; None: those of the adapter.
-    """
-
-    tensors: Mapping[str, Tensor]
-    rank: int
-    alpha: float
-    targets: Mapping[str, Sequence[str]] | None = None
 
 
 def file_name(name: str = NAME) -> str:
@@ -46,14 +29,25 @@ def file_name(name: str = NAME) -> str:
 
 
 def save(adapter: ISRAdapter, folder: Path | str, name: str = NAME) -> Path:
-    """Write the LoRA to its file in `folder` in one atomic step; returns the file.
+    """Write the LoRA, its strength taken in, to its file in `folder` in one atomic step; returns the file.
 
     Raises:
         UserError: the pipeline does not carry it.
     """
-    path = Path(folder) / file_name(name)
-    write_safetensors(path, layers.state_dict(adapter, name), header(adapter, name=name))
+    path, given = Path(folder) / file_name(name), held(adapter, name)
+    write_safetensors(path, dict(given.tensors), header(adapter, given, name=name))
     return path
+
+
+def held(adapter: ISRAdapter, name: str = NAME) -> Lora:
+    """The LoRA as it acts in the pipeline, at whatever strength: tensors on the CPU, rank and alpha.
+
+    Raises:
+        UserError: the pipeline does not carry it.
+    """
+    rank, alpha = layers.rank_and_alpha(adapter, name)
+    pairs, scales = Lora(layers.state_dict(adapter, name), rank, alpha).pairs(), layers.scales(adapter, name)
+    return even({place: pair._replace(scale=scales[place]) for place, pair in pairs.items()})
 
 
 def load(
@@ -72,6 +66,7 @@ def load(
     Raises:
         UserError: no such file, not a LoRA of ours, another base, tensors that do not fit or are not finite.
     """
+    _check_strength(scale)
     path = locate(source, name)
     put(adapter, read(adapter, path, force_base), f"LoRA '{path}'", name)
     layers.set_scale(adapter, scale, name)
@@ -88,45 +83,59 @@ def load_several(adapter: ISRAdapter, parts: Sequence[tuple[Path | str, float]],
     Raises:
         UserError: as `load`; or they sit on different modules.
     """
+    for _, weight in parts:
+        _check_strength(weight)
     paths = [locate(source) for source, _ in parts]
     loras = [read(adapter, path, force_base) for path in paths]
     first = loras[0]
     if any(one.tensors.keys() != first.tensors.keys() for one in loras):
         raise UserError("these LoRAs sit on different modules, and cannot be combined")
-    scales = [weight * one.alpha / one.rank for one, (_, weight) in zip(loras, parts, strict=True)]
-    tensors = {  # ranks side by side
-        key: torch.cat([one.tensors[key] for one in loras])
-        if key.endswith(SUFFIXES["A"])
-        else torch.cat([one.tensors[key] * scale for one, scale in zip(loras, scales, strict=True)], 1)
-        for key in first.tensors
-    }
-    rank = sum(one.rank for one in loras)
-    put(adapter, Lora(tensors, rank, float(rank), first.targets), f"LoRAs {', '.join(map(str, paths))}")
+    changes = [one.pairs(weight) for one, (_, weight) in zip(loras, parts, strict=True)]
+    pairs = {place: side_by_side([one[place] for one in changes]) for place in changes[0]}
+    put(adapter, replace(even(pairs), targets=first.targets), f"LoRAs {', '.join(map(str, paths))}")
 
 
 def put(adapter: ISRAdapter, given: Lora, source: str, name: str = NAME) -> None:
     """Attach a LoRA with its tensors, or put them into the one of that name that is attached.
 
     Raises:
-        UserError: it does not fit the pipeline, or is of another rank or alpha than the attached one; `source` is
-            named, and the pipeline is as it was.
+        UserError: it does not fit the pipeline, or is of another rank than the attached one; `source` is named, and
+            the pipeline is as it was.
     """
-    fresh = not layers.attached(adapter, name)
-    if fresh:
-        try:
-            layers.attach(adapter, given.rank, given.alpha, name=name, targets=given.targets)
-        except UserError as error:
-            raise UserError(f"{source}: {error}") from error
-    elif any((config.r, config.lora_alpha) != (given.rank, given.alpha) for config in _configs(adapter, name).values()):
+    given = _fitted(adapter, given, source)
+    if not layers.attached(adapter, name):
+        layers.attach(adapter, given.rank, given.alpha, name=name, targets=given.targets)
+    elif layers.rank_and_alpha(adapter, name)[0] != given.rank:
         raise UserError(
-            f"{source} has rank {given.rank} and alpha {given.alpha:g}, not those of the LoRA that is attached"
+            f"{source} has rank {given.rank} and alpha {given.alpha:g}, not the rank of the LoRA that is attached"
         )
+    layers.load_state_dict(adapter, given.tensors, source, name=name)
+    layers.set_alpha(adapter, given.alpha, name)
+
+
+def _fitted(adapter: ISRAdapter, given: Lora, source: str) -> Lora:
+    """The LoRA in float32, once all of it is known to fit: nothing is made for one that does not.
+
+    Raises:
+        UserError: it does not; `source` is named.
+    """
     try:
-        layers.load_state_dict(adapter, given.tensors, source, name=name)
-    except UserError:
-        if fresh:
-            layers.detach(adapter, name)
-        raise
+        targets = adapter.lora_targets if given.targets is None else given.targets
+        for component, modules in targets.items():
+            layers.target_shapes(adapter, component, modules)
+        shapes = {
+            f"{component}.{key}": shape
+            for component, modules in targets.items()
+            for key, shape in layers.tensor_shapes(adapter.networks[component], given.rank, modules).items()
+        }
+        return replace(given, tensors=layers.checked(shapes, given.tensors))
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+
+
+def _check_strength(scale: float) -> None:
+    if not math.isfinite(scale):
+        raise UserError(f"the strength of a LoRA is {scale}, expected a finite number")
 
 
 def locate(source: Path | str, name: str = NAME) -> Path:
@@ -153,55 +162,94 @@ def read(adapter: ISRAdapter, path: Path, force_base: bool = False) -> Lora:
         imported = adapter.import_lora(str(path))
         if imported is None:
             raise UserError(f"'{path}' is not a safetensors file: pickles can run code and are refused")
-        return Lora(*imported)
+        return _fitted(adapter, Lora(*imported), f"LoRA '{path}'")
     tensors, header = read_safetensors(path)
     if OUR_HEADER not in header:
         raise UserError(f"'{path}' does not say which base it belongs to: not written by rewardsr")
-    settings, end = settings_of(path, header), ".target_modules"
-    targets = {key.removesuffix(end): value for key, value in settings.items() if key.endswith(end)}
-    try:
-        about = json.loads(header[OUR_HEADER])
-        theirs = BaseModel(**about["base"])
-        rank, alpha = int(about["rank"]), float(about["alpha"])
-        if not all(
-            isinstance(value, list) and all(isinstance(one, str) for one in value) for value in targets.values()
-        ):
-            raise ValueError(f"expected lists of names as {end[1:]}")
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"'{path}' has a damaged header: {error}") from error
-    ours = adapter.base_model
-    if not force_base and not same_base(ours.fingerprint, theirs.fingerprint):
-        raise UserError(
-            f"LoRA '{path}' was trained on base '{theirs.id}' ({theirs.revision}), other weights than "
-            f"'{ours.id}' ({ours.revision}); --force-base overrides"
-        )
-    return Lora(tensors, rank, alpha, targets or None)
+    given, theirs = described(path, tensors, header)
+    if not force_base:
+        _check_base(adapter, path, theirs)
+    return _fitted(adapter, given, f"LoRA '{path}'")
 
 
-def settings_of(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
-    """peft's configurations in the header of a file ("unet.lora_alpha", "unet.target_modules", ...), if it has any.
+def _check_base(adapter: ISRAdapter, path: Path, theirs: BaseModel) -> None:
+    """Refuse a LoRA of other weights.
 
     Raises:
-        UserError: they are damaged.
+        UserError: those that it was trained on differ from the pipeline's, in the parts that are named.
     """
+    ours = adapter.base_model
+    if is_early(theirs.fingerprint):
+        same, other = matches_early(adapter.networks, theirs.fingerprint), "other weights"
+    else:
+        same = same_base(ours.fingerprint, theirs.fingerprint)
+        other = f"other weights ({', '.join(differing(ours.fingerprint, theirs.fingerprint))})"
+    if not same:
+        raise UserError(
+            f"LoRA '{path}' was trained on base '{shortened(theirs.id)[1:-1]}' ({shortened(theirs.revision)[1:-1]}), "
+            f"{other} than '{ours.id}' ({ours.revision}); --force-base overrides"
+        )
+
+
+def described(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> tuple[Lora, BaseModel]:
+    """The LoRA of a file of ours, and the base that it was trained on, as its header says.
+
+    Raises:
+        UserError: the header is damaged, or says more than a LoRA of ours is.
+    """
+    settings = settings_of(path, header)
+    about = parse_object(header.get(OUR_HEADER, ""), f"'{path}' has a damaged header")
     try:
-        settings = json.loads(header.get(DIFFUSERS_HEADER, "{}"))
-        if not isinstance(settings, dict):
-            raise ValueError("expected settings by name")
-    except ValueError as error:
+        theirs = BaseModel(**about["base"])
+        if not all(isinstance(value, str) for value in asdict(theirs).values()):
+            raise UserError("base is described by text")
+        rank, alpha = rank_of(about["rank"]), alpha_of(about["alpha"])
+        for given in settings.values():
+            check_settings(given)
+            for name, value in {"r": rank, "lora_alpha": alpha, **dict.fromkeys(VARIATIONS)}.items():
+                if given.get(name, value) != value and (value is not None or given[name]):
+                    raise UserError(f"{name} is {shortened(given[name])}, which is none of a LoRA of ours")
+        targets = {
+            part: _names(given["target_modules"]) for part, given in settings.items() if "target_modules" in given
+        }
+    except (UserError, TypeError, KeyError) as error:
         raise UserError(f"'{path}' has a damaged header: {error}") from error
-    return settings
+    return Lora(tensors, rank, alpha, targets or None), theirs
 
 
-def header(
-    adapter: ISRAdapter, only: Iterable[str] | None = None, alpha: float | None = None, name: str = NAME
-) -> dict[str, str]:
+def _names(value: Any) -> list[str]:
+    if not isinstance(value, list) or not value or not all(isinstance(one, str) for one in value):
+        raise UserError(f"target_modules is {shortened(value)}, expected a list of names")
+    return value
+
+
+def settings_of(path: Path, header: Mapping[str, str], bare: str | None = None) -> dict[str, dict[str, Any]]:
+    """peft's configurations in the header of a file, by component, if it has any.
+
+    Args:
+        path: of the file, for messages.
+        header: of it; diffusers names settings with their component in front ("unet.lora_alpha").
+        bare: component of settings that are named without one.
+
+    Raises:
+        UserError: they are damaged, or of no component.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in parse_object(header.get(DIFFUSERS_HEADER, "{}"), f"'{path}' has a damaged header").items():
+        component, _, name = key.rpartition(".")
+        if not component and bare is None:
+            raise UserError(f"'{path}' has a damaged header: {shortened(key)} is a setting of no component")
+        found.setdefault(component or str(bare), {})[name] = value
+    return found
+
+
+def header(adapter: ISRAdapter, given: Lora, only: Iterable[str] | None = None, name: str = NAME) -> dict[str, str]:
     """Safetensors metadata: the configuration as diffusers reads it, and what ours needs to refuse another base.
 
     Args:
         adapter: with the LoRA attached.
+        given: the same as it goes into the file.
         only: the components whose tensors are in the file; all by default.
-        alpha: to state, where it is not the one that the LoRA was attached with.
         name: of the LoRA.
     """
     from rewardsr import __version__
@@ -209,18 +257,17 @@ def header(
     configs = _configs(adapter, name)
     diffusers: dict[str, Any] = {}
     for component in configs if only is None else only:
-        config = configs[component].to_dict() | ({} if alpha is None else {"lora_alpha": alpha})
+        config = configs[component].to_dict() | {"r": given.rank, "lora_alpha": given.alpha}
         diffusers |= {
             f"{component}.{key}": sorted(value) if isinstance(value, set) else value for key, value in config.items()
         }
-    config = next(iter(configs.values()))
     about = {
         "version": __version__,
         "adapter": adapter.name,
         "licence": adapter.licence,
         "base": asdict(adapter.base_model),
-        "rank": config.r,
-        "alpha": config.lora_alpha if alpha is None else alpha,
+        "rank": given.rank,
+        "alpha": given.alpha,
     }
     return {
         DIFFUSERS_HEADER: json.dumps(diffusers, sort_keys=True, default=str),

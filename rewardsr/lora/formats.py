@@ -1,7 +1,6 @@
 """Formats of LoRAs in other programs, each with what writes and what reads it: `FORMATS` is the one table of them."""
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +10,11 @@ from torch import Tensor
 from rewardsr import run_folder
 from rewardsr.adapter import ISRAdapter
 from rewardsr.errors import UserError
+from rewardsr.json_object import read_object
 from rewardsr.lora import layers
-from rewardsr.lora.file import SUFFIXES, Lora, header, settings_of
+from rewardsr.lora.file import header, settings_of
+from rewardsr.lora.foreign import denoiser_of, read_tensors
+from rewardsr.lora.pairs import SUFFIXES, Lora
 from rewardsr.weights import read_pickle, read_safetensors, write_networks, write_safetensors
 
 PEFT_CONFIG, PEFT_WEIGHTS, PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -51,23 +53,17 @@ def _write_diffusers(adapter: ISRAdapter, name: str, given: Lora, folder: Path) 
     for component, tensors in _by_component(given).items():
         file = run_folder.LORA if component == "unet" else f"{component}_lora.safetensors"
         named = {f"{component}.{key}": tensor for key, tensor in tensors.items()}
-        write_safetensors(folder / file, named, header(adapter, [component], given.alpha, name))
+        write_safetensors(folder / file, named, header(adapter, given, [component], name))
 
 
 def _read_file(adapter: ISRAdapter, path: Path) -> Lora | None:
-    """A file of diffusers' names, or of kohya's: its keys say which."""
+    """A file of any program's names, with peft's settings in its header as diffusers writes them."""
     if path.suffix != ".safetensors":
         return None
+    if path.name == PEFT_WEIGHTS and path.with_name(PEFT_CONFIG).is_file():  # which has its alpha
+        return _read_peft(adapter, path.parent)
     tensors, about = read_safetensors(path)
-    if any(key.startswith(KOHYA_PREFIX) for key in tensors):
-        return _read(adapter, path, tensors, KOHYA_SUFFIXES, lambda c, m: f"lora_{c}_{m.replace('.', '_')}", {})
-    settings = settings_of(path, about)
-    try:
-        stated = {component: settings.get(f"{component}.lora_alpha") for component in adapter.lora_targets}
-        alphas = {component: float(alpha) for component, alpha in stated.items() if alpha is not None}
-    except (ValueError, TypeError) as error:
-        raise UserError(f"'{path}' has a damaged header: {error}") from error
-    return _read(adapter, path, tensors, SUFFIXES, "{}.{}".format, alphas)
+    return read_tensors(adapter, f"'{path}'", tensors, settings_of(path, about, denoiser_of(adapter)))
 
 
 def _write_peft(adapter: ISRAdapter, name: str, given: Lora, folder: Path) -> None:
@@ -91,15 +87,17 @@ def _read_peft(adapter: ISRAdapter, folder: Path) -> Lora | None:
         inside = {known[0]: folder}
     if not inside:
         raise UserError(f"'{folder}' holds no {PEFT_CONFIG}, nor folders {', '.join(known)} with one")
-    tensors, alphas = {}, {}
+    for path in sorted(folder.glob(f"*/{PEFT_CONFIG}")):
+        if path.parent not in inside.values():
+            raise UserError(f"'{path.parent}' is of no network that adapter '{adapter.name}' adapts: take it out")
+    tensors, settings = {}, {}
     for component, path in inside.items():
-        try:
-            alphas[component] = float(json.loads((path / PEFT_CONFIG).read_text())["lora_alpha"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"'{path / PEFT_CONFIG}' is damaged: {error}") from error
+        settings[component] = read_object(path / PEFT_CONFIG)
+        if settings[component].get("lora_alpha") is None:
+            raise UserError(f"'{path / PEFT_CONFIG}' is damaged: it states no lora_alpha")
         for key, tensor in read_safetensors(path / PEFT_WEIGHTS)[0].items():
             tensors[f"{component}.{key.removeprefix(PEFT_PREFIX)}"] = tensor
-    return _read(adapter, folder, tensors, SUFFIXES, "{}.{}".format, alphas)
+    return read_tensors(adapter, f"'{folder}'", tensors, settings)
 
 
 # ---- kohya's sd-scripts, and with them ComfyUI ----
@@ -191,68 +189,3 @@ FORMATS = {
     ),
     "merged": Format("any program, whole networks in diffusers' layout", _write_merged),
 }
-
-
-# ---- what all readers share ----
-
-
-def _read(
-    adapter: ISRAdapter,
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    suffixes: Mapping[str, str],
-    stem_of: Callable[[str, str], str],
-    alphas: Mapping[str, float],
-) -> Lora:
-    """A LoRA of all tensors of a file: each key is used, or refused by name.
-
-    Files may have another rank and alpha for every module, and nothing for some; they are brought to one rank and
-    scale, with zeros where there is nothing, without changing what B A does.
-
-    Args:
-        adapter: whose modules the keys are matched with.
-        path: of the file, for messages.
-        tensors: by key.
-        suffixes: of a key, by what it holds: "A", "B" and, in some formats, "alpha".
-        stem_of: a key without its suffix, of component and module.
-        alphas: by component, where a module states none of its own; the module's rank by default.
-    """
-    shapes = {
-        (component, module): shape
-        for component in adapter.lora_targets
-        for module, shape in layers.target_shapes(adapter, component).items()
-    }
-    left, found = dict(tensors), {}
-    for (component, module), (out, kernel) in shapes.items():
-        stem = stem_of(component, module)
-        parts = {p: left.pop(stem + suffix).float() for p, suffix in suffixes.items() if stem + suffix in left}
-        if parts:
-            missing = [stem + suffixes[part] for part in "AB" if part not in parts]
-            if missing:
-                raise UserError(f"'{path}': {missing[0]} is missing")
-            a, b = parts["A"], parts["B"]
-            rank = len(a) if a.ndim else 0
-            alpha = parts.get("alpha", torch.tensor(alphas.get(component, float(rank))))
-            if not rank or alpha.numel() != 1 or not (alpha.isfinite() and alpha > 0):
-                raise UserError(
-                    f"'{path}': {stem} has rank {rank} and alpha {alpha.tolist()}, expected positive numbers"
-                )
-            if a.shape[1:] != kernel or b.shape[:2] != (out, rank) or b.numel() != out * rank:
-                raise UserError(f"'{path}': {component}.{module} belongs to a module of another size")
-            found[component, module] = a, b, float(alpha) / rank
-    if left:
-        raise UserError(f"'{path}': {min(left)} is no LoRA tensor of a module that adapter '{adapter.name}' adapts")
-    if not found:
-        raise UserError(f"'{path}' holds no LoRA tensors")
-    rank = max(len(a) for a, _, _ in found.values())
-    kinds = {(len(a), scale) for a, _, scale in found.values()}
-    common = kinds.pop()[1] if len(kinds) == 1 else 1.0
-    made: dict[str, Tensor] = {}
-    for place, (out, kernel) in shapes.items():
-        a, b = torch.zeros(rank, *kernel), torch.zeros(out, rank, *[1] * (len(kernel) - 1))
-        if place in found:
-            own_a, own_b, scale = found[place]
-            a[: len(own_a)], b[:, : len(own_a)] = own_a, own_b.reshape(out, -1, *b.shape[2:]) * (scale / common)
-        stem = ".".join(place)
-        made |= {f"{stem}{SUFFIXES['A']}": a, f"{stem}{SUFFIXES['B']}": b}
-    return Lora(made, rank, common * rank)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rewardsr.adapter import ISRAdapter
 from rewardsr.errors import UserError, nearest
+from rewardsr.lora.pairs import LARGEST_RANK, floats
 
 NAME = "rewardsr"  # the LoRA that is trained and shipped, unless a method names others
 
@@ -52,16 +53,13 @@ def attach(
     """
     if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict, name):
         raise UserError(f"'{name}' cannot name a LoRA: use letters, digits, - and _, and no word of torch's")
-    if rank < 1:
-        raise UserError(f"a LoRA's rank is at least 1, got {rank}")
+    if not 1 <= rank <= LARGEST_RANK:
+        raise UserError(f"a LoRA's rank is at least 1 and at most {LARGEST_RANK}, got {rank}")
     if attached(adapter, name):
         raise UserError(f"this pipeline carries a {name} LoRA already")
     wanted = adapter.lora_targets if targets is None else targets
     for component, modules in wanted.items():
-        if component not in adapter.networks:
-            raise UserError(f"LoRA targets of '{component}', no network here: {nearest(component, adapter.networks)}")
-        if not _targeted(adapter.networks[component], modules):
-            raise UserError(f"LoRA targets of '{component}' fit no module: {', '.join(modules)}")
+        target_shapes(adapter, component, modules)
     before = {layer: layer.active_adapters for layer in _layers(adapter)}
     for component, modules in wanted.items():
         inject(adapter.networks[component], name, rank, alpha, seed, modules)
@@ -185,7 +183,7 @@ def load_state_dict(
     """Put tensors into the attached LoRA.
 
     Raises:
-        UserError: missing, unexpected or misshapen tensors, or values that are not finite; `source` is named.
+        UserError: as `checked`; `source` is named, and nothing has been copied then.
     """
     fill(parameters(adapter, name), tensors, source)
 
@@ -194,24 +192,39 @@ def fill(own: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], source:
     """Copy tensors into parameters of the same names.
 
     Raises:
-        UserError: as `load_state_dict`; nothing has been copied then.
+        UserError: as `load_state_dict`.
     """
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    try:
+        fitting = checked({key: tuple(parameter.shape) for key, parameter in own.items()}, tensors)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    with torch.no_grad():
+        for key, parameter in own.items():
+            parameter.copy_(fitting[key])
+
+
+def checked(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in float32.
+
+    Args:
+        shapes: that they must have, by name.
+        tensors: by name.
+
+    Raises:
+        UserError: missing, unexpected or misshapen tensors, or values that are not finite numbers.
+    """
+    missing, extra = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
     if missing or extra:
         parts = [
             f"{len(keys)} {kind} (first: {keys[0]})"
             for kind, keys in (("missing", missing), ("unexpected", extra))
             if keys
         ]
-        raise UserError(f"{source} does not fit this pipeline: {', '.join(parts)}")
-    for key, parameter in own.items():
-        if tensors[key].shape != parameter.shape:
-            raise UserError(f"{source}: {key} is {tuple(tensors[key].shape)}, expected {tuple(parameter.shape)}")
-        if not tensors[key].isfinite().all():
-            raise UserError(f"{source}: {key} holds values that are not finite")
-    with torch.no_grad():
-        for key, parameter in own.items():
-            parameter.copy_(tensors[key])
+        raise UserError(f"it does not fit this pipeline: {', '.join(parts)}")
+    for key, shape in shapes.items():
+        if tensors[key].shape != shape:
+            raise UserError(f"{key} is {tuple(tensors[key].shape)}, expected {shape}")
+    return {key: floats(key, tensors[key]) for key in shapes}
 
 
 def merge(adapter: ISRAdapter, name: str = NAME) -> None:
@@ -258,21 +271,68 @@ def delta(a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def rank_and_alpha(adapter: ISRAdapter, name: str = NAME) -> tuple[int, float]:
-    """Rank of the LoRA, and the alpha by which it acts: its strength is taken in.
+    """Rank of the LoRA, and the alpha that it was attached with.
 
     Raises:
         UserError: the pipeline does not carry it.
     """
     layer = _require(adapter, name)
-    return layer.r[name], layer.scaling[name] * layer.r[name]
+    return layer.r[name], layer.lora_alpha[name]
 
 
-def target_shapes(adapter: ISRAdapter, component: str) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """What `attach` would put a LoRA on: by module, its output channels and the shape of one output's weights."""
+def scales(adapter: ISRAdapter, name: str = NAME) -> dict[tuple[str, str], float]:
+    """By which B A acts, by component and module: alpha / rank, times the strength."""
     return {
-        name: (int(module.weight.shape[0]), tuple(module.weight.shape[1:]))
-        for name, module in _targeted(adapter.networks[component], adapter.lora_targets[component]).items()
+        (component, module): float(layer.scaling[name])
+        for component, network in adapter.networks.items()
+        for module, layer in _layers_of(network).items()
+        if name in layer.lora_A
     }
+
+
+def set_alpha(adapter: ISRAdapter, alpha: float, name: str = NAME) -> None:
+    """Alpha of the LoRA; its strength is 1 then."""
+    for layer in _layers(adapter, name):
+        layer.lora_alpha[name] = alpha
+    for network in adapter.networks.values():
+        configs: dict[str, Any] = getattr(network, "peft_config", {})
+        if name in configs:
+            configs[name].lora_alpha = alpha
+    set_scale(adapter, 1, name)
+
+
+def target_shapes(
+    adapter: ISRAdapter, component: str, targets: Sequence[str] | None = None
+) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """What `attach` would put a LoRA on: by module, its output channels and the shape of one output's weights.
+
+    Raises:
+        UserError: there is no such network, or targets (by default the adapter's) fit none of its modules, or one that
+            is neither a linear layer nor a convolution.
+    """
+    if component not in adapter.networks:
+        raise UserError(f"LoRA targets of '{component}', no network here: {nearest(component, adapter.networks)}")
+    wanted = adapter.lora_targets[component] if targets is None else targets
+    found = _targeted(adapter.networks[component], wanted)
+    if not found:
+        raise UserError(f"LoRA targets of '{component}' fit no module: {', '.join(wanted)}")
+    return {name: (int(module.weight.shape[0]), tuple(module.weight.shape[1:])) for name, module in found.items()}
+
+
+def tensor_shapes(network: nn.Module, rank: int, targets: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that a LoRA on targets of a network has, by module and peft's key.
+
+    Raises:
+        UserError: a target fits a module of another kind.
+    """
+    made: dict[str, tuple[int, ...]] = {}
+    for name, module in _targeted(network, targets).items():
+        out, *kernel = module.weight.shape
+        made[f"{name}.lora_A.weight"], made[f"{name}.lora_B.weight"] = (
+            (rank, *kernel),
+            (out, rank, *[1] * len(kernel[1:])),
+        )
+    return made
 
 
 def _targeted(network: nn.Module, targets: Sequence[str]) -> dict[str, Any]:

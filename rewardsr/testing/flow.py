@@ -80,7 +80,8 @@ class TinyFlow(ISRAdapter):
         self.scale, self.guidance = options.scale, options.guidance
         self.size_multiple = self.compression * self.transformer.config.patch_size
         self.device, self.dtype = torch.device("cpu"), torch.float32
-        self.base_model = BaseModel(base, "local", fingerprint(self.networks))
+        weights = {**self.networks, "text_encoder": self.text_encoder, "tokenizer": self.tokenizer}
+        self.base_model = BaseModel(base, "local", fingerprint(weights))
 
     @property
     def compression(self) -> int:

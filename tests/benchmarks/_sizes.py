@@ -107,7 +107,7 @@ def pipeline(size: str, device: torch.device, dtype: torch.dtype, fingerprint: b
             revision="random",
         )
     original = family.fingerprint
-    family.fingerprint = original if fingerprint else lambda networks: "none"
+    family.fingerprint = original if fingerprint else lambda parts: "none"
     try:
         adapter = OSEDiff(parts, f"random weights of size {size}", OSEDiff.Options(noise_t=250, net_t=100))
     finally:
