@@ -3,6 +3,7 @@
 RECIPE = "recipe.yaml"
 LORA = "pytorch_lora_weights.safetensors"
 METRICS = "metrics.jsonl"
+LOCK = ".lock"  # while a process trains there
 VALIDATION = "validation"
 READY = "hub"  # what a push that found no connection has made ready
 

@@ -164,7 +164,8 @@ def test_the_resolved_recipe_reads_back_equal(recipe) -> None:
 
 def test_what_a_resumed_run_may_change(recipe) -> None:
     read = recipe()
-    assert differences(read, recipe("", "steps=4", "lora.rank=8")) == ["lora", "steps"]
-    free = {"output": "elsewhere", "checkpoint_every": 7, "keep_checkpoints": 9, "log_with": ["wandb"]}
+    assert differences(read, recipe("", "data.crop=4", "lora.rank=8", "seed=3")) == ["data", "lora", "seed"]
+    assert differences(read, recipe("", "data.train=elsewhere")) == [], "what the images are is asked of them"
+    free = {"output": "elsewhere", "steps": 4, "checkpoint_every": 7, "keep_checkpoints": 9, "log_with": ["wandb"]}
     assert set(free) < FREE_ON_RESUME
     assert differences(read, recipe(**free)) == []

@@ -6,7 +6,7 @@ All randomness and the position in the data are functions of (seed, step), so ne
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ class State:
         skipped_in_a_row: the last ones of these without a finite one between.
         threads: CPU threads that torch used; part of a run's identity on the CPU, where sums depend on it.
         processes: how many there were; the order of the data depends on it.
+        data: identity of the images of training and validation (see `rewardsr.data.folder.Data.identity`).
     """
 
     step: int = 0
@@ -39,6 +40,7 @@ class State:
     skipped_in_a_row: int = 0
     threads: int = 0
     processes: int = 0
+    data: dict[str, str] = field(default_factory=dict)
 
 
 def save(run: Path, method: Method, optimiser: torch.optim.Optimizer, state: State, keep: int) -> Path:

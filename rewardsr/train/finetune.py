@@ -9,8 +9,9 @@ from rewardsr.run_folder import RECIPE
 from rewardsr.storage import remove_leftovers, write_text
 from rewardsr.train.dry_run import DryRun, measure_step
 from rewardsr.train.loop import Result, train
-from rewardsr.train.prepare import check_output, complete, set_up
+from rewardsr.train.prepare import complete, set_up
 from rewardsr.train.recipe import Recipe, load_recipe, to_yaml
+from rewardsr.train.resume import check_output, held
 
 
 def finetune(
@@ -32,14 +33,14 @@ def finetune(
     elif not isinstance(recipe, Recipe):
         recipe = parse(Recipe, dict(recipe), "recipe")
     recipe = complete(recipe)
-    if not dry_run:
-        check_output(recipe, resume)
-    setup = set_up(recipe)
     if dry_run:
-        return measure_step(setup)
+        return measure_step(set_up(recipe))
     run = Path(recipe.output)
-    setup.accelerator.wait_for_everyone()  # until every process has looked into the folder, nothing may be written
-    if setup.accelerator.is_main_process:
-        remove_leftovers(run)
-        write_text(run / RECIPE, to_yaml(recipe))
-    return train(setup, run, resume)
+    with held(run):
+        earlier = check_output(recipe, resume)
+        setup = set_up(recipe)
+        setup.accelerator.wait_for_everyone()  # until every process has looked into the folder, nothing may be written
+        if setup.accelerator.is_main_process:
+            remove_leftovers(run)
+            write_text(run / RECIPE, to_yaml(recipe))
+        return train(setup, run, resume, earlier)

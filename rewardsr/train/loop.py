@@ -26,7 +26,7 @@ from torch import Tensor
 
 from rewardsr import lora
 from rewardsr.draws import Draws, seed_of
-from rewardsr.errors import TrainingError, UserError
+from rewardsr.errors import TrainingError, UserError, is_out_of_memory
 from rewardsr.evaluation.protocol import HeldOut
 from rewardsr.run_folder import LORA
 from rewardsr.train import checkpoint
@@ -34,6 +34,7 @@ from rewardsr.train.checkpoint import State
 from rewardsr.train.log import RunLog
 from rewardsr.train.prepare import Setup
 from rewardsr.train.recipe import Recipe
+from rewardsr.train.resume import check_goes_on
 from rewardsr.trainers.base import ParameterGroup, Prepared
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class Result:
         return f"finished {self.step} steps; LoRA: {self.output / LORA}"
 
 
-def train(setup: Setup, run: Path, resume: bool) -> Result:
+def train(setup: Setup, run: Path, resume: bool, earlier: Recipe | None = None) -> Result:
     """Run the recipe of `setup` into the folder `run`.
 
     The order of a step is: step, log, save, validate. So nothing that validation can do loses a trained step.
@@ -72,6 +73,7 @@ def train(setup: Setup, run: Path, resume: bool) -> Result:
         setup: everything loaded and checked.
         run: the run's folder.
         resume: go on from the newest checkpoint there, if there is one.
+        earlier: the recipe that the run had until now.
 
     Raises:
         TrainingError: numbers stopped being finite, or the memory was not enough; checkpoints stay.
@@ -80,8 +82,8 @@ def train(setup: Setup, run: Path, resume: bool) -> Result:
     recipe, accelerator = setup.recipe, setup.accelerator
     optimiser = make_optimiser(setup)
     state = checkpoint.resume(run, setup.method, optimiser) if resume else State()
-    _check_machine(state, accelerator.num_processes)
-    for note in setup.notes:
+    check_goes_on(state, setup)
+    for note in (*setup.notes, *_other_end(state, recipe, earlier)):
         logger.info(note)
     log = RunLog(run, recipe, state.step, accelerator.is_main_process)
     held_out = _held_out(setup, run)
@@ -158,7 +160,9 @@ def step(
         groups = list(_groups(setup, state.step))
         for update in range(recipe.updates_per_group):
             metrics = _update(setup, optimiser, state, groups, update)
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         raise TrainingError(memory_advice(setup)) from error
     for group, indices in groups:
         means.add(group.metrics, len(indices))
@@ -347,15 +351,15 @@ def _seed_everything(seed: int, at: int, process: int) -> None:
     np.random.seed(mixed % 2**32)
 
 
-def _check_machine(state: State, processes: int) -> None:
-    """Refuse another number of processes than the run began with, and warn of another number of threads."""
-    if state.processes not in (0, processes):
-        raise UserError(f"the run had {state.processes} processes, now there are {processes}: resume it with as many")
-    state.processes = processes
-    threads = torch.get_num_threads()
-    if state.threads not in (0, threads):
-        logger.warning("the run used %d CPU threads, now %d: it will differ in the last bits", state.threads, threads)
-    state.threads = threads
+def _other_end(state: State, recipe: Recipe, earlier: Recipe | None) -> Iterator[str]:
+    """A note where a resumed run has another number of steps than before."""
+    if earlier is None or earlier.steps == recipe.steps:
+        return
+    note = f"the run ends at step {recipe.steps}, not {earlier.steps}"
+    if recipe.optimiser.schedule == "cosine":
+        before, now = (learning_rate(one, state.updates) for one in (earlier, recipe))
+        note += f"; its cosine does, too: the learning rate goes on at {now:.3g} instead of {before:.3g}"
+    yield note
 
 
 @contextmanager

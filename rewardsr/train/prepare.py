@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -21,9 +20,6 @@ from rewardsr.plugins import resolve_class
 from rewardsr.rewards import build
 from rewardsr.rewards.base import Reward
 from rewardsr.rewards.probe import probe_gradient
-from rewardsr.run_folder import RECIPE
-from rewardsr.storage import is_leftover
-from rewardsr.train import recipe as recipes
 from rewardsr.train.log import check_trackers
 from rewardsr.train.processes import make_accelerator
 from rewardsr.train.recipe import DegradationRecipe, Recipe
@@ -190,31 +186,6 @@ def complete(recipe: Recipe) -> Recipe:
     """
     degradation = DegradationRecipe(**degradation_options(recipe.data.degradation))
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"degradation": degradation})})
-
-
-def check_output(recipe: Recipe, resume: bool) -> None:
-    """Refuse a folder that holds something else than the run to be resumed.
-
-    Raises:
-        UserError: it does; or the recipe of the run there is another one.
-    """
-    run = Path(recipe.output)
-    if run.exists() and not run.is_dir():
-        raise UserError(f"output '{run}' is a file")
-    if not run.exists() or all(is_leftover(entry) for entry in run.iterdir()):
-        return
-    if not (run / RECIPE).is_file():
-        raise UserError(f"output '{run}' is not empty and holds no run: choose another folder")
-    if not resume:
-        raise UserError(
-            f"output '{run}' holds a run already: choose another folder, or continue that one with --resume"
-        )
-    other = complete(recipes.load_recipe(str(run / RECIPE), {}, []))
-    different = recipes.differences(recipe, other)
-    if different:
-        raise UserError(
-            f"the run in '{run}' has another recipe (differs in: {', '.join(different)}); resume it unchanged"
-        )
 
 
 def _attach(adapter: ISRAdapter, recipe: Recipe) -> None:

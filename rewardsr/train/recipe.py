@@ -127,7 +127,7 @@ class Recipe(Options):
 
 
 # What a resumed run may change without becoming another run.
-FREE_ON_RESUME = {"output", "checkpoint_every", "keep_checkpoints", "log_with", "max_skipped", "device"}
+FREE_ON_RESUME = {"output", "steps", "checkpoint_every", "keep_checkpoints", "log_with", "max_skipped", "device"}
 
 
 def load_recipe(path: str | None, overrides: dict[str, Any], assignments: list[str]) -> Recipe:
@@ -188,8 +188,10 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def differences(one: Recipe, other: Recipe) -> list[str]:
-    """Top-level keys in which two recipes differ so that they are different runs."""
-    left, right = one.model_dump(mode="json"), other.model_dump(mode="json")
+    """Top-level keys in which two recipes differ so that they are different runs; where images lie makes none."""
+    left, right = (recipe.model_dump(mode="json") for recipe in (one, other))
+    for recipe in (left, right):
+        recipe["data"] |= {"train": "", "validation": bool(recipe["data"]["validation"])}
     return [key for key in left if key not in FREE_ON_RESUME and left[key] != right[key]]
 
 

@@ -13,7 +13,10 @@ from torch import Tensor
 from rewardsr.errors import TrainingError
 
 STD_FLOOR = 1e-8  # the paper's
-TIE = 1e-6  # combined rewards lie in [0, 1]: a spread below this is rounding, and normalising it would make noise of it
+# Differences that are rounding, of which normalising would make an order: of a metric's scores, against their size; and
+# of combined rewards, which lie in [0, 1].
+SCORE_TIE = 1e-5
+TIE = 1e-6
 
 
 def group_advantages(scores: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
@@ -21,11 +24,12 @@ def group_advantages(scores: Mapping[str, Tensor], weights: Mapping[str, Tensor]
 
     Each metric is min-max normalised inside the group, r = sum of weight * metric, A = (r - mean) / (std + 1e-8)
     with the unbiased std.
-    A metric that is constant in a group contributes 0 there; a fully tied group and a group of one get zero advantages.
+    A metric whose scores in a group differ by less than 1e-5 of their size contributes 0 there; a fully tied group and
+    a group of one get zero advantages.
 
     Args:
         scores: per metric (B, G), higher is better.
-        weights: per metric (B,).
+        weights: per metric (B,), not negative; only their shares count.
 
     Returns:
         (B, G) float32.
@@ -33,17 +37,18 @@ def group_advantages(scores: Mapping[str, Tensor], weights: Mapping[str, Tensor]
     Raises:
         TrainingError: a score is not finite; the metric is named.
     """
-    total: Tensor | None = None
+    if not scores:
+        raise ValueError("group_advantages: no scores")
+    whole = torch.stack([weights[name].float() for name in scores]).sum(0)
+    parts = []
     for name, values in scores.items():
         if not values.isfinite().all():
             raise TrainingError(f"reward '{name}' gave a score that is not finite")
-        low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
-        spread = high - low
-        normalised = torch.where(spread > 0, (values - low) / spread.where(spread > 0, 1.0), 0.0)
-        weighted = weights[name].to(values).unsqueeze(1) * normalised
-        total = weighted if total is None else total + weighted
-    if total is None:
-        raise ValueError("group_advantages: no scores")
+        low, spread = values.amin(1, keepdim=True), values.amax(1, keepdim=True) - values.amin(1, keepdim=True)
+        differs = spread > SCORE_TIE * values.abs().amax(1, keepdim=True)
+        share = torch.where(whole > 0, weights[name] / whole.where(whole > 0, 1.0), 0.0).to(values)
+        parts.append(share.unsqueeze(1) * torch.where(differs, (values - low) / spread.where(differs, 1.0), 0.0))
+    total = torch.stack(parts).sum(0)
     if total.shape[1] < 2:
         return torch.zeros_like(total)
     std = total.std(1, keepdim=True)
