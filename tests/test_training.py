@@ -306,7 +306,7 @@ def test_another_recipe_or_folder_is_refused_and_nothing_changes(recipe, tmp_pat
     before = listing(tmp_path)
     for changes, resume, message in (
         ({"steps": 2}, False, "holds a run already.*--resume"),
-        ({"steps": 3}, True, r"another recipe \(differs in: steps\)"),
+        ({"steps": 3, "batch_size": 2}, True, r"another recipe \(differs in: batch_size\)"),
         ({"steps": 2, "lora": {"rank": 2}, "seed": 1}, True, "differs in: lora, seed"),
         ({"steps": 2, "output": str(tmp_path)}, True, "is not empty and holds no run"),
         ({"steps": 2, "output": str(tmp_path / "run" / "recipe.yaml")}, True, "is a file"),

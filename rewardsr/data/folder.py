@@ -221,10 +221,10 @@ class Data:
             first, every: only the images at the positions first, first + every, ...: the share of one process.
 
         Raises:
-            ValueError: `side` is smaller than `scale`.
+            UserError: `side` is smaller than `scale`.
         """
         if side is not None and side < self.scale:
-            raise ValueError(f"validation: side {side} is smaller than the scale {self.scale}")
+            raise UserError(f"validation_side is {side}, expected at least the scale, {self.scale}")
         for position, item in list(enumerate(self.items[:limit]))[first::every]:
             hq = self._cache.read(item.hq)
             sizes = [min(length, side or length) // self.scale * self.scale for length in hq.shape[-2:]]

@@ -17,7 +17,7 @@ class Comparison:
 
     Attributes:
         base, tuned: one score an image, averaged over the draws of noise; higher is better.
-        low, high: 95 % interval of the mean difference (tuned - base), bootstrapped by image; NaN with one image.
+        low, high: 95 % interval of the mean difference (tuned - base) over images; NaN with one image.
     """
 
     base: tuple[float, ...]
@@ -69,7 +69,7 @@ class Evaluation:
     Attributes:
         images: where each image came from, in the order of the scores.
         rewards: the comparison of each reward, by its name.
-        seed: of the noise and of the bootstrap.
+        seed: of the noise.
         draws_per_image: draws of noise that each score averages.
         color_fix: what was done to the colours before scoring.
     """
@@ -167,7 +167,7 @@ def summary(evaluation: Evaluation) -> str:
     count, draws = len(evaluation.images), evaluation.draws_per_image
     return (
         f"{count} image{'s' * (count != 1)}, {draws} draw{'s' * (draws != 1)} of noise each, seed {evaluation.seed}, "
-        f"colour fix {evaluation.color_fix}; higher is better; interval: paired bootstrap by image"
+        f"colour fix {evaluation.color_fix}; higher is better; interval: paired, over images (t)"
     )
 
 

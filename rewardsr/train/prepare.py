@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -10,10 +9,10 @@ from accelerate import Accelerator
 from rewardsr import lora
 from rewardsr.adapter import ISRAdapter
 from rewardsr.batch import Batch
-from rewardsr.data.captions import Captions
-from rewardsr.data.degradation import degradation_options, make_degradation
-from rewardsr.data.folder import Data, open_data
-from rewardsr.errors import UserError
+from rewardsr.data.degradation import degradation_options
+from rewardsr.data.folder import Data
+from rewardsr.data.protocol import open_images
+from rewardsr.errors import UserError, is_out_of_memory, one_line
 from rewardsr.options import parse
 from rewardsr.pipelines import adapter_class, adapter_options, choose_device, load_adapter
 from rewardsr.plugins import resolve_class
@@ -60,6 +59,8 @@ def set_up(recipe: Recipe) -> Setup:
         UserError: anything in the recipe that cannot be had or does not fit.
     """
     check_trackers(recipe.log_with)
+    if recipe.lora.init is not None:
+        lora.locate(recipe.lora.init)
     device, dtype = choose_device(recipe.device, recipe.precision)
     accelerator = make_accelerator(device)
     method_kind = method_class(recipe.trainer)
@@ -82,11 +83,12 @@ def set_up(recipe: Recipe) -> Setup:
         notes.append(
             f"{len(train)} training images: headers were checked, a damaged file stops the run when its turn comes"
         )
+    steering = {entry.name: entry.weight for entry in recipe.rewards if entry.weight > 0}
+    sample = _judged(train.batch(recipe.seed, [0]).to(device), getattr(options, "reward_crop", None), scale)
+    _try_metrics({name: rewards[name] for name in steering}, sample, "a training crop")
     if validation is not None:
         validation.check()
-    sample = _judged(train.batch(recipe.seed, [0]).to(device), getattr(options, "reward_crop", None), scale)
-    _try_metrics(rewards | guards, sample)
-    steering = {entry.name: entry.weight for entry in recipe.rewards if entry.weight > 0}
+        _try_metrics(rewards | guards, _smallest(validation, recipe).to(device), "the smallest held-out image")
     if method_kind.differentiates:
         for name in steering:
             probe_gradient(name, rewards[name], sample)
@@ -98,8 +100,8 @@ def set_up(recipe: Recipe) -> Setup:
         )
     with torch.no_grad():
         adapter.encode(train.batch(recipe.seed, [0]))  # says what the family misses of the images
-        for batch in () if validation is None else validation.validation(1, recipe.seed, recipe.data.crop):
-            adapter.encode(batch)
+        if validation is not None:
+            adapter.encode(next(validation.validation(1, recipe.seed, recipe.data.crop)))
     _attach(adapter, recipe)
     if recipe.gradient_checkpointing:
         notes += [
@@ -140,17 +142,25 @@ def _judged(batch: Batch, window: int | None, scale: int) -> Batch:
     return batch.crop(torch.zeros(len(batch), 2, dtype=torch.int64), window, scale)
 
 
-def _try_metrics(metrics: dict[str, Reward], batch: Batch) -> None:
-    """Score one crop against itself, so that a metric that cannot score such images says so before training."""
+def _smallest(validation: Data, recipe: Recipe) -> Batch:
+    """The smallest of the held-out images, cut as in validation: some metrics need a number of pixels."""
+    limit, side = recipe.data.validation_limit, recipe.data.validation_side
+    sizes = [min(item.size) for item in validation.items[:limit]]
+    return next(validation.validation(limit, recipe.seed, side, sizes.index(min(sizes)), len(sizes)))
+
+
+def _try_metrics(metrics: dict[str, Reward], batch: Batch, what: str) -> None:
+    """Score an image against itself, so that a metric that cannot score such images says so before training."""
     assert batch.hq is not None
     for name, metric in metrics.items():
         try:
             with torch.no_grad():
                 scores = metric(batch.hq, batch)
-        except UserError:
-            raise
         except Exception as error:  # a metric may be a stranger's
-            raise UserError(f"reward '{name}' fails on a training crop: {type(error).__name__}: {error}") from error
+            if isinstance(error, UserError) or is_out_of_memory(error):
+                raise
+            size = f"{batch.hq.shape[-2]}x{batch.hq.shape[-1]} pixels"
+            raise UserError(f"reward '{name}' fails on {what} ({size}): {one_line(error)}") from error
         if tuple(scores.shape) != (len(batch),):
             raise UserError(
                 f"reward '{name}' gave {tuple(scores.shape)} for {len(batch)} images, expected one score each"
@@ -158,24 +168,16 @@ def _try_metrics(metrics: dict[str, Reward], batch: Batch) -> None:
 
 
 def open_folders(recipe: Recipe, scale: int, extras: Sequence[str] = ()) -> tuple[Data, Data | None]:
-    """Training and held-out images; folders of pairs are taken as they are, HQ folders are degraded.
+    """Training and held-out images.
 
     Args:
         recipe: of the run.
         scale: HQ is this many times LQ.
         extras: names of the tensors beside the images that the adapter takes.
     """
-    folder = recipe.data
-    opened = partial(
-        open_data,
-        scale=scale,
-        degradation=make_degradation(folder.degradation, scale),
-        prompts=folder.prompts,
-        captions=None if folder.captioner is None else Captions(folder.captioner),
-        extras=extras,
-    )
-    train = opened(folder.train, crop=folder.crop, flips=folder.flip)
-    return train, None if folder.validation is None else opened(folder.validation)
+    data = recipe.data
+    train = open_images(data, data.train, scale, extras, crop=data.crop, flips=data.flip)
+    return train, None if data.validation is None else open_images(data, data.validation, scale, extras)
 
 
 def complete(recipe: Recipe) -> Recipe:
@@ -190,7 +192,14 @@ def complete(recipe: Recipe) -> Recipe:
 
 def _attach(adapter: ISRAdapter, recipe: Recipe) -> None:
     """Our LoRA: a fresh one, or one to start from."""
-    if recipe.lora.init is None:
-        lora.attach(adapter, recipe.lora.rank, recipe.lora.alpha, recipe.seed)
-    else:
-        lora.load(adapter, recipe.lora.init)
+    own = recipe.lora
+    if own.init is None:
+        lora.attach(adapter, own.rank, own.alpha, recipe.seed)
+        return
+    lora.load(adapter, own.init)
+    rank, alpha = lora.rank_and_alpha(adapter)
+    if (rank, alpha) != (own.rank, own.alpha):
+        raise UserError(
+            f"lora.init '{own.init}' has rank {rank} and alpha {alpha:g}, the recipe has rank {own.rank} and alpha "
+            f"{own.alpha:g}: set lora.rank to {rank} and lora.alpha to {alpha:g}"
+        )

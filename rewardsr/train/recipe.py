@@ -39,12 +39,9 @@ class DegradationRecipe(Options):
     name: str = Field("light", description="registered name (light, bicubic), or module:Name")
 
 
-class DataRecipe(Options):
-    """Where images come from."""
+class ProtocolRecipe(Options):
+    """How images reach the pipeline: in a run's training and validation, and in whatever is done with the run later."""
 
-    train: _Place = Field(description="folder of HQ images, or of paired lq/ and gt/ folders matched by name")
-    validation: _Place | None = Field(None, description="the same for held-out images; None: no validation")
-    crop: int = Field(512, ge=1, le=16_384, description="side of the HQ crops in pixels")
     degradation: DegradationRecipe = Field(
         default_factory=DegradationRecipe, description="for HQ folders; pairs ignore it"
     )
@@ -54,11 +51,25 @@ class DataRecipe(Options):
         "else one text for all",
     )
     captioner: str | None = Field(None, description="registered name, or module:Name; with prompts: captioner")
+
+    def prompted(self, prompts: str | None) -> "ProtocolRecipe":
+        """The same with other prompts; None: as they are. A captioner goes where it is not asked."""
+        chosen = self.prompts if prompts is None else prompts
+        captioner = self.captioner if chosen == "captioner" else None
+        return ProtocolRecipe(degradation=self.degradation, prompts=chosen, captioner=captioner)
+
+
+class DataRecipe(ProtocolRecipe):
+    """Where images come from, and how they reach the pipeline."""
+
+    train: _Place = Field(description="folder of HQ images, or of paired lq/ and gt/ folders matched by name")
+    validation: _Place | None = Field(None, description="the same for held-out images; None: no validation")
+    crop: int = Field(512, ge=1, le=16_384, description="side of the HQ crops in pixels")
+    flip: bool = Field(True, description="mirror crops at random")
     validation_limit: Count | None = Field(None, description="the first so many held-out images")
     validation_side: int | None = Field(
         None, ge=1, le=65_536, description="cut larger held-out images to this many HQ pixels a side"
     )
-    flip: bool = Field(True, description="mirror crops at random")
 
 
 class LoraRecipe(Options):
@@ -68,7 +79,11 @@ class LoraRecipe(Options):
     alpha: float = Field(
         8.0, gt=0, le=1e6, description="the LoRA is scaled by alpha / rank; the papers' files have 8 at rank 4"
     )
-    init: _Place | None = Field(None, description="start from this LoRA (rewardsr safetensors, or GDPO-SR's .pkl)")
+    init: _Place | None = Field(
+        None,
+        description="start from this LoRA (rewardsr safetensors, or GDPO-SR's .pkl), whose rank and alpha these must "
+        "be; the reference of a method is the pipeline without it",
+    )
 
 
 _Beta = Annotated[float, Field(ge=0, lt=1)]

@@ -19,7 +19,7 @@ from rewardsr import load_adapter, lora
 from rewardsr.batch import Batch
 from rewardsr.draws import Draws
 from rewardsr.errors import TrainingError, UserError
-from rewardsr.evaluation.protocol import HeldOut, bootstrap
+from rewardsr.evaluation.protocol import HeldOut, interval
 from rewardsr.evaluation.report import Comparison, Evaluation
 from rewardsr.evaluation.upscale import upscale_tensor
 from rewardsr.rewards.fidelity import PSNR
@@ -72,44 +72,37 @@ def adapter(tiny):
     return pipeline
 
 
-# ---- bootstrap ----
+# ---- interval ----
 
 
-def test_bootstrap_of_two_images_by_hand() -> None:
-    """Means of two draws from {0, 1} are 0, 1/2, 1 with chances 1/4, 1/2, 1/4: both ends lie in the tails."""
-    assert bootstrap([0, 1], seed=0) == (0, 1)
+@pytest.mark.parametrize(
+    ("values", "mean", "half"),
+    [
+        ([0, 1], 0.5, 12.7062 * 0.5),  # Student's t of one degree of freedom, standard error 1/2
+        ([1, 0] * 5, 0.5, 2.26216 / 6),  # nine; squares of 10 times 1/4, over 9 and over 10
+        ([0.25] * 7, 0.25, 0),
+    ],
+)
+def test_the_interval_by_hand(values, mean, half) -> None:
+    assert interval(values) == pytest.approx((mean - half, mean + half), abs=1e-5)
 
 
-def test_bootstrap_of_ten_images_by_hand() -> None:
-    """Five wins of ten: the number of wins is binomial(10, 1/2); P(<= 1) = 0.011 and P(<= 2) = 0.055, so 2 to 8."""
-    assert bootstrap([1, 0] * 5, seed=0) == pytest.approx((0.2, 0.8))
+@pytest.mark.parametrize("count", [2, 4, 12, 100])
+def test_the_interval_covers_as_often_as_it_says(count) -> None:
+    """Resampling four images by percentiles covers 79 times of 100."""
+    samples = np.random.default_rng(count).normal(0.3, 1, (4000, count))
+    held = [low <= 0.3 <= high for low, high in map(interval, samples)]
+    assert 0.94 < np.mean(held) < 0.96
 
 
-def test_bootstrap_of_equal_differences_is_a_point() -> None:
-    assert bootstrap([0.25] * 7, seed=0) == (0.25, 0.25)
-
-
-def test_bootstrap_nears_the_normal_interval() -> None:
-    values = np.random.default_rng(1).normal(0.3, 1, 3000)  # more images than fit in one chunk of resamples
-    margin = 1.96 * values.std() / math.sqrt(len(values))
-    low, high = bootstrap(values, seed=0, resamples=4000)
-    assert low == pytest.approx(values.mean() - margin, abs=0.1 * margin)
-    assert high == pytest.approx(values.mean() + margin, abs=0.1 * margin)
-
-
-def test_bootstrap_depends_on_its_seed_only() -> None:
-    values = np.random.default_rng(1).normal(size=9).tolist()
-    assert bootstrap(values, seed=3) == bootstrap(values, seed=3) != bootstrap(values, seed=4)
-
-
-def test_bootstrap_of_one_image_says_nothing() -> None:
-    assert all(math.isnan(end) for end in bootstrap([0.5], seed=0))
+def test_the_interval_of_one_image_says_nothing() -> None:
+    assert all(math.isnan(end) for end in interval([0.5]))
 
 
 @pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf]])
-def test_bootstrap_refuses(values) -> None:
+def test_the_interval_refuses(values) -> None:
     with pytest.raises(ValueError, match="finite number"):
-        bootstrap(values, seed=0)
+        interval(values)
 
 
 # ---- comparison ----
