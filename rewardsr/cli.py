@@ -289,6 +289,9 @@ def push(
     base_model: Annotated[str | None, typer.Option(help="Hub id of the base, for the card of a local one")] = None,
     dataset: Annotated[list[str] | None, typer.Option(help="Hub id of a dataset that was trained on")] = None,
     licence: Annotated[str | None, typer.Option("--license", help="of the base, where its card is not here")] = None,
+    keep_paths: Annotated[
+        bool, typer.Option("--keep-paths", help="publish paths of this machine whole, not their last part alone")
+    ] = False,
 ) -> None:
     """Publish a run on the Hugging Face Hub: LoRA, recipe, metrics, pictures and card, in one commit."""
     from rewardsr.hub.publish import push as publish
@@ -303,6 +306,7 @@ def push(
         base_model=base_model,
         datasets=dataset or [],
         licence=licence,
+        keep_paths=keep_paths,
     )
     typer.echo("nothing was sent" if pushed.url is None else pushed.url)
 

@@ -34,7 +34,7 @@ CASES = [(step, fault) for step in STEPS for fault in (401, 403, 404, 409, 500, 
     ("step", "fault"), [*CASES, ("download", "half"), ("download", "short"), ("download", "wrong")]
 )
 def test_a_pull_that_fails_leaves_nothing(hub, finished, tmp_path, step, fault) -> None:
-    sent(finished)
+    sent(finished, keep_paths=True)
     hub.fail(*STEPS[step], **({"status": fault} if isinstance(fault, int) else {"kind": fault}), times=ALWAYS)
     line = refusal(pull, REPO, tmp_path / "pulled")
     print(f"{step:10} {fault} | {line}")
@@ -46,7 +46,7 @@ def test_a_pull_that_fails_leaves_nothing(hub, finished, tmp_path, step, fault) 
 
 
 def test_a_download_that_breaks_off_is_tried_again(hub, finished, tmp_path) -> None:
-    sent(finished)
+    sent(finished, keep_paths=True)
     hub.fail(*STEPS["download"], "half", times=2)
     folder = pull(REPO, tmp_path / "pulled")
     assert (folder / run_folder.LORA).read_bytes() == (finished / run_folder.LORA).read_bytes()
