@@ -19,6 +19,7 @@ from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError
 from rewardsr.hub.fetch import fetch
 from rewardsr.lora.layers import delta
+from rewardsr.storage import expand
 from rewardsr.weights import read_pickle
 
 # The released checkpoints never set lora_alpha, so peft's default of 8 holds at every rank.
@@ -54,8 +55,8 @@ class OSEDiff(StableDiffusion):
         identity, released, weights = base, None, options.weights
         if weights is not None:
             identity = f"{base} + {weights}"
-            if Path(weights).expanduser().is_file():
-                released = str(Path(weights).expanduser())
+            if expand(weights).is_file():
+                released = str(expand(weights))
                 _merge_release(parts.unet, parts.vae, Path(released))
             else:
                 folder, _ = fetch(weights, "weights", ("unet", "vae"))

@@ -4,6 +4,7 @@ Heavy imports happen inside the commands, so that `--help` is quick.
 """
 
 import errno
+import io
 import logging
 import os
 import sys
@@ -13,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from rewardsr import __version__
-from rewardsr.errors import TrainingError, UserError
+from rewardsr.errors import LONGEST, TrainingError, UserError, is_out_of_memory, printable, shortened
 
 app = typer.Typer(
     name="rewardsr",
@@ -29,8 +30,11 @@ logger = logging.getLogger("rewardsr")
 imports = typer.Typer(help="Take over what other programs made.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(imports, name="import")
 
-# The disk and its rights, wherever they are noticed: nothing is wrong with the program.
-PLACE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+# The disk, its rights and names, wherever they are noticed: nothing is wrong with the program.
+PLACE_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+}
 
 Base = Annotated[str | None, typer.Option(help="diffusers folder, Hub id, or 'embedded'")]
 AdapterName = Annotated[str, typer.Option(help="registered adapter, or module:Name")]
@@ -47,25 +51,37 @@ Seed = Annotated[int, typer.Option(help="of the noise")]
 
 def main() -> None:
     """Entry point: runs a command; the user's mistakes become one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may know fewer characters than file names have
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(standalone_mode=True)
     except UserError as error:
         _leave(f"error: {error}", 2)
     except TrainingError as error:
         _leave(f"training stopped: {error}", 1)
-    except OSError as error:
-        if error.errno not in PLACE_ERRORS:
+    except (OSError, RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            _leave("error: out of memory: smaller images, --precision bf16 or --device cpu need less", 2)
+        if not isinstance(error, OSError) or error.errno not in PLACE_ERRORS:
             raise
         _leave(f"error: {error.strerror}: '{error.filename}'" if error.filename else f"error: {error.strerror}", 2)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; by name, for it may not be imported
-            raise
-        _leave("error: out of memory on the device: smaller images, --precision bf16 or --device cpu need less", 2)
 
 
 def _leave(message: str, code: int) -> NoReturn:
-    print(" ".join(message.split()), file=sys.stderr)
+    print(shortened(printable(" ".join(message.split())), LONGEST + 20), file=sys.stderr)
     sys.exit(code)
+
+
+def _say(text: object, err: bool = False) -> None:
+    """Print lines; the only way from this package to a terminal.
+
+    Where nobody reads any more (`| head`), the work goes on.
+    """
+    try:
+        typer.echo(printable(str(text), but="\n"), err=err)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
 
 
 class _Console(logging.Handler):
@@ -73,12 +89,12 @@ class _Console(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         warns = record.levelno >= logging.WARNING
-        typer.echo(f"warning: {record.getMessage()}" if warns else record.getMessage(), err=warns)
+        _say(f"warning: {record.getMessage()}" if warns else record.getMessage(), err=warns)
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(__version__)
+        _say(__version__)
         raise typer.Exit()
 
 
@@ -212,7 +228,7 @@ def evaluate(
     pipeline, _ = open_run(run, adapter, base, option, lora, device=device, precision=precision, force_base=force_base)
     names = [name.strip() for name in metrics.split(",") if name.strip()]
     found = protocol.evaluate(pipeline, data, names, draws_per_image=draws, seed=seed, limit=limit, prompts=prompts)
-    typer.echo(found)
+    _say(found)
     if output is not None:
         write_text(output, found.to_json())
 
@@ -239,7 +255,7 @@ def export(
     )
     for path in sorted(exchange.export(pipeline, output, form).rglob("*")):
         if path.is_file():
-            typer.echo(path)
+            _say(path)
 
 
 @imports.command("lora")
@@ -259,7 +275,7 @@ def import_lora(
     pipeline, _ = open_run(None, adapter, base, option, device="cpu", precision="fp32")
     path = exchange.import_lora(pipeline, source, output)
     rank, alpha = lora.rank_and_alpha(pipeline)
-    typer.echo(f"rank {rank}, alpha {alpha:g}: {path}")
+    _say(f"rank {rank}, alpha {alpha:g}: {path}")
 
 
 @imports.command("stablesr")
@@ -275,7 +291,7 @@ def import_stablesr(
     from rewardsr.adapters.stablesr import import_checkpoint
 
     found = import_checkpoint(source, output, prediction, check)
-    typer.echo(f"{output}: predicts {found}; use it with --adapter stablesr --base SD-2.1 --option weights={output}")
+    _say(f"{output}: predicts {found}; use it with --adapter stablesr --base SD-2.1 --option weights={output}")
 
 
 @app.command()
@@ -308,7 +324,7 @@ def push(
         licence=licence,
         keep_paths=keep_paths,
     )
-    typer.echo("nothing was sent" if pushed.url is None else pushed.url)
+    _say("nothing was sent" if pushed.url is None else pushed.url)
 
 
 @app.command()
@@ -319,7 +335,7 @@ def pull(
     """Fetch an adapter from the Hub; --run and --lora take the same reference."""
     from rewardsr.hub.fetch import pull as fetch
 
-    typer.echo(fetch(reference, output))
+    _say(fetch(reference, output))
 
 
 @app.command()
@@ -332,7 +348,7 @@ def search(
     from rewardsr.hub.search import search as find
 
     for found in find(query, base, limit):
-        typer.echo(f"{found.id:<48} {found.downloads:>8} downloads {found.likes:>5} likes  {found.base or ''}")
+        _say(f"{found.id:<48} {found.downloads:>8} downloads {found.likes:>5} likes  {found.base or ''}")
 
 
 @app.command()
@@ -345,10 +361,10 @@ def adapters(
 
     if name is not None:
         for option in describe(adapter_class(name).Options):
-            typer.echo(f"{option.name} ({option.type}, default {option.default}): {option.description}")
+            _say(f"{option.name} ({option.type}, default {option.default}): {option.description}")
         return
     for registered, text in describe_adapters():
-        typer.echo(f"{registered:<16} {text}")
+        _say(f"{registered:<16} {text}")
 
 
 @app.command()
@@ -358,8 +374,8 @@ def rewards() -> None:
 
     for name, kind, needs_hq, differentiable, licence in known():
         needs = "needs HQ" if needs_hq else "no HQ"
-        typer.echo(f"{name:<16} {kind:<9} {needs:<9} {'differentiable' if differentiable else '':<15} {licence}")
-    typer.echo("any pyiqa metric id works too (musiq, maniqa, clipiqa, ...); so does module:Name")
+        _say(f"{name:<16} {kind:<9} {needs:<9} {'differentiable' if differentiable else '':<15} {licence}")
+    _say("any pyiqa metric id works too (musiq, maniqa, clipiqa, ...); so does module:Name")
 
 
 @app.command()
@@ -368,7 +384,7 @@ def doctor() -> None:
     from rewardsr.doctor import examine
 
     for line in examine():
-        typer.echo(line)
+        _say(line)
 
 
 @app.command()

@@ -199,6 +199,9 @@ def _explained(what: str, source: str, revision: str | None) -> Iterator[None]:
             "give a local folder, or connect once"
         ) from error
     except Exception as error:  # no connection is requests' error or httpx's, by the version of the Hub's client
+        if isinstance(error, OSError) and error.filename:  # of the disk, not of the network
+            place = f"{error.strerror}: '{error.filename}'"
+            raise UserError(f"{what} '{source}': the Hub's cache cannot be used: {place}; look at HF_HOME") from error
         raise UserError(f"{what} '{source}': download failed: {reason(error)}") from error
 
 

@@ -13,6 +13,7 @@ from rewardsr.adapter import ISRAdapter
 from rewardsr.errors import UserError
 from rewardsr.lora import layers
 from rewardsr.lora.file import SUFFIXES, Lora, header, settings_of
+from rewardsr.storage import expand
 from rewardsr.weights import read_pickle, read_safetensors, write_networks, write_safetensors
 
 PEFT_CONFIG, PEFT_WEIGHTS, PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -127,7 +128,7 @@ def _write_kohya(adapter: ISRAdapter, name: str, given: Lora, folder: Path) -> N
 
 def _write_osediff(adapter: ISRAdapter, name: str, given: Lora, folder: Path) -> None:
     """OSEDiff's layout: its own LoRA and ours side by side, rescaled, since that layout's scale is 8 / rank."""
-    released = None if adapter.released is None else Path(adapter.released).expanduser()
+    released = None if adapter.released is None else expand(adapter.released)
     if released is None or not released.is_file():
         raise UserError(
             "export --format osediff combines the LoRA with the released checkpoint that the base was made of: load "
