@@ -176,9 +176,11 @@ def upscale(
     force_base: Annotated[bool, typer.Option("--force-base", help="load a LoRA of another base")] = False,
 ) -> None:
     """Super-resolve images, with a LoRA or without."""
+    from rewardsr.evaluation.upscale import check_files
     from rewardsr.evaluation.upscale import upscale as run_upscale
     from rewardsr.pipelines import open_run
 
+    check_files(inputs, output, color_fix)
     pipeline, _ = open_run(
         run, adapter, base, option, lora, strength=strength, device=device, precision=precision, force_base=force_base
     )
@@ -210,14 +212,14 @@ def evaluate(
         raise UserError("evaluate compares base and tuned: give --run, or --lora")
     from rewardsr.evaluation import protocol
     from rewardsr.pipelines import open_run
-    from rewardsr.storage import write_text
+    from rewardsr.storage import expand, write_text
 
     pipeline, _ = open_run(run, adapter, base, option, lora, device=device, precision=precision, force_base=force_base)
     names = [name.strip() for name in metrics.split(",") if name.strip()]
     found = protocol.evaluate(pipeline, data, names, draws_per_image=draws, seed=seed, limit=limit, prompts=prompts)
     typer.echo(found)
     if output is not None:
-        write_text(output, found.to_json())
+        write_text(expand(output), found.to_json())
 
 
 @app.command()
