@@ -322,6 +322,8 @@ def _targets(sources: Sequence[Path | Image.Image | Tensor], output: Path) -> li
             )
             raise UserError(f"{one} and {two} would both become '{target}': rename one, or upscale them apart")
     for target in targets:
+        if target.is_dir():
+            raise UserError(f"'{target}' is a folder where a result would go: choose another output folder")
         if target.exists() and any(
             isinstance(source, Path) and source.exists() and target.samefile(source) for source in sources
         ):
