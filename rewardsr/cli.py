@@ -176,15 +176,15 @@ def upscale(
     force_base: Annotated[bool, typer.Option("--force-base", help="load a LoRA of another base")] = False,
 ) -> None:
     """Super-resolve images, with a LoRA or without."""
-    from rewardsr.evaluation.upscale import check_files
+    from rewardsr.evaluation.upscale import find_files
     from rewardsr.evaluation.upscale import upscale as run_upscale
     from rewardsr.pipelines import open_run
 
-    check_files(inputs, output, color_fix)
+    files = find_files(inputs, output, color_fix)
     pipeline, _ = open_run(
         run, adapter, base, option, lora, strength=strength, device=device, precision=precision, force_base=force_base
     )
-    run_upscale(pipeline, inputs, output, color_fix=color_fix, prompts=prompts, seed=seed, overwrite=overwrite)
+    run_upscale(pipeline, files, output, color_fix=color_fix, prompts=prompts, seed=seed, overwrite=overwrite)
 
 
 @app.command()

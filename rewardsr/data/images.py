@@ -39,6 +39,7 @@ _LOOK_LIKE_IMAGES = (
 _DEEP_PNG = ("RGB;16B", "RGBA;16B", "LA;16B")  # how PIL calls what it cuts down to 8 bits
 _GRAY_STEPS = {"L;2": 85, "L;4": 17}  # of a PNG with 2 or 4 bits of gray, spread over 8
 
+_JPEG_WORK = 2 * 10**10  # scans times pixels: some ten seconds; an everyday file has at most a dozen scans
 _ODD_MODES = {"F": "floating-point values", "LAB": "Lab colours"}
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_PLANAR = 258, 262, 284
 
@@ -287,6 +288,11 @@ def _decode(image: Image.Image, file: BinaryIO | None = None) -> Tensor:
     """(3, H, W) float32 in [0, 1], upright and on white; `file` gives the deep pixels that PIL has no mode for."""
     stored = str(image.tile[0][3]) if isinstance(image, ImageFile.ImageFile) and image.tile else ""
     deep = file is not None and image.format == "PNG" and stored in _DEEP_PNG
+    if file is not None and image.format in ("JPEG", "MPO"):
+        file.seek(0)
+        scans = file.read().count(b"\xff\xda")  # marks the beginning of each, and stands nowhere inside of one
+        if scans * image.width * image.height > _JPEG_WORK:
+            raise ValueError(f"{scans} scans of {image.height}x{image.width} pixels take minutes; save it anew")
     with _without_remarks() if deep or image.format == "TIFF" else nullcontext():
         image.load()
         pixels = _deep_png(file) if deep and file is not None else _pixels(image, stored)

@@ -128,18 +128,18 @@ def upscale(
     return targets
 
 
-def check_files(inputs: Iterable[Path], output: Path, color_fix: str) -> None:
-    """Refuse what `upscale` would refuse of files and names, as far as it shows before there is a pipeline.
+def find_files(inputs: Iterable[Path], output: Path, color_fix: str) -> list[Path]:
+    """The image files that `upscale` gets, looked at before there is a pipeline: their names, headers and results.
 
     Raises:
         UserError: as `upscale`.
     """
     _check_color_fix(color_fix)
-    sources = _sources(inputs)
-    _targets(sources, expand(output))
-    for source in sources:
-        if isinstance(source, Path):
-            image_size(source)
+    files = [source for source in _sources(inputs) if isinstance(source, Path)]
+    _targets(files, expand(output))
+    for file in files:
+        image_size(file)
+    return files
 
 
 @torch.no_grad()
