@@ -3,18 +3,14 @@
 Heavy imports happen inside the commands, so that `--help` is quick.
 """
 
-import errno
-import io
 import logging
-import os
-import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
-from rewardsr import __version__
-from rewardsr.errors import LONGEST, TrainingError, UserError, is_out_of_memory, printable, shortened
+from rewardsr import __version__, console
+from rewardsr.errors import UserError
 
 app = typer.Typer(
     name="rewardsr",
@@ -29,12 +25,6 @@ logger = logging.getLogger("rewardsr")
 
 imports = typer.Typer(help="Take over what other programs made.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(imports, name="import")
-
-# The disk, its rights and names, wherever they are noticed: nothing is wrong with the program.
-PLACE_ERRORS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
-    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
-}
 
 Base = Annotated[str | None, typer.Option(help="diffusers folder, Hub id, or 'embedded'")]
 AdapterName = Annotated[str, typer.Option(help="registered adapter, or module:Name")]
@@ -51,50 +41,12 @@ Seed = Annotated[int, typer.Option(help="of the noise")]
 
 def main() -> None:
     """Entry point: runs a command; the user's mistakes become one line and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal may know fewer characters than file names have
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        app(standalone_mode=True)
-    except UserError as error:
-        _leave(f"error: {error}", 2)
-    except TrainingError as error:
-        _leave(f"training stopped: {error}", 1)
-    except (OSError, RuntimeError, MemoryError) as error:
-        if is_out_of_memory(error):
-            _leave("error: out of memory: smaller images, --precision bf16 or --device cpu need less", 2)
-        if not isinstance(error, OSError) or error.errno not in PLACE_ERRORS:
-            raise
-        _leave(f"error: {error.strerror}: '{error.filename}'" if error.filename else f"error: {error.strerror}", 2)
-
-
-def _leave(message: str, code: int) -> NoReturn:
-    print(shortened(printable(" ".join(message.split())), LONGEST + 20), file=sys.stderr)
-    sys.exit(code)
-
-
-def _say(text: object, err: bool = False) -> None:
-    """Print lines; the only way from this package to a terminal.
-
-    Where nobody reads any more (`| head`), the work goes on.
-    """
-    try:
-        typer.echo(printable(str(text), but="\n"), err=err)
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
-
-
-class _Console(logging.Handler):
-    """Messages of the package: warnings go to stderr, all others to stdout."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        warns = record.levelno >= logging.WARNING
-        _say(f"warning: {record.getMessage()}" if warns else record.getMessage(), err=warns)
+    console.run(app)
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        _say(__version__)
+        console.say(__version__)
         raise typer.Exit()
 
 
@@ -104,11 +56,7 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version")
     ] = False,
 ) -> None:
-    if not any(isinstance(handler, _Console) for handler in logger.handlers):
-        logger.addHandler(_Console())
-    # Of the processes of a launch one speaks.
-    rank = os.environ.get("RANK", "")
-    logger.setLevel(logging.ERROR if rank.isdecimal() and int(rank) else logging.INFO)
+    console.listen(logger)
 
 
 @app.command()
@@ -189,13 +137,15 @@ def upscale(
     force_base: Annotated[bool, typer.Option("--force-base", help="load a LoRA of another base")] = False,
 ) -> None:
     """Super-resolve images, with a LoRA or without."""
+    from rewardsr.evaluation.upscale import find_files
     from rewardsr.evaluation.upscale import upscale as run_upscale
     from rewardsr.pipelines import open_run
 
+    files = find_files(inputs, output, color_fix)
     pipeline, _ = open_run(
         run, adapter, base, option, lora, strength=strength, device=device, precision=precision, force_base=force_base
     )
-    run_upscale(pipeline, inputs, output, color_fix=color_fix, prompts=prompts, seed=seed, overwrite=overwrite)
+    run_upscale(pipeline, files, output, color_fix=color_fix, prompts=prompts, seed=seed, overwrite=overwrite)
 
 
 @app.command()
@@ -223,14 +173,14 @@ def evaluate(
         raise UserError("evaluate compares base and tuned: give --run, or --lora")
     from rewardsr.evaluation import protocol
     from rewardsr.pipelines import open_run
-    from rewardsr.storage import write_text
+    from rewardsr.storage import expand, write_text
 
     pipeline, _ = open_run(run, adapter, base, option, lora, device=device, precision=precision, force_base=force_base)
     names = [name.strip() for name in metrics.split(",") if name.strip()]
     found = protocol.evaluate(pipeline, data, names, draws_per_image=draws, seed=seed, limit=limit, prompts=prompts)
-    _say(found)
+    console.say(found)
     if output is not None:
-        write_text(output, found.to_json())
+        write_text(expand(output), found.to_json())
 
 
 @app.command()
@@ -255,7 +205,7 @@ def export(
     )
     for path in sorted(exchange.export(pipeline, output, form).rglob("*")):
         if path.is_file():
-            _say(path)
+            console.say(path)
 
 
 @imports.command("lora")
@@ -275,7 +225,7 @@ def import_lora(
     pipeline, _ = open_run(None, adapter, base, option, device="cpu", precision="fp32")
     path = exchange.import_lora(pipeline, source, output)
     rank, alpha = lora.rank_and_alpha(pipeline)
-    _say(f"rank {rank}, alpha {alpha:g}: {path}")
+    console.say(f"rank {rank}, alpha {alpha:g}: {path}")
 
 
 @imports.command("stablesr")
@@ -291,7 +241,7 @@ def import_stablesr(
     from rewardsr.adapters.stablesr import import_checkpoint
 
     found = import_checkpoint(source, output, prediction, check)
-    _say(f"{output}: predicts {found}; use it with --adapter stablesr --base SD-2.1 --option weights={output}")
+    console.say(f"{output}: predicts {found}; use it with --adapter stablesr --base SD-2.1 --option weights={output}")
 
 
 @app.command()
@@ -324,7 +274,7 @@ def push(
         licence=licence,
         keep_paths=keep_paths,
     )
-    _say("nothing was sent" if pushed.url is None else pushed.url)
+    console.say("nothing was sent" if pushed.url is None else pushed.url)
 
 
 @app.command()
@@ -335,7 +285,7 @@ def pull(
     """Fetch an adapter from the Hub; --run and --lora take the same reference."""
     from rewardsr.hub.fetch import pull as fetch
 
-    _say(fetch(reference, output))
+    console.say(fetch(reference, output))
 
 
 @app.command()
@@ -348,7 +298,7 @@ def search(
     from rewardsr.hub.search import search as find
 
     for found in find(query, base, limit):
-        _say(f"{found.id:<48} {found.downloads:>8} downloads {found.likes:>5} likes  {found.base or ''}")
+        console.say(f"{found.id:<48} {found.downloads:>8} downloads {found.likes:>5} likes  {found.base or ''}")
 
 
 @app.command()
@@ -361,10 +311,10 @@ def adapters(
 
     if name is not None:
         for option in describe(adapter_class(name).Options):
-            _say(f"{option.name} ({option.type}, default {option.default}): {option.description}")
+            console.say(f"{option.name} ({option.type}, default {option.default}): {option.description}")
         return
     for registered, text in describe_adapters():
-        _say(f"{registered:<16} {text}")
+        console.say(f"{registered:<16} {text}")
 
 
 @app.command()
@@ -374,8 +324,8 @@ def rewards() -> None:
 
     for name, kind, needs_hq, differentiable, licence in known():
         needs = "needs HQ" if needs_hq else "no HQ"
-        _say(f"{name:<16} {kind:<9} {needs:<9} {'differentiable' if differentiable else '':<15} {licence}")
-    _say("any pyiqa metric id works too (musiq, maniqa, clipiqa, ...); so does module:Name")
+        console.say(f"{name:<16} {kind:<9} {needs:<9} {'differentiable' if differentiable else '':<15} {licence}")
+    console.say("any pyiqa metric id works too (musiq, maniqa, clipiqa, ...); so does module:Name")
 
 
 @app.command()
@@ -384,7 +334,7 @@ def doctor() -> None:
     from rewardsr.doctor import examine
 
     for line in examine():
-        _say(line)
+        console.say(line)
 
 
 @app.command()

@@ -1,15 +1,19 @@
 """Paths as users write them, and writing so that nothing is ever half-written."""
 
 import errno
+import fcntl
+import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rewardsr.errors import UserError
 
+_SUFFIX = ".rewardsr.tmp"
+_LONGEST = 255  # bytes of a file's name
 _SHOWN = 100  # characters of a path in a message about it
 
 
@@ -77,19 +81,19 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         UserError: the disk is full, or the place cannot be written to; what was there before is still there.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        with _held(temporary, lambda: os.open(temporary, flags, 0o666)) as descriptor:
+            with os.fdopen(os.dup(descriptor), "wb") as file:
+                file.truncate()
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
     except OSError as error:
         raise UserError(f"cannot write '{path}': {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, content: str) -> None:
@@ -108,18 +112,22 @@ def write_folder(path: Path, fill: Callable[[Path], None], replace: bool = False
     Raises:
         UserError: the disk is full, or the place cannot be written to; nothing is left behind.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = _temporary(path)
+
+    def opened() -> int:
+        temporary.mkdir(parents=True, exist_ok=True)
+        return os.open(temporary, os.O_RDONLY)
+
     try:
-        temporary.mkdir(parents=True)
-        fill(temporary)
-        if replace and path.exists():
-            shutil.rmtree(path)
-        temporary.replace(path)
+        with _held(temporary, opened):
+            for entry in temporary.iterdir():  # of a writer that was killed
+                _remove(entry)
+            fill(temporary)
+            if replace and path.exists():
+                shutil.rmtree(path)
+            temporary.replace(path)
     except OSError as error:
         raise UserError(f"cannot write '{path}': {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def is_leftover(path: Path) -> bool:
@@ -128,9 +136,65 @@ def is_leftover(path: Path) -> bool:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers left in and below a folder."""
+    """Remove what killed writers left in and below a folder that is all ours, as a run's is."""
     for path in [path for path in folder.rglob("*") if is_leftover(path)]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        _remove(path)
+
+
+def remove_own_leftovers(folder: Path) -> None:
+    """Remove what killed writers left in a folder that others use, too; what a writer still works on stays."""
+    for path in folder.glob(f".*{_SUFFIX}"):
+        with suppress(OSError), _locked(os.open(path, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB):
+            _remove(path)
+
+
+def _temporary(path: Path) -> Path:
+    """The same name for the same target, so that the next writer clears away what a killed one left."""
+    name = f".{path.name}{_SUFFIX}"
+    if len(os.fsencode(name)) > _LONGEST:
+        name = f".{hashlib.blake2b(os.fsencode(path.name), digest_size=8).hexdigest()}{_SUFFIX}"
+    return path.with_name(name)
+
+
+@contextmanager
+def _held(temporary: Path, opened: Callable[[], int]) -> Iterator[int]:
+    """The descriptor of a temporary file or folder that only this writer uses; others wait. Removed in the end."""
+    while True:
+        with _locked(opened(), fcntl.LOCK_EX) as descriptor:
+            if not _is_at(descriptor, temporary):  # whoever held it before has renamed or removed it
+                continue
+            try:
+                yield descriptor
+            finally:
+                with suppress(OSError):
+                    if _is_at(descriptor, temporary):
+                        _remove(temporary)
+            return
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def _locked(descriptor: int, how: int) -> Iterator[int]:
+    """Locked until the descriptor is closed, at the latest when the process dies."""
+    try:
+        try:
+            fcntl.flock(descriptor, how)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # file systems without locks
+                raise
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

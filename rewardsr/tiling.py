@@ -18,7 +18,8 @@ class Tiling:
 
     Attributes:
         side: of a tile, in latent pixels; only latents of a larger area are cut.
-        overlap: of neighbouring tiles, in latent pixels; the last tile of a row or column may overlap by more.
+        overlap: of neighbouring tiles, in latent pixels; the last tile of a row or column may overlap by more. Latents
+            that are narrower than a tile are cut into squares of their width, which overlap by the same share.
         off_centre: weights as released, whose centre lies half a pixel too low; for comparison.
     """
 
@@ -56,7 +57,7 @@ class Tiling:
         return total / weight
 
     def _starts(self, length: int, side: int) -> list[int]:
-        step = max(1, side - self.overlap)
+        step = side - self.overlap * side // self.side
         return [*range(0, length - side, step), length - side]
 
     def _weights(self, side: int) -> Tensor:

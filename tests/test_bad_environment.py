@@ -74,7 +74,7 @@ def test_an_endpoint_that_is_no_address(commands: Commands, contacted, monkeypat
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
     connection.online.cache_clear()
-    for command in (("search",), ("pull", "a/b"), ("upscale", "x.png", "-o", "out", "--run", "a/b")):
+    for command in (("search",), ("pull", "a/b"), ("export", "out", "--format", "kohya", "--run", "a/b")):
         answer = commands(*command)
         assert answer.code == 2 and "HF_ENDPOINT is " in answer.err and answer.err.count("\n") == 1, answer.err
         assert "\x1b" not in answer.err

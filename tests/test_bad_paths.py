@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rewardsr import cli
+from rewardsr import console
 from rewardsr.pipelines import open_run, weighted
 
 QUICK = ("--rewards", "psnr", "--steps", 1, "--device", "cpu", "--set", "data.crop=32")
@@ -149,7 +149,7 @@ def test_a_run_whose_base_has_moved(commands, hq_folder, tiny_base, tmp_path) ->
 def test_errors_of_the_disk_are_one_line_wherever_they_come_from(commands, monkeypatch) -> None:
     from rewardsr import doctor
 
-    for number in cli.PLACE_ERRORS:
+    for number in console.PLACE_ERRORS:
 
         def examine(number: int = number) -> list[str]:
             raise OSError(number, os.strerror(number), "x" * 5000 + "\x1b[31m")

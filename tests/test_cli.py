@@ -200,7 +200,10 @@ def test_earlier_results_are_kept_unless_asked(commands: Commands, tiny_base, hq
     assert commands(*arguments).code == 0
     before = snapshot(tmp_path)
     answer = commands(*arguments)
-    assert answer.code == 2 and "000.png" in answer.err
+    assert answer.code == 0 and answer.out == "1 of 1 results are there already and are kept\n"
+    assert snapshot(tmp_path) == before
+    answer = commands(*arguments, "--seed", 1, "--option", "noise_t=250")
+    assert answer.code == 2 and "000.png" in answer.err and "of other settings" in answer.err
     assert snapshot(tmp_path) == before
     assert commands(*arguments, "--overwrite").code == 0
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewardsr.errors import UserError, one_line
+from rewardsr.errors import UserError, is_out_of_memory, one_line
 from rewardsr.plugins import resolve
 
 KEPT = 100_000  # texts
@@ -58,9 +58,9 @@ class Captions:
             try:
                 with torch.no_grad():
                     texts = self._captioner(image)
-            except (UserError, torch.OutOfMemoryError):
-                raise
             except Exception as error:
+                if isinstance(error, UserError) or is_out_of_memory(error):
+                    raise
                 raise UserError(f"captioner '{self._name}' fails: {one_line(error)}") from error
             if not isinstance(texts, list | tuple) or len(texts) != 1 or not isinstance(texts[0], str):
                 raise UserError(f"captioner '{self._name}' gave {texts!r:.80} for one image, expected [text]")

@@ -19,6 +19,7 @@ from torch import Tensor
 from rewardsr.batch import Batch
 from rewardsr.data.captions import Captions
 from rewardsr.data.degradation import Degradation
+from rewardsr.data.identity import identity_of
 from rewardsr.data.images import image_size, list_images, read_image, to_uint8
 from rewardsr.data.sidecars import (
     ADAPTER,
@@ -31,6 +32,7 @@ from rewardsr.data.sidecars import (
 )
 from rewardsr.draws import generator
 from rewardsr.errors import UserError
+from rewardsr.storage import expand
 
 LQ_FOLDERS = ("lq", "lr")
 HQ_FOLDERS = ("gt", "hq")
@@ -89,7 +91,7 @@ def open_data(
     Raises:
         UserError: anything that is wrong with the folder or the settings.
     """
-    path = Path(path)
+    path = expand(path)
     if crop is not None and (crop < scale or crop % scale):
         raise UserError(f"crop {crop} must be a positive multiple of the scale {scale}")
     folders = _paired_folders(path)
@@ -145,6 +147,16 @@ class Data:
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def identity(self) -> str:
+        """A short text that tells this data from any other: names, sizes and samples of the files, and the prompts.
+
+        A copy elsewhere has the same. It differs once an image, its partner, prompt or tensors come, go or change.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        return identity_of(part for item in self.items for part in (item.hq, item.lq, item.prompt, item.extras))
 
     def check(self) -> None:
         """Decode every file once, which finds what headers hide; what fits stays in the cache.

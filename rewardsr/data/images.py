@@ -4,30 +4,54 @@ Files come in every shape that PIL reads; inside there is one: (3, H, W) float32
 """
 
 import io
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import logging
+import os
+import struct
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
+from threading import RLock
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile
+from PIL import ExifTags, Image, ImageFile
 from torch import Tensor
 
-from rewardsr.errors import UserError
-from rewardsr.storage import write_bytes
+from rewardsr.errors import UserError, is_out_of_memory
+from rewardsr.storage import expand, write_bytes
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+logger = logging.getLogger(__name__)
 
-_ORIENTATION = 0x0112  # the EXIF tag
-_TURNED = (5, 6, 7, 8)  # orientations that swap height and width
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+# Of these the header tells the size of what comes out; others (icons, say) are decoded for it.
+_SIZED = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "PPM", "TIFF")
+# No images here: PIL hands them to other programs, only knows that they exist, or unpacks them without a limit.
+_FOREIGN = ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "FITS")
+# Files that people take for images, whether this PIL reads them or not.
+_LOOK_LIKE_IMAGES = (
+    ".png .jpg .jpeg .jfif .webp .avif .heic .heif .hif .jxl .jp2 .tif .tiff .bmp .gif .svg .eps .exr .hdr "
+    ".dng .cr2 .cr3 .nef .arw .raf .orf .rw2"
+)
+_DEEP_PNG = ("RGB;16B", "RGBA;16B", "LA;16B")  # how PIL calls what it cuts down to 8 bits
+_GRAY_STEPS = {"L;2": 85, "L;4": 17}  # of a PNG with 2 or 4 bits of gray, spread over 8
+
+_JPEG_WORK = 2 * 10**10  # scans times pixels: some ten seconds; an everyday file has at most a dozen scans
+_ODD_MODES = {"F": "floating-point values", "LAB": "Lab colours"}
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_PLANAR = 258, 262, 284
+
+_global_state = RLock()
 
 
 def read_image(path: Path | str) -> Tensor:
     """Read one image file.
 
-    Gray and palette images become RGB, CMYK by PIL's plain conversion (colour profiles are not applied). What is
-    transparent is laid on white. EXIF orientation is applied. Of an animation the first frame counts. 16-bit gray
-    images and 16-bit colour PNG keep their precision; PIL reads 16-bit colour TIFF as 8 bit.
+    Gray and palette images become RGB, CMYK by PIL's plain conversion (colour profiles and gamma are not applied). What
+    is transparent is laid on white. The orientation is applied wherever PIL finds it. Of an animation the first frame
+    counts. PNG and 16-bit gray images keep their precision; of other 16-bit colour files PIL reads the upper 8 bits.
 
     Args:
         path: the file; its content decides what it is, not its extension.
@@ -36,11 +60,10 @@ def read_image(path: Path | str) -> Tensor:
         (3, H, W) float32 RGB in [0, 1].
 
     Raises:
-        UserError: missing, damaged, truncated, too large for PIL's safety limit, or not an image.
+        UserError: missing, damaged, truncated, more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, or not an image.
     """
-    path = _existing(path)
-    with _reading(path), Image.open(path) as image:
-        return _convert(image, (lambda _: _deep_png(path)) if _is_deep_png(path, image) else _pixels)
+    with _opened(path) as (image, file):
+        return _decode(image, file)
 
 
 def from_pil(image: Image.Image) -> Tensor:
@@ -50,7 +73,7 @@ def from_pil(image: Image.Image) -> Tensor:
         UserError: its file is damaged or truncated, or the mode has no such form.
     """
     with _reading(f"PIL image of mode {image.mode}"):
-        return _convert(image, _pixels)
+        return _decode(image)
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -67,20 +90,22 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
-    """Height and width in pixels after EXIF orientation, from the header alone: quick, but blind to truncation.
+    """Height and width of what `read_image` gives, in pixels; of everyday files from the header alone.
 
     Raises:
-        UserError: missing, or no image that PIL knows.
+        UserError: missing, too large, or no image that PIL knows.
     """
-    path = _existing(path)
-    with _reading(path), Image.open(path) as image:
+    with _opened(path) as (image, file):
         width, height = image.size
-        if _orientation(image) not in _TURNED:
-            return height, width
-        if image.format != "TIFF":
-            return width, height
-    height, width = read_image(path).shape[-2:]  # whether `size` is turned already depends on PIL's version
-    return height, width
+        if image.format in _SIZED and not (image.format == "PNG" and _is_turned_late(image, file)):
+            # getexif() would decode a PNG without EXIF in front, to look behind the pixels.
+            orientation = 1 if image.format == "PNG" and "exif" not in image.info else _orientation(image)
+            if orientation not in _TURNED:
+                return height, width
+            if image.format != "TIFF":  # whose `size` is turned already, or not, by PIL's version
+                return width, height
+        height, width = _decode(image, file).shape[-2:]
+        return height, width
 
 
 def to_uint8(image: Tensor) -> Tensor:
@@ -109,129 +134,212 @@ def write_image(image: Tensor, path: Path | str) -> Path:
         UserError: another extension, no space, or no permission.
         ValueError: another shape, or values that are not finite.
     """
-    path = Path(path)
+    path = expand(path)
     if path.suffix.lower() != ".png":
         raise UserError(f"cannot write '{path}': images are written as PNG, let the name end in .png")
-    buffer = io.BytesIO()
-    to_pil(image).save(buffer, format="PNG")
-    write_bytes(path, buffer.getvalue())
+    write_bytes(path, encode_png(image))
     return path
 
 
+def encode_png(image: Tensor) -> bytes:
+    """An image (3, H, W) or (1, 3, H, W) as an 8-bit PNG; errors are those of `to_pil`."""
+    buffer = io.BytesIO()
+    to_pil(image).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 def list_images(folder: Path | str) -> list[Path]:
-    """Image files of a folder (not of folders inside it), sorted by name; hidden files are left out.
+    """Image files of a folder (not of folders inside it) of all kinds that PIL reads, sorted by name.
+
+    Hidden files are left out. A warning names what looks like an image but is none that can be read here.
 
     Raises:
         UserError: no such folder, or no image in it.
     """
-    folder = Path(folder)
+    folder = expand(folder)
     if not folder.is_dir():
         raise UserError(f"no folder '{folder}'" + (": it is a file" if folder.exists() else ""))
     try:
-        entries = sorted(folder.iterdir())
+        entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        images = [path for path in entries if path.suffix.lower() in _extensions() and path.is_file()]
+        inside = [path.name for path in entries if path.is_dir()]
     except OSError as error:
         raise UserError(f"cannot list '{folder}': {error.strerror or error}") from error
-    images = [path for path in entries if _looks_like_image(path)]
+    known = set(images)
+    skipped = [f"{path.name} ({why})" for path in entries if path not in known and (why := _why_not(path))]
+    what = f"{len(skipped)} look like images and are skipped: {', '.join(skipped[:3])}" + ", ..." * (len(skipped) > 3)
     if not images:
-        inside = [path.name for path in entries if path.is_dir()]
         hint = f"; folders inside it are not searched ({', '.join(inside[:3])})" if inside else ""
-        raise UserError(f"no images in '{folder}' (looked for {', '.join(EXTENSIONS)}){hint}")
+        looked = "looked for .png, .jpg, .webp, .tif and whatever else PIL reads"
+        raise UserError(f"no images in '{folder}' ({looked}){hint}{'; ' + what if skipped else ''}")
+    if skipped:
+        logger.warning("'%s': %s", folder, what)
     return images
 
 
-def _looks_like_image(path: Path) -> bool:
-    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
-
-
-def _existing(path: Path | str) -> Path:
-    path = Path(path)
+def _why_not(path: Path) -> str | None:
+    """Why a file that seems to be an image is none; None for what does not seem to be one."""
+    suffix = path.suffix.lower()
+    if suffix not in _extensions() and suffix not in _LOOK_LIKE_IMAGES.split():
+        return None
+    if path.is_symlink() and not path.exists():
+        return "dead link"
     if not path.is_file():
-        raise UserError(f"no image file '{path}'" + (": it is a folder" if path.is_dir() else ""))
-    return path
+        return None if path.is_dir() else "no regular file"
+    return f"this PIL does not read {suffix}"
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in Image.ID if name not in _FOREIGN)
+
+
+@cache
+def _extensions() -> frozenset[str]:
+    formats = _formats()
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
+
+
+@contextmanager
+def _opened(path: Path | str) -> Iterator[tuple[Image.Image, BinaryIO]]:
+    """The image, not decoded yet, and its file."""
+    path = Path(path)
+    with _reading(path):
+        if not path.is_file():
+            what = "a folder" if path.is_dir() else "no regular file"
+            raise UserError(f"no image file '{path}'" + (f": it is {what}" if path.exists() else ""))
+        # Not by name: PIL 13 maps uncompressed files into memory as of their turned size, and mixes up their pixels.
+        with path.open("rb") as file, Image.open(file, formats=_formats()) as image:
+            yield image, file
 
 
 @contextmanager
 def _reading(what: Path | str) -> Iterator[None]:
-    """Turns what goes wrong while `what` is read into one line, and refuses truncated files."""
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # PIL's global switch, which some packages turn on when they are imported
+    """Turns what goes wrong while `what` is read into one line, and refuses truncated and huge files."""
+    with _global_state, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL's remarks on metadata
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        before = ImageFile.LOAD_TRUNCATED_IMAGES
+        ImageFile.LOAD_TRUNCATED_IMAGES = False  # a global switch that some packages turn on when they are imported
+        try:
+            yield
+        except UserError:
+            raise
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            limit = f"{Image.MAX_IMAGE_PIXELS or 0:,}"
+            raise UserError(
+                f"cannot read '{what}': more than {limit} pixels, PIL's safety limit; cut it into parts"
+            ) from error
+        except PermissionError as error:
+            raise UserError(f"cannot read '{what}': no permission") from error
+        except Image.UnidentifiedImageError as error:
+            raise UserError(f"cannot read '{what}': not an image, or damaged at its beginning") from error
+        except Exception as error:  # decoders raise whatever they stumble over in a damaged file
+            if is_out_of_memory(error):
+                raise
+            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+            raise UserError(f"cannot read '{what}': damaged, truncated or of an unknown kind ({reason})") from error
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Keeps what libtiff and libpng print of a file that cannot be read off stderr: one line says it all."""
     try:
+        stderr = os.dup(2)
+    except OSError:  # there is none
         yield
-    except MemoryError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise UserError(f"cannot read '{what}': more pixels than PIL's safety limit; cut it into parts") from error
-    except PermissionError as error:
-        raise UserError(f"cannot read '{what}': no permission") from error
-    except Image.UnidentifiedImageError as error:
-        raise UserError(f"cannot read '{what}': not an image, or damaged at its beginning") from error
-    except Exception as error:  # decoders raise whatever they stumble over in a damaged file
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot read '{what}': damaged, truncated or of an unknown kind ({reason})") from error
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
+        return
+    with tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        kept.seek(0)
+        os.write(2, kept.read())  # the file is read, and another thread may have said something
 
 
 def _orientation(image: Image.Image) -> int:
-    # Of a PNG without EXIF in front of its pixels, getexif() would decode the pixels to look behind them.
-    if image.format == "PNG" and not ({"exif", "Raw profile type exif"} & image.info.keys()):
-        return 1
-    value = image.getexif().get(_ORIENTATION, 1)
+    value = image.getexif().get(ExifTags.Base.Orientation, 1)
     return value if value in range(1, 9) else 1
 
 
-def _convert(image: Image.Image, pixels: Callable[[Image.Image], Tensor]) -> Tensor:
-    """(3, H, W) float32 in [0, 1], upright and on white; `pixels` is called when the image is loaded."""
-    before = _orientation(image)
-    image.load()
-    # PIL turns TIFF pixels by itself from version 11.1 on, and then the tag is gone.
-    orientation = _orientation(image) if image.format == "TIFF" else before
-    return _upright(_to_rgb(pixels(image)), orientation).contiguous()
+def _is_turned_late(image: Image.Image, file: BinaryIO) -> bool:
+    """Whether a PNG may carry an orientation that PIL finds only after it has decoded the pixels."""
+    marks = {False: False, True: False}  # before the pixels, behind them
+    place, behind = 8, False
+    while True:
+        file.seek(place)
+        head = file.read(8)
+        if len(head) < 8:
+            return marks[True] or (marks[False] and "exif" not in image.info)
+        length, name = struct.unpack(">I4s", head)
+        behind = behind or name == b"IDAT"
+        keyword = file.read(min(length, 80)).lower() if name in (b"tEXt", b"zTXt", b"iTXt") else b""
+        marks[behind] |= name == b"eXIf" or any(word in keyword for word in (b"exif", b"xmp"))
+        place += length + 12
 
 
-def _pixels(image: Image.Image) -> Tensor:
-    """(1, H, W), (3, H, W) or (4, H, W) float32 in [0, 1], as stored."""
+def _decode(image: Image.Image, file: BinaryIO | None = None) -> Tensor:
+    """(3, H, W) float32 in [0, 1], upright and on white; `file` gives the deep pixels that PIL has no mode for."""
+    stored = str(image.tile[0][3]) if isinstance(image, ImageFile.ImageFile) and image.tile else ""
+    deep = file is not None and image.format == "PNG" and stored in _DEEP_PNG
+    if file is not None and image.format in ("JPEG", "MPO"):
+        file.seek(0)
+        scans = file.read().count(b"\xff\xda")  # marks the beginning of each, and stands nowhere inside of one
+        if scans * image.width * image.height > _JPEG_WORK:
+            raise ValueError(f"{scans} scans of {image.height}x{image.width} pixels take minutes; save it anew")
+    with _without_remarks() if deep or image.format == "TIFF" else nullcontext():
+        image.load()
+        pixels = _deep_png(file) if deep and file is not None else _pixels(image, stored)
+    if pixels.shape[0] in (2, 4):
+        alpha = pixels[-1:]
+        pixels = (pixels[:-1] * alpha + (1 - alpha)).clamp(0, 1)
+    # Only now: PIL finds what stands behind the pixels, and has turned a TIFF by itself.
+    return _upright(pixels.expand(3, -1, -1), _orientation(image)).contiguous()
+
+
+def _pixels(image: Image.Image, stored: str) -> Tensor:
+    """(1 or 3, H, W), or one channel more for alpha: float32 in [0, 1], as stored."""
+    tiff = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
     if image.mode.startswith("I"):  # 16-bit gray; older versions of PIL widen it to 32 bit
         gray = np.array(image).astype(np.int64)
-        if gray.min() < 0 or gray.max() > 65535:
-            raise ValueError("32-bit values; save it with 8 or 16 bits")
-        return torch.from_numpy(gray)[None].float() / 65535
-    if image.mode == "F":
-        raise ValueError("floating-point values; save it with 8 or 16 bits")
+        if gray.min() < 0 or gray.max() > 65535 or (tiff and image.mode == "I"):
+            raise ValueError("32-bit or signed values; save it with 8 bits, or 16 without sign")
+        hidden = image.info.get("transparency")
+        if tiff.get(_TIFF_PHOTOMETRIC) == 0:  # zero is white, which PIL heeds up to 8 bits
+            gray = 65535 - gray
+        levels = torch.from_numpy(gray)[None].float().div_(65535)
+        return levels if hidden is None else torch.cat([levels, torch.from_numpy(gray != hidden)[None].float()])
+    if image.mode in ("F", "LAB"):
+        raise ValueError(f"{_ODD_MODES[image.mode]}; save it as RGB with 8 or 16 bits")
+    if tiff.get(_TIFF_PLANAR) == 2 and max(tiff.get(_TIFF_BITS, (8,))) > 8:
+        raise ValueError("16-bit colour in planes; save its channels interleaved, or as PNG")
+    if stored in _GRAY_STEPS and isinstance(image.info.get("transparency"), int):
+        image = image.copy()
+        image.info["transparency"] *= _GRAY_STEPS[stored]
+    if image.mode == "La":
+        image = image.convert("LA")
     array = np.array(image.convert("RGBA" if image.has_transparency_data else "RGB"))
-    return torch.from_numpy(array).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous().float().div_(255)
 
 
-def _is_deep_png(path: Path, image: Image.Image) -> bool:
-    """Whether this is a colour PNG with 16 bits a channel, of which PIL keeps only the upper 8."""
-    if image.format != "PNG":
-        return False
-    with path.open("rb") as file:
-        header = file.read(26)
-    depth, colour = header[24], header[25]
-    return depth == 16 and colour in (2, 6)  # RGB, RGBA
-
-
-def _deep_png(path: Path) -> Tensor:
+def _deep_png(file: BinaryIO) -> Tensor:
     """(3, H, W) or (4, H, W); PIL has decoded the file before, so it is whole."""
     try:
         import cv2  # comes with pyiqa
     except ImportError as error:
         raise ValueError("16-bit colour needs opencv: pip install opencv-python-headless") from error
-    array = cv2.imdecode(np.fromfile(path, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
-    if array is None or array.dtype != np.uint16:
+    file.seek(0)
+    array = cv2.imdecode(np.frombuffer(file.read(), dtype=np.uint8), cv2.IMREAD_UNCHANGED)
+    if array is None or array.dtype != np.uint16 or array.ndim != 3:
         raise ValueError("16-bit colour that opencv cannot read; save it with 8 bits")
     order = [2, 1, 0, 3][: array.shape[2]]  # opencv has blue first
     return torch.from_numpy(array[..., order].astype(np.float32)).permute(2, 0, 1) / 65535
-
-
-def _to_rgb(pixels: Tensor) -> Tensor:
-    if pixels.shape[0] == 1:
-        return pixels.repeat(3, 1, 1)
-    if pixels.shape[0] == 4:
-        alpha = pixels[3:]
-        return (pixels[:3] * alpha + (1 - alpha)).clamp(0, 1)
-    return pixels
 
 
 def _upright(image: Tensor, orientation: int) -> Tensor:

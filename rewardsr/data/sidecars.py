@@ -4,6 +4,7 @@ Both are looked for in a folder of their own first, then beside the image. They 
 mirrored images get those of the image that they were cut from.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ PROMPT_FOLDERS = ("prompts", "prompt", "tag", "tags")  # `tag` is what SeeSR's t
 TENSOR_FOLDERS = ("extras",)
 ADAPTER = "adapter"
 SIDECAR = "sidecar"
+LONGEST = 100_000  # bytes of a prompt file: text encoders read some hundred
 CAPTIONER = "captioner"  # see rewardsr.data.captions
 
 
@@ -33,7 +35,8 @@ def resolve_prompts(images: Sequence[Path], prompts: str, root: Path | None = No
         One line of text an image (an empty file is an empty prompt), or None where the adapter decides.
 
     Raises:
-        UserError: a text file is missing (the first few are named), is not UTF-8 or cannot be read; or "captioner".
+        UserError: a text file is missing (the first few are named), is not UTF-8, longer than
+            100,000 bytes or cannot be read; or "captioner".
     """
     if prompts == ADAPTER:
         return None
@@ -113,7 +116,7 @@ def _find(images: Sequence[Path], suffix: str, folders: Sequence[str], root: Pat
     for image in images:
         places = [*((root or image.parent) / folder for folder in folders), image.parent]
         files = (place / f"{image.stem}{suffix}" for place in places)
-        found.append(next((path for path in files if path.is_file()), None))
+        found.append(next((path for path in files if os.path.isfile(path)), None))
     return found
 
 
@@ -129,7 +132,11 @@ def _all(images: Sequence[Path], found: Sequence[Path | None], what: str, advice
 
 def _text(path: Path) -> str:
     try:
-        return " ".join(path.read_text(encoding="utf-8-sig").split())
+        with path.open("rb") as file:
+            content = file.read(LONGEST + 1)
+        if len(content) > LONGEST:
+            raise UserError(f"'{path}' is longer than {LONGEST:,} bytes, which is no prompt: shorten it")
+        return " ".join(content.decode("utf-8-sig").split())
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read '{path}': it is not UTF-8 text; save it as UTF-8") from error
     except OSError as error:

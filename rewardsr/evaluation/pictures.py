@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rewardsr.data.images import to_uint8, write_image
+from rewardsr.errors import printable
 
 Cell = tuple[str, Tensor]
 """A caption and an image (3, H, W): float32 in [0, 1], or uint8."""
@@ -101,6 +102,6 @@ def _caption(caption: str, width: int) -> Tensor:
     """(3, _LINE, width) uint8: black on white, cut off where it is too long."""
     strip = Image.new("L", (width, _LINE), 255)
     # PIL's font of last resort knows Latin-1 only and fails on anything else.
-    known = caption.encode("latin-1", "replace").decode("latin-1")
+    known = printable(caption).encode("latin-1", "replace").decode("latin-1")
     ImageDraw.Draw(strip).text((_PADDING, 1), known, fill=0, font=ImageFont.load_default())
     return torch.from_numpy(np.array(strip)).expand(3, -1, -1)

@@ -74,7 +74,7 @@ def check_output(output: Path | str, form: str | None = None) -> Path:
     Raises:
         UserError: it exists, or the format of the export is unknown.
     """
-    folder = Path(output)
+    folder = expand(output)
     if form is not None and form not in FORMATS:
         raise UserError(f"unknown format '{form}': choose one of {', '.join(FORMATS)}")
     if folder.exists():

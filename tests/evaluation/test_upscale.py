@@ -3,6 +3,7 @@
 import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from _support import picked
@@ -151,6 +152,67 @@ def test_whatever_holds_the_images_the_pictures_are_the_same(adapter, inputs, tm
     assert told[0] == told[1] != upscale(adapter, inputs)[0].tobytes()
 
 
+def test_arrays_tensors_and_mixtures_of_them(adapter, inputs, tmp_path) -> None:
+    expected = [picture.tobytes() for picture in upscale(adapter, inputs)]
+    arrays = [np.array(Image.open(path)) for path in inputs]
+    tensors = [read_image(path) for path in inputs]
+    levels = [torch.from_numpy(array).permute(2, 0, 1) for array in arrays]
+    for images in (
+        arrays,
+        tensors,
+        levels,
+        [inputs[0], arrays[1]],
+        (str(inputs[0]), tensors[1]),
+        (path for path in inputs),
+        [tensors[0][None], Image.open(inputs[1])],
+        {inputs[0]: "a mapping has keys", inputs[1]: ""},
+    ):
+        assert [picture.tobytes() for picture in upscale(adapter, images)] == expected
+    for one in (arrays[0], tensors[0], levels[0], tensors[0][None]):
+        assert [picture.tobytes() for picture in upscale(adapter, one)] == expected[:1]
+    twins = upscale(adapter, torch.stack([tensors[0], tensors[0]]))
+    assert len(twins) == 2 and twins[0].tobytes() == expected[0] != twins[1].tobytes(), "another place, other noise"
+    mixed = upscale(adapter, [arrays[0], inputs[1]], tmp_path / "mixed")
+    assert [path.name for path in mixed] == ["000.png", "b.png"]
+    with pytest.raises(UserError, match=r"'.*001\.png' and image 1 would both become"):
+        upscale(adapter, [write_image(tensors[0], tmp_path / "001.png"), arrays[0]], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([], "no images to upscale"),
+        ((path for path in ()), "no images to upscale"),
+        (None, "cannot upscale NoneType: give files, folders, PIL images, arrays"),
+        (3, "cannot upscale int"),
+        (b"photo.png", "cannot upscale int"),
+        ([["photo.png"]], "cannot upscale list"),
+        (np.zeros((4, 4, 3)), r"cannot upscale ndarray float64 \(4, 4, 3\)"),
+        (np.zeros(5, np.uint8), r"cannot upscale ndarray uint8 \(5,\)"),
+        (np.zeros((3, 9, 9), np.uint8), r"cannot upscale ndarray uint8 \(3, 9, 9\)"),
+        (torch.zeros(4, 4, 3), r"cannot upscale Tensor torch.float32 \(4, 4, 3\)"),
+        (torch.zeros(3, 0, 4), "cannot upscale Tensor"),
+        (torch.full((3, 4, 4), -1.0), r"values of -1 to -1, expected \[0, 1\]"),
+        (torch.full((3, 4, 4), torch.nan), r"values of nan to nan, expected"),
+        ("~nosuchuser/a.png", "no home folder of ~nosuchuser"),
+        ("a\0b.png", "a character that no file name can hold"),
+        ("n" * 300 + ".png", "too long for a file name"),
+    ],
+)
+def test_what_cannot_be_upscaled(adapter, tmp_path, images, message) -> None:
+    with pytest.raises(UserError, match=message):
+        upscale(adapter, images, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_home_folders(adapter, inputs, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "in")
+    assert upscale(adapter, "~/in/a.png", "~/out") == [tmp_path / "out" / "a.png"]
+    assert upscale(adapter, [Path("~/in")], Path("~/both")) == [tmp_path / "both" / f"{name}.png" for name in "ab"]
+    assert sorted(path.name for path in Path().iterdir()) == ["a.png", "b.png"]
+
+
 def test_sidecar_prompts(adapter, inputs, tmp_path) -> None:
     with pytest.raises(UserError, match="prompt file"):
         upscale(adapter, inputs, tmp_path / "out", prompts="sidecar")
@@ -201,6 +263,9 @@ def test_clashes(adapter, inputs, tmp_path) -> None:
 def test_no_inputs_and_no_folder(adapter, inputs, tmp_path) -> None:
     with pytest.raises(UserError, match="no images"):
         upscale(adapter, [], tmp_path / "out")
+    (tmp_path / "out" / "a.png").mkdir(parents=True)
+    with pytest.raises(UserError, match="is a folder where a result would go"):
+        upscale(adapter, inputs, tmp_path / "out", overwrite=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         upscale(adapter, inputs, tmp_path / "file")
