@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from rewardsr import __version__, console
-from rewardsr.errors import UserError
+from rewardsr.errors import UserError, printable
 
 app = typer.Typer(
     name="rewardsr",
@@ -298,7 +298,8 @@ def search(
     from rewardsr.hub.search import search as find
 
     for found in find(query, base, limit):
-        console.say(f"{found.id:<48} {found.downloads:>8} downloads {found.likes:>5} likes  {found.base or ''}")
+        line = f"{found.id:<48} {found.downloads:>8} downloads {found.likes:>5} likes  {found.base or ''}"
+        console.say(printable(line))
 
 
 @app.command()

@@ -15,7 +15,7 @@ from rewardsr.errors import UserError
 from rewardsr.evaluation.report import Evaluation, markdown
 from rewardsr.hub.connection import online
 from rewardsr.hub.content import shortened_recipe
-from rewardsr.hub.fetch import EMBEDDED, PIPELINE, check_lora
+from rewardsr.hub.fetch import EMBEDDED, LARGEST_TEXT, PIPELINE, check_lora
 from rewardsr.hub.search import TAG
 from rewardsr.rewards import licence_of
 from rewardsr.run_folder import CARD, LORA, RECIPE, SAMPLES, VALIDATION
@@ -23,7 +23,6 @@ from rewardsr.storage import expand, read_text
 from rewardsr.train.recipe import Recipe, load_recipe, to_yaml
 
 UNKNOWN = "unknown"  # what an adapter says of a licence that it cannot know
-LARGEST = 10**8  # bytes of the scores of a validation; an image has about 100
 HUB_LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")  # how the Hub writes those that it knows
 NOT_ON_HUB = ("local", "live", EMBEDDED)  # revisions of bases that came from elsewhere
 
@@ -178,6 +177,7 @@ def _licence_of_base(base: str, revision: str) -> str | None:
             path = (PIPELINE if base == EMBEDDED else expand(base)) / CARD
         else:
             path = Path(hf_hub_download(base, CARD, revision=revision, local_files_only=not online()))
+        read_text(path, "the base's card")  # of a sensible size, or nothing is stated
         stated = (metadata_load(path) or {}).get("license")
     except Exception:  # no file, no connection, not YAML: nothing is stated in all of these
         return None
@@ -217,7 +217,7 @@ def _last_validation(run: Path) -> Evaluation | None:
     if newest is None:
         return None
     try:
-        return Evaluation.from_dict(json.loads(read_text(newest, f"'{newest}'", LARGEST)))
+        return Evaluation.from_dict(json.loads(read_text(newest, f"'{newest}'", LARGEST_TEXT)))
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

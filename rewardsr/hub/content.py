@@ -9,15 +9,13 @@ from typing import NamedTuple
 from PIL import Image
 
 from rewardsr.errors import UserError, one_line
-from rewardsr.hub.fetch import check_lora
+from rewardsr.hub.fetch import LARGEST, check_lora
 from rewardsr.options import parse
 from rewardsr.places import without_places
 from rewardsr.run_folder import LORA, METRICS, RECIPE, SAMPLES, VALIDATION
 from rewardsr.storage import read_bytes
 from rewardsr.train.log import LARGEST_LOG, step_of
 from rewardsr.train.recipe import Recipe, load_recipe, to_yaml
-
-LARGEST = 5 * 10**9  # bytes; a LoRA has a thousandth of that
 
 Note = Callable[[str, str, str], None]
 
@@ -52,8 +50,6 @@ def read_run(run: Path, keep_paths: bool = False) -> tuple[dict[str, bytes], lis
     recipe = load_recipe(str(run / RECIPE), {}, [])
     if not (run / LORA).is_file():
         raise UserError(f"the run in '{run}' has no {LORA}: it is not finished; go on with finetune --resume")
-    if (run / LORA).stat().st_size > LARGEST:
-        raise UserError(f"'{run / LORA}' is larger than {LARGEST // 10**9} GB: that is no LoRA")
     check_lora(run / LORA, f"'{run / LORA}'")
     _check_metrics(run / METRICS, recipe.steps)
     sources = {name: run / name for name in (LORA, RECIPE, METRICS)}

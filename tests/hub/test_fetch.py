@@ -90,6 +90,14 @@ def test_a_file_name_that_leads_out(hub, finished, tmp_path, name) -> None:
     assert not snapshot(tmp_path) and not hub.count("GET", "/resolve/"), "nothing was fetched"
 
 
+@pytest.mark.parametrize(("name", "size"), [(run_folder.LORA, 10**10), ("recipe.yaml", 10**9), ("README.md", 10**12)])
+def test_a_file_that_is_larger_than_any_of_a_run(hub, finished, tmp_path, name, size) -> None:
+    sent(finished)
+    hub.model(REPO).sizes[name] = size
+    assert f"its {name} has {size:,d} bytes" in refusal(pull, REPO, tmp_path / "pulled")
+    assert not snapshot(tmp_path) and not hub.count("GET", "/resolve/"), "nothing was fetched"
+
+
 def test_only_a_runs_own_files_are_fetched(hub, finished, tmp_path) -> None:
     sent(finished)
     model = hub.model(REPO)

@@ -15,8 +15,7 @@ from _support import snapshot
 from safetensors.torch import load_file, save_file
 
 from rewardsr import run_folder
-from rewardsr.hub.content import LARGEST
-from rewardsr.hub.fetch import pull
+from rewardsr.hub.fetch import LARGEST, pull
 from rewardsr.hub.publish import push
 
 
