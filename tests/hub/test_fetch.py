@@ -238,3 +238,11 @@ def test_what_names_a_repository(tmp_path, monkeypatch) -> None:
     assert fetch.split_reference("ada/tiny@refs/pr/3") == ("ada/tiny", "refs/pr/3")
     assert fetch.split_reference("ada/tiny") == ("ada/tiny", None)
     assert "not a Hub id" in refusal(fetch.split_reference, "ada/tiny@")
+
+
+def test_a_cache_that_cannot_be_written(hub, finished, tmp_path, monkeypatch) -> None:
+    sent(finished)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "file" / "cache"))
+    line = refusal(pull, REPO)
+    assert "the Hub's cache cannot be used: Not a directory: '" in line and "look at HF_HOME" in line
