@@ -26,7 +26,9 @@ logger = logging.getLogger("rewardsr")
 imports = typer.Typer(help="Take over what other programs made.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(imports, name="import")
 
-Base = Annotated[str | None, typer.Option(help="diffusers folder, Hub id, or 'embedded'")]
+Base = Annotated[
+    str | None, typer.Option(help="diffusers folder, Hub id, or 'embedded'; beside --run: where its base lies here")
+]
 AdapterName = Annotated[str, typer.Option(help="registered adapter, or module:Name")]
 AdapterOption = Annotated[list[str] | None, typer.Option("--option", help="adapter option, key=value (noise_t=250)")]
 Run = Annotated[str | None, typer.Option(help="folder of a run, or user/name: its adapter, base and LoRA are used")]
