@@ -26,8 +26,9 @@ logger = logging.getLogger("rewardsr")
 imports = typer.Typer(help="Take over what other programs made.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(imports, name="import")
 
-Base = Annotated[
-    str | None, typer.Option(help="diffusers folder, Hub id, or 'embedded'; beside --run: where its base lies here")
+Base = Annotated[str | None, typer.Option(help="diffusers folder, Hub id, or 'embedded'")]
+BaseOfRun = Annotated[
+    str | None, typer.Option("--base", help="diffusers folder, Hub id, or 'embedded'; with --run: where its base lies")
 ]
 AdapterName = Annotated[str, typer.Option(help="registered adapter, or module:Name")]
 AdapterOption = Annotated[list[str] | None, typer.Option("--option", help="adapter option, key=value (noise_t=250)")]
@@ -126,7 +127,7 @@ def upscale(
     output: Annotated[Path, typer.Option("--output", "-o", help="folder for the results")],
     run: Run = None,
     adapter: AdapterName = "osediff",
-    base: Base = None,
+    base: BaseOfRun = None,
     option: AdapterOption = None,
     lora: Loras = None,
     strength: Annotated[float, typer.Option(help="of the LoRA; 0 is the base")] = 1.0,
@@ -155,7 +156,7 @@ def evaluate(
     data: Annotated[Path, typer.Argument(help="folder of lq/ and gt/, or of HQ images")],
     run: Run = None,
     adapter: AdapterName = "osediff",
-    base: Base = None,
+    base: BaseOfRun = None,
     option: AdapterOption = None,
     lora: Loras = None,
     metrics: Annotated[str, typer.Option(help="rewards or pyiqa metrics, comma-separated")] = "psnr,ssim",
@@ -191,7 +192,7 @@ def export(
     form: Annotated[str, typer.Option("--format", help="diffusers, peft, kohya (ComfyUI), osediff or merged")],
     run: Run = None,
     adapter: AdapterName = "osediff",
-    base: Base = None,
+    base: BaseOfRun = None,
     option: AdapterOption = None,
     lora: Loras = None,
     strength: Annotated[float, typer.Option(help="of the LoRA, taken into the files")] = 1.0,
