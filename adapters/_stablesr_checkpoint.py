@@ -16,7 +16,7 @@ from torch import Tensor
 from rewardsr.adapters._networks import assemble, load_changed
 from rewardsr.errors import UserError
 from rewardsr.schedule import PREDICTIONS
-from rewardsr.storage import write_folder
+from rewardsr.storage import expand, write_folder
 from rewardsr.weights import read_pickle, read_safetensors, write_networks
 
 UNET, ENCODER = "model.diffusion_model.", "structcond_stage_model."
@@ -118,6 +118,7 @@ def import_checkpoint(source: Path, output: Path, prediction: str = "auto", chec
     Raises:
         UserError: as `read_checkpoint` and `note_prediction`, or the folder exists or cannot be written.
     """
+    output = expand(output)
     if output.exists():
         raise UserError(f"'{output}' exists already: choose a new folder")
     unet, encoder = read_checkpoint(source)

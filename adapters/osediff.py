@@ -20,6 +20,7 @@ from rewardsr.errors import UserError
 from rewardsr.hub.fetch import fetch
 from rewardsr.lora.layers import delta
 from rewardsr.lora.pairs import Pair, even, floats, shortened, side_by_side
+from rewardsr.storage import expand
 from rewardsr.weights import read_pickle
 
 # The released checkpoints never set lora_alpha, so peft's default of 8 holds at every rank.
@@ -56,8 +57,8 @@ class OSEDiff(StableDiffusion):
         identity, released, weights = base, None, options.weights
         if weights is not None:
             identity = f"{base} + {weights}"
-            if Path(weights).expanduser().is_file():
-                released = str(Path(weights).expanduser())
+            if expand(weights).is_file():
+                released = str(expand(weights))
                 _merge_release(parts.unet, parts.vae, Path(released))
             else:
                 folder, _ = fetch(weights, "weights", ("unet", "vae"))

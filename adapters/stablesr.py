@@ -4,7 +4,6 @@ Source: StableSR (arXiv 2305.07015). A time-aware encoder turns the LQ latents i
 and shift the residual of each residual block (`_sft.py`). Released checkpoints are read by `_stablesr_checkpoint.py`.
 """
 
-from pathlib import Path
 from typing import Any, Self
 
 from pydantic import Field
@@ -21,6 +20,7 @@ from rewardsr.adapters.stable_diffusion import Ancestral, Parts, Steps, Tile, ch
 from rewardsr.batch import Condition
 from rewardsr.errors import UserError
 from rewardsr.hub.fetch import fetch
+from rewardsr.storage import expand
 
 __all__ = ["StableSR", "import_checkpoint", "respaced"]
 
@@ -95,7 +95,7 @@ def respaced(count: int, times: int) -> tuple[int, ...]:
 
 def _networks(source: str, revision: str | None) -> tuple[Any, Any]:
     """UNet and encoder of a folder, a Hub id or a checkpoint."""
-    path = Path(source).expanduser()
+    path = expand(source)
     if path.is_file():
         unet, encoder = read_checkpoint(path)
         note_prediction(path, unet, encoder)

@@ -3,18 +3,14 @@
 Heavy imports happen inside the commands, so that `--help` is quick.
 """
 
-import errno
-import io
 import logging
-import os
-import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
-from rewardsr import __version__
-from rewardsr.errors import TrainingError, UserError, is_out_of_memory, printable
+from rewardsr import __version__, console
+from rewardsr.errors import UserError, printable
 
 app = typer.Typer(
     name="rewardsr",
@@ -30,10 +26,10 @@ logger = logging.getLogger("rewardsr")
 imports = typer.Typer(help="Take over what other programs made.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(imports, name="import")
 
-# The disk and its rights, wherever they are noticed: nothing is wrong with the program.
-PLACE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
-
 Base = Annotated[str | None, typer.Option(help="diffusers folder, Hub id, or 'embedded'")]
+BaseOfRun = Annotated[
+    str | None, typer.Option("--base", help="diffusers folder, Hub id, or 'embedded'; with --run: where its base lies")
+]
 AdapterName = Annotated[str, typer.Option(help="registered adapter, or module:Name")]
 AdapterOption = Annotated[list[str] | None, typer.Option("--option", help="adapter option, key=value (noise_t=250)")]
 Run = Annotated[str | None, typer.Option(help="folder of a run, or user/name: its adapter, base and LoRA are used")]
@@ -48,41 +44,12 @@ Seed = Annotated[int, typer.Option(help="of the noise")]
 
 def main() -> None:
     """Entry point: runs a command; the user's mistakes become one line and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show must not end a command
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        app(standalone_mode=True)
-    except UserError as error:
-        _leave(f"error: {error}", 2)
-    except TrainingError as error:
-        _leave(f"training stopped: {error}", 1)
-    except Exception as error:
-        if is_out_of_memory(error):
-            _leave("error: out of memory: smaller images, a tile, --precision bf16 or --device cpu need less", 2)
-        if not isinstance(error, OSError) or error.errno not in PLACE_ERRORS:
-            raise
-        _leave(f"error: {error.strerror}: '{error.filename}'" if error.filename else f"error: {error.strerror}", 2)
-
-
-def _leave(message: str, code: int) -> NoReturn:
-    print(printable(" ".join(message.split())), file=sys.stderr)
-    sys.exit(code)
-
-
-class _Console(logging.Handler):
-    """Messages of the package: warnings go to stderr, all others to stdout."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        warns = record.levelno >= logging.WARNING
-        message = "\n".join(map(printable, record.getMessage().split("\n")))
-        text, stream = (f"warning: {message}", sys.stderr) if warns else (message, sys.stdout)
-        print(text, file=stream, flush=True)
+    console.run(app)
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(__version__)
+        console.say(__version__)
         raise typer.Exit()
 
 
@@ -92,11 +59,7 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version")
     ] = False,
 ) -> None:
-    if not any(isinstance(handler, _Console) for handler in logger.handlers):
-        logger.addHandler(_Console())
-    # Of the processes of a launch one speaks.
-    rank = os.environ.get("RANK", "")
-    logger.setLevel(logging.ERROR if rank.isdecimal() and int(rank) else logging.INFO)
+    console.listen(logger)
 
 
 @app.command()
@@ -164,7 +127,7 @@ def upscale(
     output: Annotated[Path, typer.Option("--output", "-o", help="folder for the results")],
     run: Run = None,
     adapter: AdapterName = "osediff",
-    base: Base = None,
+    base: BaseOfRun = None,
     option: AdapterOption = None,
     lora: Loras = None,
     strength: Annotated[float, typer.Option(help="of the LoRA; 0 is the base")] = 1.0,
@@ -177,13 +140,15 @@ def upscale(
     force_base: Annotated[bool, typer.Option("--force-base", help="load a LoRA of another base")] = False,
 ) -> None:
     """Super-resolve images, with a LoRA or without."""
+    from rewardsr.evaluation.upscale import find_files
     from rewardsr.evaluation.upscale import upscale as run_upscale
     from rewardsr.pipelines import open_run
 
+    files = find_files(inputs, output, color_fix)
     pipeline, _ = open_run(
         run, adapter, base, option, lora, strength=strength, device=device, precision=precision, force_base=force_base
     )
-    run_upscale(pipeline, inputs, output, color_fix=color_fix, prompts=prompts, seed=seed, overwrite=overwrite)
+    run_upscale(pipeline, files, output, color_fix=color_fix, prompts=prompts, seed=seed, overwrite=overwrite)
 
 
 @app.command()
@@ -191,7 +156,7 @@ def evaluate(
     data: Annotated[Path, typer.Argument(help="folder of lq/ and gt/, or of HQ images")],
     run: Run = None,
     adapter: AdapterName = "osediff",
-    base: Base = None,
+    base: BaseOfRun = None,
     option: AdapterOption = None,
     lora: Loras = None,
     metrics: Annotated[str, typer.Option(help="rewards or pyiqa metrics, comma-separated")] = "psnr,ssim",
@@ -211,14 +176,14 @@ def evaluate(
         raise UserError("evaluate compares base and tuned: give --run, or --lora")
     from rewardsr.evaluation import protocol
     from rewardsr.pipelines import open_run
-    from rewardsr.storage import write_text
+    from rewardsr.storage import expand, write_text
 
     pipeline, _ = open_run(run, adapter, base, option, lora, device=device, precision=precision, force_base=force_base)
     names = [name.strip() for name in metrics.split(",") if name.strip()]
     found = protocol.evaluate(pipeline, data, names, draws_per_image=draws, seed=seed, limit=limit, prompts=prompts)
-    typer.echo(found)
+    console.say(found)
     if output is not None:
-        write_text(output, found.to_json())
+        write_text(expand(output), found.to_json())
 
 
 @app.command()
@@ -227,7 +192,7 @@ def export(
     form: Annotated[str, typer.Option("--format", help="diffusers, peft, kohya (ComfyUI), osediff or merged")],
     run: Run = None,
     adapter: AdapterName = "osediff",
-    base: Base = None,
+    base: BaseOfRun = None,
     option: AdapterOption = None,
     lora: Loras = None,
     strength: Annotated[float, typer.Option(help="of the LoRA, taken into the files")] = 1.0,
@@ -243,7 +208,7 @@ def export(
     )
     for path in sorted(exchange.export(pipeline, output, form).rglob("*")):
         if path.is_file():
-            typer.echo(path)
+            console.say(path)
 
 
 @imports.command("lora")
@@ -263,7 +228,7 @@ def import_lora(
     pipeline, _ = open_run(None, adapter, base, option, device="cpu", precision="fp32")
     path = exchange.import_lora(pipeline, source, output)
     rank, alpha = lora.rank_and_alpha(pipeline)
-    typer.echo(f"rank {rank}, alpha {alpha:g}: {path}")
+    console.say(f"rank {rank}, alpha {alpha:g}: {path}")
 
 
 @imports.command("stablesr")
@@ -279,7 +244,7 @@ def import_stablesr(
     from rewardsr.adapters.stablesr import import_checkpoint
 
     found = import_checkpoint(source, output, prediction, check)
-    typer.echo(f"{output}: predicts {found}; use it with --adapter stablesr --base SD-2.1 --option weights={output}")
+    console.say(f"{output}: predicts {found}; use it with --adapter stablesr --base SD-2.1 --option weights={output}")
 
 
 @app.command()
@@ -293,6 +258,9 @@ def push(
     base_model: Annotated[str | None, typer.Option(help="Hub id of the base, for the card of a local one")] = None,
     dataset: Annotated[list[str] | None, typer.Option(help="Hub id of a dataset that was trained on")] = None,
     licence: Annotated[str | None, typer.Option("--license", help="of the base, where its card is not here")] = None,
+    keep_paths: Annotated[
+        bool, typer.Option("--keep-paths", help="publish paths of this machine whole, not their last part alone")
+    ] = False,
 ) -> None:
     """Publish a run on the Hugging Face Hub: LoRA, recipe, metrics, pictures and card, in one commit."""
     from rewardsr.hub.publish import push as publish
@@ -307,8 +275,9 @@ def push(
         base_model=base_model,
         datasets=dataset or [],
         licence=licence,
+        keep_paths=keep_paths,
     )
-    typer.echo("nothing was sent" if pushed.url is None else pushed.url)
+    console.say("nothing was sent" if pushed.url is None else pushed.url)
 
 
 @app.command()
@@ -319,7 +288,7 @@ def pull(
     """Fetch an adapter from the Hub; --run and --lora take the same reference."""
     from rewardsr.hub.fetch import pull as fetch
 
-    typer.echo(fetch(reference, output))
+    console.say(fetch(reference, output))
 
 
 @app.command()
@@ -332,7 +301,8 @@ def search(
     from rewardsr.hub.search import search as find
 
     for found in find(query, base, limit):
-        typer.echo(f"{found.id:<48} {found.downloads:>8} downloads {found.likes:>5} likes  {found.base or ''}")
+        line = f"{found.id:<48} {found.downloads:>8} downloads {found.likes:>5} likes  {found.base or ''}"
+        console.say(printable(line))
 
 
 @app.command()
@@ -345,10 +315,10 @@ def adapters(
 
     if name is not None:
         for option in describe(adapter_class(name).Options):
-            typer.echo(f"{option.name} ({option.type}, default {option.default}): {option.description}")
+            console.say(f"{option.name} ({option.type}, default {option.default}): {option.description}")
         return
     for registered, text in describe_adapters():
-        typer.echo(f"{registered:<16} {text}")
+        console.say(f"{registered:<16} {text}")
 
 
 @app.command()
@@ -358,8 +328,8 @@ def rewards() -> None:
 
     for name, kind, needs_hq, differentiable, licence in known():
         needs = "needs HQ" if needs_hq else "no HQ"
-        typer.echo(f"{name:<16} {kind:<9} {needs:<9} {'differentiable' if differentiable else '':<15} {licence}")
-    typer.echo("any pyiqa metric id works too (musiq, maniqa, clipiqa, ...); so does module:Name")
+        console.say(f"{name:<16} {kind:<9} {needs:<9} {'differentiable' if differentiable else '':<15} {licence}")
+    console.say("any pyiqa metric id works too (musiq, maniqa, clipiqa, ...); so does module:Name")
 
 
 @app.command()
@@ -368,7 +338,7 @@ def doctor() -> None:
     from rewardsr.doctor import examine
 
     for line in examine():
-        typer.echo(line)
+        console.say(line)
 
 
 @app.command()

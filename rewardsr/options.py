@@ -1,35 +1,34 @@
 """Options that users set: strict models, one line for the first thing that is wrong, and the list of what there is."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import PurePath
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from rewardsr.errors import UserError, nearest, shortened, shown
 
 Model = TypeVar("Model", bound=BaseModel)
 
-LEAST_SEED, LAST_SEED = -(2**63), 2**64 - 1  # what torch takes
-Seed = Annotated[int, Field(ge=LEAST_SEED, le=LAST_SEED)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]  # what torch takes
 Count = Annotated[int, Field(ge=1, le=10**9)]  # of steps or images: a thousand times what anybody has
 
 
-def check_seed(seed: int) -> None:
-    """Refuse a seed that the generators do not take.
-
-    Raises:
-        UserError: it is not within 64 bits.
-    """
-    if not LEAST_SEED <= seed <= LAST_SEED:
-        raise UserError(f"the seed is {shown(seed)}, expected {LEAST_SEED} to {LAST_SEED}")
-
-
 class Options(BaseModel):
-    """Base of all options, those of other packages included: unknown keys, NaN and infinity are refused."""
+    """Base of all options, those of other packages included: unknown keys, NaN and infinity are refused, and so are
+    true and false where a number belongs (`seed: yes`)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and info.field_name is not None:
+            kinds = set(_plain_kinds(cls.model_fields[info.field_name].annotation))
+            if kinds & {int, float} and bool not in kinds:
+                raise ValueError("expected a number")
+        return value
 
 
 def parse(model: type[Model], content: Mapping[str, Any], where: str) -> Model:
@@ -75,6 +74,17 @@ def describe(model: type[Options]) -> list[Option]:
         )
         for name, entry in model.model_fields.items()
     ]
+
+
+def _plain_kinds(annotation: Any) -> Iterator[Any]:
+    """The kinds that a value may be of, of a type with alternatives."""
+    if get_origin(annotation) in (Union, UnionType):
+        for one in get_args(annotation):
+            yield from _plain_kinds(one)
+    elif get_origin(annotation) is Annotated:
+        yield from _plain_kinds(get_args(annotation)[0])
+    else:
+        yield annotation
 
 
 def _in_words(annotation: Any) -> str:

@@ -303,7 +303,7 @@ def describe_adapters() -> list[tuple[str, str]]:
     described = []
     for name in names("adapters"):
         try:
-            text = (adapter_class(name).__doc__ or "").strip()
+            text = str(adapter_class(name).__doc__ or "").strip()
         except UserError as error:  # of another package: a list is no place to stop at a stranger's mistake
             text = f"does not load: {error}"
         described.append((name, text.partition("\n")[0]))

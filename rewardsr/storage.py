@@ -43,26 +43,36 @@ def expand(path: Path | str) -> Path:
     return full
 
 
-def read_text(path: Path, what: str, most: int = 2**20) -> str:
-    """The text of a small file, never more than `most` bytes of it, and of nothing that does not end.
+def read_bytes(path: Path, what: str, most: int) -> bytes:
+    """A file of at most so many bytes; never more of it is read, and nothing of what does not end.
 
     Raises:
-        UserError: no such file, no regular one (a pipe or a device may go on for ever), a larger one, or no UTF-8 text;
-            the message begins with `what`.
+        UserError: no such file, no regular one (a pipe or a device may go on for ever), or a larger one; the message
+            begins with `what`.
     """
     try:
         mode = path.stat().st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # reading the latter says so
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening the latter says so
             raise UserError(f"{what} is a pipe or a device, expected a file")
         with path.open("rb") as file:
             content = file.read(most + 1)
-        if len(content) > most:
-            raise UserError(f"{what} is larger than {most:,d} bytes: that is not one")
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{what} is not a text file (UTF-8)") from error
     except OSError as error:
         raise UserError(f"{what}: {error.strerror or error}") from error
+    if len(content) > most:
+        raise UserError(f"{what} is larger than {most:,d} bytes: that is not one")
+    return content
+
+
+def read_text(path: Path, what: str, most: int = 2**20) -> str:
+    """`read_bytes` of UTF-8 text.
+
+    Raises:
+        UserError: as `read_bytes`; or it is something else.
+    """
+    try:
+        return read_bytes(path, what, most).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} is not a text file (UTF-8)") from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -92,7 +92,7 @@ def test_type_checkers_see_the_types(tmp_path) -> None:
     assert [kind.replace("builtins.", "") for kind in revealed] == REVEALED
 
 
-def test_only_the_command_line_prints() -> None:
-    files = [path for path in (ROOT / "rewardsr").rglob("*.py") if path.name != "cli.py"]
+def test_only_the_console_prints() -> None:
+    files = [path for path in (ROOT / "rewardsr").rglob("*.py") if path.name != "console.py"]
     assert len(files) > 30
     assert [str(path) for path in files if re.search(r"(?<![.\w])print\(", path.read_text())] == []

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # A module imports from its own floor or lower ones only.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "run_folder", "options", "places"),
-    ("plugins", "storage", "json_object", "draws", "hub.connection"),
+    ("plugins", "storage", "json_object", "draws", "hub.connection", "console"),
     ("weights", "schedule", "tiling", "batch", "hub.fetch", "train.recipe"),
     ("adapter",),
     ("lora", "data", "rewards"),

@@ -45,7 +45,6 @@ def test_base_that_is_not_there(refused, hq_folder, tmp_path) -> None:
     assert "no such folder" in refused.finetune(tmp_path / "nowhere", hq_folder, run)
     assert "no folder 'unet/'" in refused.finetune(hq_folder, hq_folder, run)
     assert "is a file" in refused.finetune(hq_folder / "000.png", hq_folder, run)
-    assert "give --run or --base" in refused("upscale", hq_folder, "-o", run, "--run", run, "--base", "x")
     assert "--run FOLDER" in refused("upscale", hq_folder, "-o", run)
     assert "recipe.yaml" in refused("upscale", hq_folder, "-o", run, "--run", tmp_path / "nowhere")
 

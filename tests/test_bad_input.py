@@ -218,13 +218,19 @@ def test_cuda_asked_for_and_absent(refused, tiny_base, hq_folder, tmp_path) -> N
     assert "unknown precision 'fp16'" in refused(*upscale, "--precision", "fp16")
 
 
-def test_memory_that_runs_out_is_one_line(commands: Commands, monkeypatch) -> None:
+def on_a_device() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate a lot")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [on_a_device, lambda: torch.empty(2**60, dtype=torch.uint8), lambda: bytearray(2**60)],
+    ids=["device", "torch", "python"],
+)
+def test_memory_that_runs_out_is_one_line(commands: Commands, monkeypatch, call) -> None:
     from rewardsr import doctor
 
-    def out_of_memory() -> list[str]:
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate a lot")
-
-    monkeypatch.setattr(doctor, "examine", out_of_memory)
+    monkeypatch.setattr(doctor, "examine", call)
     answer = commands("doctor")
     assert answer.code == 2 and "out of memory" in answer.err and answer.err.count("\n") == 1
 

@@ -91,6 +91,40 @@ def test_lists_tell_of_broken_plugins_and_go_on(installed, commands) -> None:
     assert [name for name, text in describe_adapters() if "does not load" in text] == ["broken"]
 
 
+@pytest.mark.parametrize(
+    "points", ["[rewardsr.adapters]\nodd = no module at all\n", "[rewardsr.adapters]\nnonsense\n", "\xff"]
+)
+def test_damaged_metadata_of_a_stranger_breaks_nobody(points, tmp_path, monkeypatch, commands) -> None:
+    info = tmp_path / "odd-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: odd\nVersion: 1\n")
+    (info / "entry_points.txt").write_bytes(points.encode("latin-1"))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert set(BUILT_IN) <= set(plugins.names("adapters"))
+    assert adapter_class("osediff").name == "osediff"
+    for command in (("adapters",), ("rewards",), ("adapters", "osediff"), ("doctor",), ("finetune", "--help")):
+        answer = commands(*command)
+        assert answer.code == 0, answer.err
+
+
+def test_a_name_is_looked_at_before_anything_is_imported(tmp_path, monkeypatch) -> None:
+    (tmp_path / "traced.py").write_text("open('trace', 'w')\nName = 1\n")
+    monkeypatch.chdir(tmp_path)
+    for name in (
+        "traced:",
+        ":Name",
+        "traced:Name.",
+        "traced:a b",
+        " traced:Name",
+        "traced.:Name",
+        "traced:Name:x",
+        ".",
+    ):
+        with pytest.raises(UserError, match=r"expected module:Name|unknown adapter"):
+            plugins.resolve("adapters", name)
+    assert not (tmp_path / "trace").exists()
+
+
 def test_a_broken_plugin_that_is_asked_for_ends_in_one_line(installed, refused, tiny_base, hq_folder, tmp_path) -> None:
     for option in ("--adapter", "--trainer"):
         line = refused.finetune(tiny_base, hq_folder, tmp_path / "run", option, "broken")

@@ -1,11 +1,15 @@
 """Recipes: what is refused, with which hint, and what the text of a value is read as."""
 
+import os
+import time
+
 import pytest
 import yaml
 
 from rewardsr.errors import UserError
 from rewardsr.train.recipe import (
     FREE_ON_RESUME,
+    LARGEST,
     Recipe,
     assignments_of,
     differences,
@@ -104,6 +108,77 @@ def test_set_reaches_nested_keys_and_comes_last(recipe) -> None:
         recipe("", "steps.more=1")
     with pytest.raises(UserError, match=r"unknown key 'optimiser.learning_rat': did you mean 'learning_rate'"):
         recipe("", "optimiser.learning_rat=1")
+
+
+def test_set_reaches_into_lists(recipe) -> None:
+    two = LEAST.replace("{name: psnr}", "{name: psnr}, {name: ssim, weight: 3}")
+    read = recipe("", "rewards.0.weight=2", "rewards.1.name=detail", "rewards.0.options.weights=x.pth", least=two)
+    assert [(entry.name, entry.weight) for entry in read.rewards] == [("psnr", 2.0), ("detail", 3.0)]
+    assert read.rewards[0].options == {"weights": "x.pth"}
+    by_option = load_recipe(
+        None, {**yaml.safe_load(LEAST), "rewards": parse_rewards("psnr=0.5,ssim")}, ["rewards.1.weight=0"]
+    )
+    assert [entry.weight for entry in by_option.rewards] == [0.5, 0.0]
+    for part in ("2", "-1", "x", "1e0", "\u0661", "9" * 5000):
+        with pytest.raises(UserError, match=r"is not in the list, which has 0 to 1"):
+            recipe("", f"rewards.{part}.weight=2", least=two)
+    with pytest.raises(UserError, match=r"'log_with.0': '0' is not in the list, which has nothing"):
+        recipe("log_with: []\n", "log_with.0=wandb")
+    for key in ("", ".", "a..b", ".a", "rewards.", "rewards. .weight"):
+        with pytest.raises(UserError, match="expected key=value"):
+            recipe("", f"{key}=1")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("seed: yes", "steps: true", "lora: {alpha: on}", "seed: 18446744073709551616", "seed: -9223372036854775809"),
+        *("lora: {rank: 1.0e+8}", "lora: {alpha: .inf}", "optimiser: {learning_rate: 1e400}", "steps: 1e9"),
+        *("optimiser: {betas: [0.9, 1]}", "optimiser: {betas: [-0.1, 0.9]}", "optimiser: {eps: 1e-50}"),
+        *("optimiser: {weight_decay: 1e30}", "optimiser: {clip: .nan}", "rewards: [{name: psnr, weight: .inf}]"),
+        *("batch_size: 99999999", "accumulate: 99999999", "data: {train: x, crop: 99999999}", "validate_every: 1e30"),
+        *("lora: {init: ~nosuchuser/x}", 'output: "\\0"', f"output: {'x' * 300}", "data: {train: ''}"),
+    ],
+)
+def test_numbers_and_paths_without_sense(recipe, text) -> None:
+    section = text.partition(":")[0]
+    kept = "".join(line + "\n" for line in LEAST.splitlines() if not line.startswith(f"{section}:"))
+    with pytest.raises(UserError, match=f"'{section}") as caught:
+        recipe(text + "\n", least=kept)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("seed", [2**64 - 1, -(2**63)])
+def test_seeds_are_those_that_torch_takes(recipe, seed) -> None:
+    import torch
+
+    torch.Generator().manual_seed(recipe(f"seed: {seed}\n").seed)
+
+
+def test_a_recipe_that_does_not_end_is_not_read(tmp_path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "endless.yaml").symlink_to("/dev/zero")
+    for name in ("pipe", "endless"):
+        with pytest.raises(UserError, match=f"recipe '.*{name}.yaml' is a pipe or a device"):
+            load_recipe(str(tmp_path / f"{name}.yaml"), {}, [])
+    (tmp_path / "large.yaml").write_text("#" * (LARGEST + 1))
+    with pytest.raises(UserError, match=r"is larger than 100,000 bytes"):
+        load_recipe(str(tmp_path / "large.yaml"), {}, [])
+
+
+def test_aliases_do_not_multiply(recipe) -> None:
+    levels = "".join(
+        f"  - &{one} [{','.join([f'*{below}'] * 9)}]\n" for below, one in zip("abcdefg", "bcdefgh", strict=True)
+    )
+    began = time.monotonic()
+    with pytest.raises(UserError, match="holds more than 10,000 values") as caught:
+        recipe(f"adapter_options: {{x: &a [1,2,3]}}\nlog_with:\n{levels}")
+    assert len(str(caught.value)) < 300 and time.monotonic() - began < 2
+    assert recipe("trainer_options: &o {beta: 3}\nadapter_options: *o\n").adapter_options == {"beta": 3}
+    assert recipe("trainer_options: &o {beta: 3}\nadapter_options: {<<: *o, x: 1}\n").adapter_options == {
+        "beta": 3,
+        "x": 1,
+    }
 
 
 def test_files_that_are_no_recipes_are_refused(recipe, tmp_path) -> None:

@@ -5,10 +5,12 @@ Files come in every shape that PIL reads; inside there is one: (3, H, W) float32
 
 import io
 import logging
+import os
 import struct
+import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from threading import RLock
@@ -27,8 +29,8 @@ logger = logging.getLogger(__name__)
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 # Of these the header tells the size of what comes out; others (icons, say) are decoded for it.
 _SIZED = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "PPM", "TIFF")
-# PIL hands these to other programs or only knows that they exist: they are no images here.
-_FOREIGN = ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG")
+# No images here: PIL hands them to other programs, only knows that they exist, or unpacks them without a limit.
+_FOREIGN = ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "FITS")
 # Files that people take for images, whether this PIL reads them or not.
 _LOOK_LIKE_IMAGES = (
     ".png .jpg .jpeg .jfif .webp .avif .heic .heif .hif .jxl .jp2 .tif .tiff .bmp .gif .svg .eps .exr .hdr "
@@ -37,6 +39,7 @@ _LOOK_LIKE_IMAGES = (
 _DEEP_PNG = ("RGB;16B", "RGBA;16B", "LA;16B")  # how PIL calls what it cuts down to 8 bits
 _GRAY_STEPS = {"L;2": 85, "L;4": 17}  # of a PNG with 2 or 4 bits of gray, spread over 8
 
+_JPEG_WORK = 2 * 10**10  # scans times pixels: some ten seconds; an everyday file has at most a dozen scans
 _ODD_MODES = {"F": "floating-point values", "LAB": "Lab colours"}
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_PLANAR = 258, 262, 284
 
@@ -241,6 +244,25 @@ def _reading(what: Path | str) -> Iterator[None]:
             ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Keeps what libtiff and libpng print of a file that cannot be read off stderr: one line says it all."""
+    try:
+        stderr = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    with tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        kept.seek(0)
+        os.write(2, kept.read())  # the file is read, and another thread may have said something
+
+
 def _orientation(image: Image.Image) -> int:
     value = image.getexif().get(ExifTags.Base.Orientation, 1)
     return value if value in range(1, 9) else 1
@@ -265,9 +287,15 @@ def _is_turned_late(image: Image.Image, file: BinaryIO) -> bool:
 def _decode(image: Image.Image, file: BinaryIO | None = None) -> Tensor:
     """(3, H, W) float32 in [0, 1], upright and on white; `file` gives the deep pixels that PIL has no mode for."""
     stored = str(image.tile[0][3]) if isinstance(image, ImageFile.ImageFile) and image.tile else ""
-    image.load()
     deep = file is not None and image.format == "PNG" and stored in _DEEP_PNG
-    pixels = _deep_png(file) if deep and file is not None else _pixels(image, stored)
+    if file is not None and image.format in ("JPEG", "MPO"):
+        file.seek(0)
+        scans = file.read().count(b"\xff\xda")  # marks the beginning of each, and stands nowhere inside of one
+        if scans * image.width * image.height > _JPEG_WORK:
+            raise ValueError(f"{scans} scans of {image.height}x{image.width} pixels take minutes; save it anew")
+    with _without_remarks() if deep or image.format == "TIFF" else nullcontext():
+        image.load()
+        pixels = _deep_png(file) if deep and file is not None else _pixels(image, stored)
     if pixels.shape[0] in (2, 4):
         alpha = pixels[-1:]
         pixels = (pixels[:-1] * alpha + (1 - alpha)).clamp(0, 1)

@@ -24,7 +24,7 @@ from rewardsr.evaluation.report import Evaluation
 from rewardsr.evaluation.upscale import upscale_tensor
 from rewardsr.pipelines import load_adapter
 from rewardsr.rewards import build
-from rewardsr.storage import write_text
+from rewardsr.storage import expand, write_text
 from rewardsr.train.finetune import finetune
 from rewardsr.train.recipe import Recipe, load_recipe
 
@@ -48,6 +48,7 @@ def run_demo(output: Path, steps: int | None = None) -> None:
     Raises:
         UserError: the folder is not empty.
     """
+    output = expand(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"'{output}' is not empty: remove it, or choose another folder with --output")
     began = time.perf_counter()

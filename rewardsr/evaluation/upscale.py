@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rewardsr.adapter import ISRAdapter
 from rewardsr.batch import Batch
-from rewardsr.data.images import encode_png, from_pil, list_images, read_image, to_pil
+from rewardsr.data.images import encode_png, from_pil, image_size, list_images, read_image, to_pil
 from rewardsr.data.sidecars import (
     ADAPTER,
     SIDECAR,
@@ -93,9 +93,7 @@ def upscale(
             input; or some images have failed.
     """
     _check_color_fix(color_fix)
-    sources = list(_sources(inputs))
-    if not sources:
-        raise UserError("no images to upscale")
+    sources = _sources(inputs)
     folder = None if output is None else expand(output)
     targets = None if folder is None else _targets(sources, folder)
     work = _Work(adapter, sources, *_beside(sources, prompts, adapter.extras), seed, color_fix)
@@ -128,6 +126,20 @@ def upscale(
     if failed:
         raise UserError(f"{len(failed)} of {len(sources)} images have failed, the others are done: {_listed(failed)}")
     return targets
+
+
+def find_files(inputs: Iterable[Path], output: Path, color_fix: str) -> list[Path]:
+    """The image files that `upscale` gets, looked at before there is a pipeline: their names, headers and results.
+
+    Raises:
+        UserError: as `upscale`.
+    """
+    _check_color_fix(color_fix)
+    files = [source for source in _sources(inputs) if isinstance(source, Path)]
+    _targets(files, expand(output))
+    for file in files:
+        image_size(file)
+    return files
 
 
 @torch.no_grad()
@@ -234,8 +246,15 @@ def _listed(messages: Sequence[str]) -> str:
     return "; ".join(messages[:3]) + ("; ..." if len(messages) > 3 else "")
 
 
-def _sources(inputs: Input | Iterable[Input]) -> Iterator[Path | Image.Image | Tensor]:
+def _sources(inputs: Input | Iterable[Input]) -> list[Path | Image.Image | Tensor]:
     """One entry an image: files, PIL images, and tensors (3, H, W) in [0, 1]."""
+    sources = list(_each(inputs))
+    if not sources:
+        raise UserError("no images to upscale")
+    return sources
+
+
+def _each(inputs: Input | Iterable[Input]) -> Iterator[Path | Image.Image | Tensor]:
     if isinstance(inputs, str | os.PathLike | Image.Image | np.ndarray | Tensor) or not isinstance(inputs, Iterable):
         inputs = [inputs]
     for entry in inputs:
@@ -303,6 +322,8 @@ def _targets(sources: Sequence[Path | Image.Image | Tensor], output: Path) -> li
             )
             raise UserError(f"{one} and {two} would both become '{target}': rename one, or upscale them apart")
     for target in targets:
+        if target.is_dir():
+            raise UserError(f"'{target}' is a folder where a result would go: choose another output folder")
         if target.exists() and any(
             isinstance(source, Path) and source.exists() and target.samefile(source) for source in sources
         ):

@@ -14,11 +14,12 @@ from rewardsr import __version__
 from rewardsr.errors import UserError
 from rewardsr.evaluation.report import Evaluation, markdown
 from rewardsr.hub.connection import online
-from rewardsr.hub.fetch import EMBEDDED, PIPELINE, check_lora
+from rewardsr.hub.content import shortened_recipe
+from rewardsr.hub.fetch import EMBEDDED, LARGEST_TEXT, PIPELINE, check_lora
 from rewardsr.hub.search import TAG
 from rewardsr.rewards import licence_of
 from rewardsr.run_folder import CARD, LORA, RECIPE, SAMPLES, VALIDATION
-from rewardsr.storage import expand
+from rewardsr.storage import expand, read_text
 from rewardsr.train.recipe import Recipe, load_recipe, to_yaml
 
 UNKNOWN = "unknown"  # what an adapter says of a licence that it cannot know
@@ -33,7 +34,12 @@ SECTIONS = {name: Template(text.strip()) for name, text in zip(_PARTS[::2], _PAR
 
 
 def build_card(
-    run: Path, repo: str, base_model: str | None = None, datasets: Sequence[str] = (), licence: str | None = None
+    run: Path,
+    repo: str,
+    base_model: str | None = None,
+    datasets: Sequence[str] = (),
+    licence: str | None = None,
+    keep_paths: bool = False,
 ) -> str:
     """README.md of a run for the Hub.
 
@@ -44,6 +50,7 @@ def build_card(
         datasets: Hub ids of what it was trained on.
         licence: of the base; by default what the adapter states of its family's weights, else what the base's own card
             does, where it is here.
+        keep_paths: show the recipe's paths as they are, not their last parts alone.
 
     Returns:
         Front matter and text, which huggingface_hub's `ModelCard` reads.
@@ -61,6 +68,8 @@ def build_card(
         licence = about.get("licence", UNKNOWN)
         if licence == UNKNOWN:
             licence = _licence_of_base(recipe.base, revision)
+    if not keep_paths:
+        recipe = shortened_recipe(recipe)
     front = _front_matter(recipe, scores, repo, base_model, datasets, licence)
     text = SECTIONS["card"].substitute(
         name=repo.rpartition("/")[2],
@@ -84,6 +93,7 @@ def build_card(
         elsewhere=SECTIONS.get(recipe.adapter, SECTIONS["diffusers"]).substitute(repo=repo, file=LORA),
         licence=licence or "not stated where it was loaded from",
         citation=_citation(recipe.trainer),
+        paths="" if keep_paths else "Of paths on the disk that it was trained on, the last part is told.\n\n",
         recipe=to_yaml(recipe),
     )
     return f"---\n{front.to_yaml()}\n---\n\n{text}"
@@ -167,6 +177,7 @@ def _licence_of_base(base: str, revision: str) -> str | None:
             path = (PIPELINE if base == EMBEDDED else expand(base)) / CARD
         else:
             path = Path(hf_hub_download(base, CARD, revision=revision, local_files_only=not online()))
+        read_text(path, "the base's card")  # of a sensible size, or nothing is stated
         stated = (metadata_load(path) or {}).get("license")
     except Exception:  # no file, no connection, not YAML: nothing is stated in all of these
         return None
@@ -206,6 +217,8 @@ def _last_validation(run: Path) -> Evaluation | None:
     if newest is None:
         return None
     try:
-        return Evaluation.from_dict(json.loads(newest.read_text()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return Evaluation.from_dict(json.loads(read_text(newest, f"'{newest}'", LARGEST_TEXT)))
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"'{newest}' is damaged: {error}") from error

@@ -8,6 +8,8 @@ from functools import cache
 from urllib.parse import urlparse
 from urllib.request import getproxies, proxy_bypass
 
+from rewardsr.errors import UserError, shown
+
 TIMEOUT = 10.0  # seconds for the answer to a short question; the Hub's client would wait for ever
 _ON = {"1", "ON", "YES", "TRUE"}
 _MEANINGS = {
@@ -29,18 +31,20 @@ def online(timeout: float = 3.0) -> bool:
 
     Args:
         timeout: seconds to wait for the connection.
+
+    Raises:
+        UserError: HF_ENDPOINT or the proxy's variable is no address.
     """
     if (os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or "").upper() in _ON:
         return False
-    parts = urlparse(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    proxy = getproxies().get(parts.scheme) or getproxies().get("all")
-    if proxy and not proxy_bypass(parts.hostname or ""):
-        parts = urlparse(proxy if "//" in proxy else f"//{proxy}")
-    port = parts.port or (80 if parts.scheme == "http" else 443)
+    scheme, host, port = _address("HF_ENDPOINT", os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    proxy = getproxies().get(scheme) or getproxies().get("all")
+    if proxy and not proxy_bypass(host):
+        scheme, host, port = _address(f"{scheme}_proxy", proxy if "//" in proxy else f"//{proxy}")
     answered: list[bool] = []
 
     def connect() -> None:
-        with suppress(OSError), socket.create_connection((parts.hostname or "", port), timeout=timeout):
+        with suppress(OSError), socket.create_connection((host, port), timeout=timeout):
             answered.append(True)
 
     # In a thread, because looking up the name may take far longer than `timeout` and knows none of its own.
@@ -48,6 +52,19 @@ def online(timeout: float = 3.0) -> bool:
     probe.start()
     probe.join(timeout)
     return bool(answered)
+
+
+def _address(variable: str, text: str) -> tuple[str, str, int]:
+    """Scheme, host and port."""
+    try:
+        parts = urlparse(text)
+        host, port = parts.hostname, parts.port
+        host.encode("idna") if host else None  # as the connection will
+    except ValueError:  # UnicodeError, too
+        host = None
+    if not host or parts.scheme not in ("", "http", "https"):
+        raise UserError(f"{variable} is {shown(text)}, expected an address such as https://huggingface.co")
+    return parts.scheme, host, port or (80 if parts.scheme == "http" else 443)
 
 
 def status_of(error: BaseException | None) -> int | None:

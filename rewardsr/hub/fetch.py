@@ -3,10 +3,11 @@
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -29,6 +30,8 @@ from rewardsr.storage import expand, write_folder
 EMBEDDED = "embedded"
 PIPELINE = Path(__file__).parents[1] / "demo" / "pipeline"  # the embedded one, in the usual diffusers layout
 
+LARGEST = 5 * 10**9  # bytes; a LoRA has a thousandth of that
+LARGEST_TEXT = 10**8  # of any other file of a published run
 _FILES = (LORA, RECIPE, CARD)  # fetched of a published run, with the samples; the log of its training is not
 _PICKLES = (".bin", ".pkl", ".pickle", ".pt", ".pth", ".ckpt")
 _WEIGHTS = (".safetensors", *_PICKLES)  # ends of files, not of repositories
@@ -160,13 +163,23 @@ def check_lora(path: Path, what: str) -> dict[str, Any]:
         UserError: it is damaged, not written by rewardsr, or holds values that are not finite.
     """
     try:
+        if path.stat().st_size > LARGEST:
+            raise UserError(f"{what} is larger than {LARGEST // 10**9} GB: that is no LoRA")
         with safe_open(path, framework="numpy") as file:
             about: dict[str, Any] = json.loads((file.metadata() or {})[OUR_HEADER])
-            about["base"]["revision"], float(about["rank"]), float(about["alpha"])
+            if not isinstance(about["base"]["revision"], str) or not math.isfinite(about["rank"] + about["alpha"]):
+                raise ValueError("no revision, rank or alpha")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{what} is damaged or not a safetensors file: {error}") from error
-    except (ValueError, KeyError, TypeError) as error:  # the last also of a bfloat16, which numpy does not know
+    except UserError:
+        raise
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+    ) as error:  # the third also of a bfloat16, which numpy does not know
         raise UserError(
             f"{what} was not written by rewardsr: no base, rank and alpha in its header, or not float32"
         ) from error
@@ -199,6 +212,9 @@ def _explained(what: str, source: str, revision: str | None) -> Iterator[None]:
             "give a local folder, or connect once"
         ) from error
     except Exception as error:  # no connection is requests' error or httpx's, by the version of the Hub's client
+        if isinstance(error, OSError) and error.filename:  # of the disk, not of the network
+            place = f"{error.strerror}: '{error.filename}'"
+            raise UserError(f"{what} '{source}': the Hub's cache cannot be used: {place}; look at HF_HOME") from error
         raise UserError(f"{what} '{source}': download failed: {reason(error)}") from error
 
 
@@ -207,8 +223,8 @@ def _download_run(repo: str, revision: str | None, inside: str, what: str) -> Pa
     trouble: Exception | None = None
     if online():
         try:
-            info = HfApi().model_info(repo, revision=revision, timeout=TIMEOUT)
-            names = _to_fetch([file.rfilename for file in info.siblings or []], inside, what)
+            info = HfApi().model_info(repo, revision=revision, timeout=TIMEOUT, files_metadata=True)
+            names = _to_fetch({file.rfilename: file.size or 0 for file in info.siblings or []}, inside, what)
             return Path(snapshot_download(repo, revision=revision, allow_patterns=list(map(glob.escape, names))))
         except Exception as error:
             if isinstance(error, UserError) or 400 <= (status_of(error) or 0) < 500:
@@ -224,15 +240,19 @@ def _download_run(repo: str, revision: str | None, inside: str, what: str) -> Pa
     raise trouble
 
 
-def _to_fetch(held: list[str], inside: str, what: str) -> list[str]:
-    """What to download of the file names that a repository says it holds; `inside` is a sub-folder with its slash.
+def _to_fetch(held: Mapping[str, int], inside: str, what: str) -> list[str]:
+    """What to download of the files that a repository says it holds, with their sizes in bytes; `inside` is a
+    sub-folder with its slash.
 
     Raises:
-        UserError: a name leads out of the repository, or there is no LoRA of ours.
+        UserError: a name leads out of the repository, there is no LoRA of ours, or a file is larger than any of a run.
     """
     for name in filter(_leads_out, held):
         raise UserError(f"{what}: the repository has a file named {name!r}, which leads out of it: nothing was fetched")
     ours, wanted = _of_a_run(held, inside), inside + LORA
+    for name in ours:
+        if held[name] > (LARGEST if name == wanted else LARGEST_TEXT):
+            raise UserError(f"{what}: its {name} has {held[name]:,d} bytes, which none of a run has: not fetched")
     if wanted in ours:
         return ours
     weights = [name for name in held if name.endswith(_WEIGHTS)]

@@ -4,7 +4,6 @@ Everything is checked before anything is sent, and the Hub takes a commit whole 
 changes no branch. What it may leave is a repository or a branch that it created for the commit; the error says so.
 """
 
-import json
 import logging
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,12 +19,10 @@ from rewardsr import __version__
 from rewardsr.errors import UserError
 from rewardsr.hub.card import build_card, check_card
 from rewardsr.hub.connection import TIMEOUT, online, reason, status_of
-from rewardsr.hub.fetch import check_lora, split_reference
-from rewardsr.run_folder import CARD, LORA, METRICS, READY, RECIPE, SAMPLES, VALIDATION
+from rewardsr.hub.content import Shortened, read_run
+from rewardsr.hub.fetch import split_reference
+from rewardsr.run_folder import CARD, READY
 from rewardsr.storage import expand, write_bytes, write_folder
-from rewardsr.train.recipe import load_recipe
-
-LARGEST = 5 * 10**9  # bytes; a LoRA has a thousandth of that
 
 _log = logging.getLogger("rewardsr")
 
@@ -38,6 +35,7 @@ class Plan:
         run: folder of the run.
         repo: "user/name".
         files: what the repository will hold of it: content by name.
+        shortened: paths of this machine in them, and what is published of each.
         private: whether a repository that has to be created becomes private.
         revision: branch to commit to; None is main.
         create_pr: open a pull request instead.
@@ -46,6 +44,7 @@ class Plan:
     run: Path
     repo: str
     files: Mapping[str, bytes] = field(repr=False)
+    shortened: Sequence[Shortened] = ()
     private: bool = False
     revision: str | None = None
     create_pr: bool = False
@@ -56,6 +55,10 @@ class Plan:
         yield f"{len(self.files)} files for '{self.repo}'{where}:"
         for name, content in self.files.items():
             yield f"  {len(content):>12,d} bytes  {name}"
+        if self.shortened:
+            yield "paths of this machine, of which only the last part is published (--keep-paths: all of it):"
+        for file, where, before, after in self.shortened:
+            yield f"  {file}, {where}: {before} -> {after}"
 
     @property
     def later(self) -> str:
@@ -93,6 +96,7 @@ def push(
     datasets: Sequence[str] = (),
     licence: str | None = None,
     card: str | None = None,
+    keep_paths: bool = False,
 ) -> Pushed:
     """Publish a finished run: LoRA, recipe, metrics, last validation and card, in one commit.
 
@@ -104,7 +108,8 @@ def push(
         create_pr: open a pull request against main instead of committing to it.
         dry_run: stop after the list of files; nothing is sent.
         base_model, datasets, licence: for the card, as in `rewardsr.hub.card.build_card`.
-        card: text of README.md instead of the one that is made from the run.
+        card: text of README.md instead of the one that is made from the run; it is published as it is.
+        keep_paths: publish paths of this machine as they are, not their last parts alone.
 
     Raises:
         UserError: the run is not finished or damaged, the card is invalid, there is no token or connection (all is
@@ -116,11 +121,12 @@ def push(
     if card is not None and (base_model or datasets or licence):
         raise UserError("base_model, datasets and licence are for the card that is made: give them or card, not both")
     run = expand(run)
-    files = _of_run(run, repo)
+    _check_name(repo)
+    files, shortened = read_run(run, keep_paths)
     if card is None:
-        card = build_card(run, repo, base_model, datasets, licence)
+        card = build_card(run, repo, base_model, datasets, licence, keep_paths)
     check_card(card, files)
-    plan = Plan(run, repo, {CARD: card.encode(), **files}, private, revision, create_pr)
+    plan = Plan(run, repo, {CARD: card.encode(), **files}, tuple(shortened), private, revision, create_pr)
     for line in plan.lines():
         _log.info(line)
     if dry_run:
@@ -136,11 +142,11 @@ def push(
     return _send(api, plan, _check_rights(api, plan))
 
 
-def _of_run(run: Path, repo: str) -> dict[str, bytes]:
-    """Content of the files to publish by their names in the repository, once name and run are checked.
+def _check_name(repo: str) -> None:
+    """Refuse what cannot be a repository's name.
 
     Raises:
-        UserError: the name is invalid, it is not a finished run, or something in it is damaged.
+        UserError: it cannot.
     """
     if split_reference(repo)[1] is not None:
         raise UserError(f"'{repo}': give the branch as --revision")
@@ -148,34 +154,6 @@ def _of_run(run: Path, repo: str) -> dict[str, bytes]:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise UserError(f"'{repo}' cannot be a repository's name: {' '.join(str(error).split())}") from error
-    if not (run / RECIPE).is_file():
-        raise UserError(f"'{run}' is not the folder of a run: no {RECIPE}")
-    steps = load_recipe(str(run / RECIPE), {}, []).steps
-    if not (run / LORA).is_file():
-        raise UserError(f"the run in '{run}' has no {LORA}: it is not finished; go on with finetune --resume")
-    if (run / LORA).stat().st_size > LARGEST:
-        raise UserError(f"'{run / LORA}' is larger than {LARGEST // 10**9} GB: that is no LoRA")
-    check_lora(run / LORA, f"'{run / LORA}'")
-    _check_metrics(run / METRICS, steps)
-    sources = {name: run / name for name in (LORA, RECIPE, METRICS)}
-    for kind in (".json", ".png"):  # the same names for every run: a second push leaves no stale picture behind
-        newest = max((run / VALIDATION).glob(f"step-*{kind}"), default=None)
-        if newest is not None:
-            sources[f"{SAMPLES}/validation{kind}"] = newest
-    return {name: path.read_bytes() for name, path in sources.items()}
-
-
-def _check_metrics(path: Path, steps: int) -> None:
-    last = 0
-    try:
-        for line in path.read_text().splitlines():
-            last = int(json.loads(line)["step"])
-    except OSError as error:
-        raise UserError(f"'{path}': {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"'{path}' is damaged: not a step's metrics in every line") from error
-    if last < steps:
-        raise UserError(f"'{path}' ends at step {last} of {steps}: the run is not finished; go on with --resume")
 
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:

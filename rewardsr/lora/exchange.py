@@ -11,7 +11,7 @@ from rewardsr.lora.file import described, held, put, save
 from rewardsr.lora.formats import FORMATS
 from rewardsr.lora.layers import NAME
 from rewardsr.run_folder import DIFFUSERS_HEADER
-from rewardsr.storage import write_folder
+from rewardsr.storage import expand, write_folder
 from rewardsr.weights import read_safetensors
 
 
@@ -59,7 +59,7 @@ def import_lora(adapter: ISRAdapter, source: Path | str, output: Path | str | No
     folder = None if output is None else check_output(output)
     if layers.attached(adapter):
         raise UserError(f"this pipeline carries a {NAME} LoRA already")
-    path = Path(source).expanduser()
+    path = expand(source)
     readers = (form.read for form in FORMATS.values() if form.read is not None)
     given = next((found for read in readers if (found := read(adapter, path)) is not None), None)
     if given is None:
@@ -74,7 +74,7 @@ def check_output(output: Path | str, form: str | None = None) -> Path:
     Raises:
         UserError: it exists, or the format of the export is unknown.
     """
-    folder = Path(output)
+    folder = expand(output)
     if form is not None and form not in FORMATS:
         raise UserError(f"unknown format '{form}': choose one of {', '.join(FORMATS)}")
     if folder.exists():

@@ -20,6 +20,7 @@ from rewardsr.lora.foreign import VARIATIONS, check_settings
 from rewardsr.lora.layers import NAME
 from rewardsr.lora.pairs import Lora, alpha_of, even, rank_of, shortened, side_by_side
 from rewardsr.run_folder import DIFFUSERS_HEADER, OUR_HEADER
+from rewardsr.storage import expand
 from rewardsr.weights import read_safetensors, write_safetensors
 
 
@@ -144,7 +145,7 @@ def locate(source: Path | str, name: str = NAME) -> Path:
     Raises:
         UserError: there is none, or the Hub does not give it.
     """
-    path = fetch.fetch_lora(str(source)) if fetch.is_reference(str(source)) else Path(source).expanduser()
+    path = fetch.fetch_lora(str(source)) if fetch.is_reference(str(source)) else expand(source)
     if path.is_dir():
         path = path / file_name(name)
     if not path.is_file():

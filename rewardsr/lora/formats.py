@@ -15,6 +15,7 @@ from rewardsr.lora import layers
 from rewardsr.lora.file import header, settings_of
 from rewardsr.lora.foreign import denoiser_of, read_tensors
 from rewardsr.lora.pairs import SUFFIXES, Lora
+from rewardsr.storage import expand
 from rewardsr.weights import read_pickle, read_safetensors, write_networks, write_safetensors
 
 PEFT_CONFIG, PEFT_WEIGHTS, PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -125,7 +126,7 @@ def _write_kohya(adapter: ISRAdapter, name: str, given: Lora, folder: Path) -> N
 
 def _write_osediff(adapter: ISRAdapter, name: str, given: Lora, folder: Path) -> None:
     """OSEDiff's layout: its own LoRA and ours side by side, rescaled, since that layout's scale is 8 / rank."""
-    released = None if adapter.released is None else Path(adapter.released).expanduser()
+    released = None if adapter.released is None else expand(adapter.released)
     if released is None or not released.is_file():
         raise UserError(
             "export --format osediff combines the LoRA with the released checkpoint that the base was made of: load "

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rewardsr import plugins
-from rewardsr.errors import UserError, nearest, one_line
+from rewardsr.errors import UserError, nearest, one_line, shortened
 from rewardsr.options import Options, parse
 from rewardsr.rewards.base import Reward
 from rewardsr.rewards.iqa import IQA, LICENCE, metrics
@@ -69,9 +69,10 @@ def known() -> list[Known]:
         try:
             made = plugins.resolve("rewards", name)
             made = made if hasattr(made, "kind") else made()  # a factory knows only by making
-            rows.append(Known(name, made.kind, made.needs_hq, made.differentiable, made.licence))
-        except Exception as error:
-            rows.append(Known(name, "?", False, False, f"does not load: {' '.join(str(error).split())[:80]}"))
+            facts = (bool(made.needs_hq), bool(made.differentiable), str(made.licence))
+            rows.append(Known(name, str(made.kind), *facts))
+        except (Exception, SystemExit) as error:
+            rows.append(Known(name, "?", False, False, f"does not load: {shortened(str(error), 200)}"))
     return rows
 
 

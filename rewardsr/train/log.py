@@ -10,11 +10,12 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rewardsr.errors import UserError
+from rewardsr.errors import UserError, printable
 from rewardsr.run_folder import METRICS
-from rewardsr.storage import write_text
+from rewardsr.storage import read_bytes, write_bytes
 from rewardsr.train.recipe import Recipe
 
+LARGEST_LOG = 2**30  # bytes; a step has about 500
 GROUPS = ("reference", "loss")
 SHOWN = ("loss", "implicit_accuracy", "group/pixel_std", "seconds")
 
@@ -41,7 +42,7 @@ class RunLog:
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=20),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
             TimeRemainingColumn(),
             console=self._console,
             disable=not active or not self._console.is_terminal,
@@ -80,9 +81,10 @@ class RunLog:
             }
             if entries:
                 status += f" | {group} {' '.join(f'{name} {value:.4g}' for name, value in entries.items())}"
+        status = printable(status)  # rewards and losses are named by whoever wrote them
         self._progress.update(self._task, completed=step, status=status)
         if not self._console.is_terminal and step and step % max(1, self._steps // 20) == 0:
-            self._console.print(f"step {step}/{self._steps} {status}", highlight=False, soft_wrap=True)
+            self._console.print(f"step {step}/{self._steps} {status}", highlight=False, markup=False, soft_wrap=True)
 
 
 def flatten(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
@@ -103,19 +105,27 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def step_of(line: bytes) -> int | None:
+    """The step that a line of metrics is of; None where it is something else, or was cut off while it was written."""
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = content.get("step") if isinstance(content, dict) else None
+    return step if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None
+
+
 def _keep_until(file: Path, step: int) -> set[int]:
-    """Drop the lines after `step`, and one that was cut off while it was written; the steps that were validated."""
+    """Drop the lines after `step`, and what are no lines of a step's metrics; the steps that were validated."""
+    if not file.exists():
+        return set()
     kept, validated = [], set()
-    for line in file.read_text().splitlines() if file.exists() and step > 0 else []:
-        try:
-            content = json.loads(line)
-            if content["step"] <= step:
-                kept.append(line + "\n")
-                validated |= {content["step"]} if "validation" in content else set()
-        except ValueError:
-            continue
-    if file.exists():
-        write_text(file, "".join(kept))
+    for line in read_bytes(file, f"'{file}'", LARGEST_LOG).splitlines() if step > 0 else []:
+        of = step_of(line)
+        if of is not None and of <= step:
+            kept.append(line + b"\n")
+            validated |= {of} if "validation" in json.loads(line) else set()
+    write_bytes(file, b"".join(kept))
     return validated
 
 

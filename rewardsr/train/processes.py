@@ -28,6 +28,9 @@ def make_accelerator(device: torch.device) -> Accelerator:
         UserError: the environment is not that of a launch, or asks for an engine that splits networks.
     """
     check_environment()
+    for name in COUNTERS:
+        if os.environ.get(name) == "":  # as good as none; accelerate would read a number
+            del os.environ[name]
     # accelerate has one state a process: a second run there, on another device, needs a fresh one.
     if PartialState._shared_state and PartialState().device.type != device.type:
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -263,6 +263,9 @@ def test_clashes(adapter, inputs, tmp_path) -> None:
 def test_no_inputs_and_no_folder(adapter, inputs, tmp_path) -> None:
     with pytest.raises(UserError, match="no images"):
         upscale(adapter, [], tmp_path / "out")
+    (tmp_path / "out" / "a.png").mkdir(parents=True)
+    with pytest.raises(UserError, match="is a folder where a result would go"):
+        upscale(adapter, inputs, tmp_path / "out", overwrite=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         upscale(adapter, inputs, tmp_path / "file")

@@ -214,6 +214,18 @@ def test_an_image_too_large_for_the_memory_does_not_cost_the_others(tiny_base, f
     assert list(results(tmp_path / "out")) == ["0.png", "2.png"]
 
 
+def test_the_command_looks_at_files_before_it_loads_a_pipeline(commands, refused, tiny_base, folder, tmp_path) -> None:
+    nowhere = ("--base", tmp_path / "no such base", "-o", tmp_path / "out")
+    (folder / "b.heic").write_bytes(b"")
+    assert "no image file" in refused("upscale", folder / "missing.png", *nowhere)
+    assert "unknown colour fix 'sepia'" in refused("upscale", folder / "0.png", *nowhere, "--color-fix", "sepia")
+    assert "both become" in refused("upscale", folder / "0.png", folder / "0.png", *nowhere)
+    answer = commands("upscale", folder, "--base", tiny_base, "-o", tmp_path / "out", "--device", "cpu")
+    assert answer.code == 0 and answer.err.count("b.heic (this PIL does not read .heic)") == 1
+    (folder / "2.png").write_bytes(b"no image")
+    assert "2.png" in commands("upscale", folder, *nowhere).err
+
+
 def test_all_unreadable_images_are_named_before_anything_is_done(adapter, folder, tmp_path) -> None:
     for name in ("0.png", "2.png"):
         (folder / name).write_bytes((folder / name).read_bytes()[:-30])

@@ -46,6 +46,7 @@ class Repository:
     titles: dict[str, str] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)  # "main", "refs/pr/1"
     tags: dict[str, str] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)  # of files that are said to be of another size
 
     def commit(self, ref: str, files: dict[str, bytes], title: str) -> str:
         """All of a new tree at once."""

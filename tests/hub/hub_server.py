@@ -195,7 +195,9 @@ def _validate(ask: _Handler, body: bytes) -> Any:
 
 def _info(ask: _Handler, body: bytes, kind: str, owner: str, name: str, revision: str = "main") -> Any:
     found, sha = ask.at(kind, owner, name, revision)
-    siblings = [{"rfilename": path} for path in found.commits[sha]]
+    siblings = [
+        {"rfilename": path, "size": found.sizes.get(path, len(data))} for path, data in found.commits[sha].items()
+    ]
     return {"id": found.name, "sha": sha, "private": found.private, "tags": found.card_tags(), "siblings": siblings}
 
 

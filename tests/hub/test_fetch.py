@@ -34,7 +34,7 @@ CASES = [(step, fault) for step in STEPS for fault in (401, 403, 404, 409, 500, 
     ("step", "fault"), [*CASES, ("download", "half"), ("download", "short"), ("download", "wrong")]
 )
 def test_a_pull_that_fails_leaves_nothing(hub, finished, tmp_path, step, fault) -> None:
-    sent(finished)
+    sent(finished, keep_paths=True)
     hub.fail(*STEPS[step], **({"status": fault} if isinstance(fault, int) else {"kind": fault}), times=ALWAYS)
     line = refusal(pull, REPO, tmp_path / "pulled")
     print(f"{step:10} {fault} | {line}")
@@ -46,7 +46,7 @@ def test_a_pull_that_fails_leaves_nothing(hub, finished, tmp_path, step, fault) 
 
 
 def test_a_download_that_breaks_off_is_tried_again(hub, finished, tmp_path) -> None:
-    sent(finished)
+    sent(finished, keep_paths=True)
     hub.fail(*STEPS["download"], "half", times=2)
     folder = pull(REPO, tmp_path / "pulled")
     assert (folder / run_folder.LORA).read_bytes() == (finished / run_folder.LORA).read_bytes()
@@ -87,6 +87,14 @@ def test_a_file_name_that_leads_out(hub, finished, tmp_path, name) -> None:
     model.commit("main", {**model.files(), name: b"evil"}, "evil")
     line = refusal(pull, REPO, tmp_path / "pulled")
     assert repr(name) in line and "leads out" in line
+    assert not snapshot(tmp_path) and not hub.count("GET", "/resolve/"), "nothing was fetched"
+
+
+@pytest.mark.parametrize(("name", "size"), [(run_folder.LORA, 10**10), ("recipe.yaml", 10**9), ("README.md", 10**12)])
+def test_a_file_that_is_larger_than_any_of_a_run(hub, finished, tmp_path, name, size) -> None:
+    sent(finished)
+    hub.model(REPO).sizes[name] = size
+    assert f"its {name} has {size:,d} bytes" in refusal(pull, REPO, tmp_path / "pulled")
     assert not snapshot(tmp_path) and not hub.count("GET", "/resolve/"), "nothing was fetched"
 
 
@@ -230,3 +238,11 @@ def test_what_names_a_repository(tmp_path, monkeypatch) -> None:
     assert fetch.split_reference("ada/tiny@refs/pr/3") == ("ada/tiny", "refs/pr/3")
     assert fetch.split_reference("ada/tiny") == ("ada/tiny", None)
     assert "not a Hub id" in refusal(fetch.split_reference, "ada/tiny@")
+
+
+def test_a_cache_that_cannot_be_written(hub, finished, tmp_path, monkeypatch) -> None:
+    sent(finished)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "file" / "cache"))
+    line = refusal(pull, REPO)
+    assert "the Hub's cache cannot be used: Not a directory: '" in line and "look at HF_HOME" in line

@@ -4,6 +4,7 @@ import diffusers
 import pytest
 import torch
 from _publishing import REPO, sent
+from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from rewardsr import load_adapter, load_lora, run_folder
@@ -15,7 +16,7 @@ def test_finetune_push_pull_and_use(commands, hub, tiny_base, hq_folder, tmp_pat
     run = tmp_path / "run"
     assert commands.finetune(tiny_base, hq_folder, run, "--validation", hq_folder).code == 0
     shown = commands("push", run, "ada/crisp", "--dry-run")
-    assert shown.out.count("recipe.yaml") == 1  # each file once
+    assert shown.out.count("bytes  recipe.yaml") == 1  # each file once
     assert shown.code == 0 and "README.md" in shown.out and "nothing was sent" in shown.out
     answer = commands("push", run, "ada/crisp", "--base-model", "ada/base", "--license", "openrail++")
     assert answer.code == 0, answer.err
@@ -27,7 +28,8 @@ def test_finetune_push_pull_and_use(commands, hub, tiny_base, hq_folder, tmp_pat
     answer = commands("pull", "ada/crisp", "-o", tmp_path / "pulled")
     assert answer.code == 0, answer.err
     pulled = tmp_path / "pulled"
-    assert (pulled / run_folder.LORA).read_bytes() == (run / run_folder.LORA).read_bytes()
+    theirs, ours = (load_file(folder / run_folder.LORA) for folder in (pulled, run))
+    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours)
     assert commands("pull", "ada/crisp", "-o", tmp_path / "pulled").code == 2
 
     picture = hq_folder / "000.png"
@@ -93,6 +95,6 @@ def test_another_base_and_no_such_repository_are_refused_by_name(
     sent(finished)
     other = tiny_pipeline(tmp_path / "other", seed=5)
     answer = commands("upscale", hq_folder, "--base", other, "--lora", reference, "-o", tmp_path / "out")
-    named = [str(tiny_base), str(other)] if reference == REPO else [reference]
+    named = [f"'{tiny_base.name}' (local)", str(other)] if reference == REPO else [reference]
     assert answer.code == 2 and all(name in answer.err for name in named) and answer.err.count("\n") == 1, answer.err
     assert not (tmp_path / "out").exists()

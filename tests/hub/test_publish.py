@@ -15,8 +15,8 @@ from _support import snapshot
 from safetensors.torch import load_file, save_file
 
 from rewardsr import run_folder
-from rewardsr.hub.fetch import pull
-from rewardsr.hub.publish import LARGEST, push
+from rewardsr.hub.fetch import LARGEST, pull
+from rewardsr.hub.publish import push
 
 
 def hashes(files: dict[str, bytes]) -> dict[str, str]:
@@ -25,7 +25,7 @@ def hashes(files: dict[str, bytes]) -> dict[str, str]:
 
 def test_what_is_pushed_is_what_is_pulled(hub, run, tmp_path, caplog) -> None:
     caplog.set_level(logging.INFO, "rewardsr")
-    pushed = sent(run)
+    pushed = sent(run, keep_paths=True)
     model = hub.model(REPO)
     assert pushed.commit == model.refs["main"]
     assert list(model.titles.values())[1:] == [model.titles[pushed.commit]], "one commit beside the Hub's own first"
@@ -105,7 +105,7 @@ def test_a_new_repository_may_begin_with_a_branch(hub, run) -> None:
 
 def test_a_dry_run_contacts_nobody(hub, run, contacted) -> None:
     before = snapshot(run)
-    pushed = sent(run, dry_run=True)
+    pushed = sent(run, dry_run=True, keep_paths=True)
     assert pushed.commit is None and not contacted and not hub.requests and snapshot(run) == before
     size = (run / run_folder.LORA).stat().st_size
     assert any(f"{size:,d} bytes" in line and run_folder.LORA in line for line in pushed.plan.lines())

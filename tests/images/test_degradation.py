@@ -86,7 +86,7 @@ def test_a_strangers_degradation() -> None:
         ({"name": "bicubic", "blur": [0, 1]}, "data.degradation (bicubic): unknown key 'blur': known: none"),
         ({"quality": [0, 90]}, "'quality.0' is 0"),
         ({"quality": [80.5, 90]}, "'quality.0' is 80.5"),
-        ({"blur": [2, 1]}, "'blur' is [2, 1]: value error, expected the lower end of a range first"),
+        ({"blur": [2, 1]}, "'blur' is [2, 1]: expected the lower end of a range first"),
         ({"noise": [-1, 1]}, "'noise.0' is -1"),
         ({"noise": [0, float("inf")]}, "'noise.1' is inf"),
         ({"name": "strangers:Dimmed", "factr": 1}, "unknown key 'factr': did you mean 'factor'?"),

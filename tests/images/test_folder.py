@@ -205,7 +205,7 @@ def test_validation_limit_and_side(hq_folder) -> None:
     batches = list(data.validation(limit=2, side=18))
     assert [tuple(batch.hq.shape) for batch in batches] == [(1, 3, 16, 16)] * 2
     assert torch.equal(batches[0].hq[0], read_image(hq_folder / "000.png")[:, 12:28, 18:34])
-    with pytest.raises(ValueError, match="side 3"):
+    with pytest.raises(UserError, match="validation_side is 3"):
         next(data.validation(side=3))
 
 

@@ -1,6 +1,7 @@
 """Whatever stands in an image file or beside it: an image, a text, or one line that says what is wrong."""
 
 import io
+import warnings
 from itertools import product
 from pathlib import Path
 
@@ -42,13 +43,15 @@ def _written() -> list[bytes]:
     """A small image of every mode in every format that PIL writes, and PNGs that it does not write."""
     Image.init()
     files = []
-    for kind, mode, options in product(sorted(Image.SAVE), MODES, OPTIONS):
-        buffer = io.BytesIO()
-        try:
-            _image(mode).save(buffer, kind, **options)
-        except Exception:  # most formats take few modes
-            continue
-        files.append(buffer.getvalue())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for kind, mode, options in product(sorted(Image.SAVE), MODES, OPTIONS):
+            buffer = io.BytesIO()
+            try:
+                _image(mode).save(buffer, kind, **options)
+            except Exception:  # most formats take few modes
+                continue
+            files.append(buffer.getvalue())
     samples = np.random.default_rng(0).integers(0, 65536, (4, 6, 4))
     for colour, channels in ((0, 1), (2, 3), (4, 2), (6, 4)):
         files += [png(samples[..., :channels], 16, colour, b"", mark) for mark in (b"", *marks(8).values())]

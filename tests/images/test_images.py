@@ -158,6 +158,19 @@ def test_truncated_16_bit_colour(tmp_path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_libraries_below_do_not_add_to_the_one_line(tmp_path, capfd) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.tif", compression="tiff_lzw")
+    content = bytearray((tmp_path / "a.tif").read_bytes())
+    content[100:1000] = bytes(900)
+    (tmp_path / "a.tif").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.tif"):
+        read_image(tmp_path / "a.tif")
+    assert capfd.readouterr() == ("", "")
+    os.write(2, b"stderr is as it was")
+    assert capfd.readouterr().err == "stderr is as it was"
+
+
 def test_pixel_bombs_are_refused(tmp_path, pixels, monkeypatch) -> None:
     Image.fromarray(pixels).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)

@@ -195,3 +195,18 @@ def test_chunks_that_unpack_to_gigabytes(tmp_path, name) -> None:
     with pytest.raises(UserError, match="cannot read") as caught:
         read_image(tmp_path / "a.png")
     assert "\n" not in str(caught.value) and time.monotonic() - begun < 1
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused(tmp_path) -> None:
+    """Each scan makes the decoder go over the whole image."""
+    buffer = io.BytesIO()
+    Image.new("L", (3000, 3000), 100).save(buffer, "JPEG", progressive=True)
+    whole = buffer.getvalue()
+    (tmp_path / "a.jpg").write_bytes(whole)
+    assert read_image(tmp_path / "a.jpg").shape == (3, 3000, 3000)
+    scan = whole[whole.rfind(b"\xff\xda") : -2]
+    (tmp_path / "a.jpg").write_bytes(whole[:-2] + 3000 * scan + whole[-2:])
+    begun = time.monotonic()
+    with pytest.raises(UserError, match="3006 scans of 3000x3000 pixels take minutes"):
+        read_image(tmp_path / "a.jpg")
+    assert time.monotonic() - begun < 2
