@@ -37,9 +37,17 @@ Loras = Annotated[
     list[str] | None, typer.Option("--lora", help="file, folder or user/name[@revision]; several with weights, a:0.7")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
-Precision = Annotated[str, typer.Option(help="of the base: auto (bf16 on CUDA), fp32 or bf16")]
-Prompts = Annotated[str, typer.Option(help="adapter, sidecar (.txt beside each image), or one text for all")]
-Seed = Annotated[int, typer.Option(help="of the noise")]
+Precision = Annotated[
+    str | None, typer.Option(help="of the base: auto (bf16 on CUDA), fp32 or bf16; by default the run's, else auto")
+]
+Prompts = Annotated[
+    str | None,
+    typer.Option(
+        help="adapter, sidecar (.txt beside each image), captioner (the run's), or one text for all; by default the "
+        "run's, else adapter"
+    ),
+]
+Seed = Annotated[int | None, typer.Option(help="of the noise; by default the run's, else 0")]
 
 
 def main() -> None:
@@ -132,10 +140,10 @@ def upscale(
     lora: Loras = None,
     strength: Annotated[float, typer.Option(help="of the LoRA; 0 is the base")] = 1.0,
     color_fix: Annotated[str, typer.Option(help="none, adain or wavelet")] = "none",
-    prompts: Prompts = "adapter",
-    seed: Seed = 0,
+    prompts: Prompts = None,
+    seed: Seed = None,
     device: Device = "auto",
-    precision: Precision = "auto",
+    precision: Precision = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace earlier results")] = False,
     force_base: Annotated[bool, typer.Option("--force-base", help="load a LoRA of another base")] = False,
 ) -> None:
@@ -145,10 +153,19 @@ def upscale(
     from rewardsr.pipelines import open_run
 
     files = find_files(inputs, output, color_fix)
-    pipeline, _ = open_run(
+    pipeline, recipe = open_run(
         run, adapter, base, option, lora, strength=strength, device=device, precision=precision, force_base=force_base
     )
-    run_upscale(pipeline, files, output, color_fix=color_fix, prompts=prompts, seed=seed, overwrite=overwrite)
+    run_upscale(
+        pipeline,
+        files,
+        output,
+        color_fix=color_fix,
+        seed=seed if seed is not None else 0 if recipe is None else recipe.seed,
+        protocol=None if recipe is None else recipe.data,
+        prompts=prompts,
+        overwrite=overwrite,
+    )
 
 
 @app.command()
@@ -162,25 +179,42 @@ def evaluate(
     metrics: Annotated[str, typer.Option(help="rewards or pyiqa metrics, comma-separated")] = "psnr,ssim",
     draws: Annotated[int, typer.Option(min=1, help="noise draws that each score averages")] = 1,
     limit: Annotated[int | None, typer.Option(min=1, help="the first so many images")] = None,
-    prompts: Prompts = "adapter",
+    side: Annotated[
+        int | None, typer.Option(min=1, help="cut larger images to this many HQ pixels a side; by default as the run")
+    ] = None,
+    prompts: Prompts = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="also write the scores of every image, as JSON")
     ] = None,
-    seed: Seed = 0,
+    seed: Seed = None,
     device: Device = "auto",
-    precision: Precision = "auto",
+    precision: Precision = None,
     force_base: Annotated[bool, typer.Option("--force-base", help="load a LoRA of another base")] = False,
 ) -> None:
-    """Compare base and tuned pipeline on the same images and noise, with 95 % intervals."""
+    """Compare base and tuned pipeline on the same images and noise, with 95 % intervals.
+
+    With --run, images are degraded, prompted and seeded as in that run's own validation.
+    """
     if run is None and not lora:
         raise UserError("evaluate compares base and tuned: give --run, or --lora")
     from rewardsr.evaluation import protocol
     from rewardsr.pipelines import open_run
     from rewardsr.storage import expand, write_text
 
-    pipeline, _ = open_run(run, adapter, base, option, lora, device=device, precision=precision, force_base=force_base)
-    names = [name.strip() for name in metrics.split(",") if name.strip()]
-    found = protocol.evaluate(pipeline, data, names, draws_per_image=draws, seed=seed, limit=limit, prompts=prompts)
+    pipeline, recipe = open_run(
+        run, adapter, base, option, lora, device=device, precision=precision, force_base=force_base
+    )
+    found = protocol.evaluate(
+        pipeline,
+        data,
+        [name.strip() for name in metrics.split(",") if name.strip()],
+        draws_per_image=draws,
+        seed=seed if seed is not None else 0 if recipe is None else recipe.seed,
+        limit=limit,
+        side=side if side is not None or recipe is None else recipe.data.validation_side,
+        protocol=None if recipe is None else recipe.data,
+        prompts=prompts,
+    )
     console.say(found)
     if output is not None:
         write_text(expand(output), found.to_json())

@@ -185,7 +185,7 @@ def open_run(
     *,
     strength: float = 1.0,
     device: str = "auto",
-    precision: str = "auto",
+    precision: str | None = None,
     force_base: bool = False,
 ) -> tuple[ISRAdapter, Recipe | None]:
     """Load a pipeline and, where there is one, its LoRA.
@@ -198,7 +198,8 @@ def open_run(
         options: `key=value` strings; they override those of the recipe.
         loras: LoRA files, folders or Hub references, instead of the run's; `:weight` behind one is its share.
         strength: scale of the LoRA.
-        device, precision: as in a recipe.
+        device: as in a recipe.
+        precision: as in a recipe; None: the run's, else auto.
         force_base: load the LoRA although it belongs to another base.
 
     Returns:
@@ -209,7 +210,7 @@ def open_run(
     """
     if not math.isfinite(strength):
         raise UserError(f"strength is {strength}, expected a finite number")
-    chosen, dtype = choose_device(device, precision)
+    chosen, dtype = choose_device(device, precision or "auto")
     given = recipes.assignments_of(list(options or ()), "--option")
     parts = [weighted(text) for text in loras or ()]
     recipe, stranger = None, False
@@ -222,6 +223,7 @@ def open_run(
             _check_stranger(recipe, run, base is None, given)
         adapter, base, settings = recipe.adapter, base or recipe.base, dict(recipe.adapter_options)
         parts = parts or [(str(folder), 1.0)]
+        chosen, dtype = choose_device(device, precision or recipe.precision)
     if base is None:
         raise UserError(
             "say which pipeline: --run FOLDER of a run, or --base with a diffusers folder, a Hub id or 'embedded'"

@@ -29,7 +29,6 @@ from rewardsr.evaluation.pictures import Cell, comparison_row, shown, write_grid
 from rewardsr.evaluation.report import CONFIDENCE, Comparison, Evaluation
 from rewardsr.evaluation.upscale import upscale_tensor
 from rewardsr.lora.layers import attached, reference
-from rewardsr.options import check_seed
 from rewardsr.rewards import build
 from rewardsr.rewards.base import Reward
 from rewardsr.run_folder import VALIDATION
@@ -98,7 +97,6 @@ def evaluate(
     Raises:
         UserError: there is no LoRA, the folder or a metric cannot be had, or as of `HeldOut`.
     """
-    check_seed(seed)
     if not attached(adapter):
         raise UserError("evaluate compares base and tuned, and this pipeline carries no LoRA: load one first")
     chosen = (protocol or ProtocolRecipe()).prompted(prompts)

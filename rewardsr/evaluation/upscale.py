@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rewardsr.adapter import ISRAdapter
 from rewardsr.batch import Batch
+from rewardsr.data.captions import Captions
 from rewardsr.data.images import encode_png, from_pil, image_size, list_images, read_image, to_pil
 from rewardsr.data.sidecars import (
     ADAPTER,
@@ -29,6 +30,7 @@ from rewardsr.errors import UserError, is_out_of_memory, printable
 from rewardsr.evaluation.colour import _check_color_fix, fix_color
 from rewardsr.evaluation.record import Record
 from rewardsr.storage import expand, remove_own_leftovers, write_bytes
+from rewardsr.train.recipe import ProtocolRecipe
 
 Input = Path | str | Image.Image | np.ndarray | Tensor
 
@@ -40,7 +42,8 @@ class Keywords(TypedDict, total=False):
 
     color_fix: str
     seed: int
-    prompts: str
+    protocol: ProtocolRecipe | None
+    prompts: str | None
     overwrite: bool
 
 
@@ -63,7 +66,8 @@ def upscale(
     *,
     color_fix: str = "none",
     seed: int = 0,
-    prompts: str = ADAPTER,
+    protocol: ProtocolRecipe | None = None,
+    prompts: str | None = None,
     overwrite: bool = False,
 ) -> list[Path] | list[Image.Image]:
     """Super-resolve images, one at a time.
@@ -81,7 +85,9 @@ def upscale(
             nothing is written.
         color_fix: "none", "adain" or "wavelet".
         seed: image i is sampled with noise from (seed, i).
-        prompts: "adapter", "sidecar" (`<stem>.txt` beside the image), or one text for all.
+        protocol: how images are prompted: `recipe.data` of a run; by default the adapter does.
+        prompts: instead of the protocol's: "adapter", "sidecar" (`<stem>.txt` beside the image), "captioner" (the
+            protocol's), or one text for all.
         overwrite: make results anew that are there already. Otherwise those of the same image, pipeline and settings
             are kept, and any others are refused.
 
@@ -96,7 +102,10 @@ def upscale(
     sources = _sources(inputs)
     folder = None if output is None else expand(output)
     targets = None if folder is None else _targets(sources, folder)
-    work = _Work(adapter, sources, *_beside(sources, prompts, adapter.extras), seed, color_fix)
+    chosen = (protocol or ProtocolRecipe()).prompted(prompts)
+    captions = None if chosen.captioner is None else Captions(chosen.captioner)
+    beside = _beside(sources, ADAPTER if captions else chosen.prompts, adapter.extras)
+    work = _Work(adapter, sources, *beside, captions, seed, color_fix)
     if folder is None or targets is None:
         _refuse_unreadable(work)
         return [to_pil(work.result(index, work.batch(index))) for index in range(len(sources))]
@@ -190,6 +199,7 @@ class _Work:
     sources: Sequence[Path | Image.Image | Tensor]
     texts: list[str] | None
     extras: list[Path] | None
+    captions: Captions | None
     seed: int
     color_fix: str
 
@@ -202,9 +212,10 @@ class _Work:
             raise _ImageError(*error.args) from error
         except Exception as error:
             raise self._told(error, str(source)) from error
+        texts = None if self.texts is None else (self.texts[index],)
         return Batch(
             lq=lq[None],
-            prompts=None if self.texts is None else (self.texts[index],),
+            prompts=texts if self.captions is None else self.captions(lq[None]),
             paths=(str(source),) if isinstance(source, Path) else (),
             extras=stack_tensors([] if self.extras is None else [self.extras[index]], self.adapter.extras),
         )
