@@ -198,7 +198,7 @@ def _formats() -> tuple[str, ...]:
 @cache
 def _extensions() -> frozenset[str]:
     formats = _formats()
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if suffix and name in formats)
 
 
 @contextmanager
