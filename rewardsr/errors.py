@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import re
 from collections.abc import Iterable
 
 # How torch and the libraries below it say it, where they raise no error of its own kind.
@@ -12,7 +13,7 @@ class UserError(ValueError):
     """Bad input: one line that says what is wrong, where, and what to do. The CLI prints it and exits with code 2."""
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        return printable(re.sub(r"\s*[\n\r\t]\s*", " ", super().__str__()))  # other libraries' messages have lines
 
 
 class TrainingError(RuntimeError):
