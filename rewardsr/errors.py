@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import re
 import reprlib
 from collections.abc import Iterable
 
@@ -15,7 +16,8 @@ class UserError(ValueError):
     """Bad input: one line that says what is wrong, where, and what to do. The CLI prints it and exits with code 2."""
 
     def __str__(self) -> str:
-        return shortened(printable(super().__str__()), LONGEST)
+        # Messages of other libraries have lines.
+        return shortened(printable(re.sub(r"\s*[\n\r\t]\s*", " ", super().__str__())), LONGEST)
 
 
 class TrainingError(RuntimeError):

@@ -75,6 +75,20 @@ def read_text(path: Path, what: str, most: int = 2**20) -> str:
         raise UserError(f"{what} is not a text file (UTF-8)") from error
 
 
+def check_folder(path: Path) -> None:
+    """Refuse a folder that cannot be made or written to, as far as it shows without writing: before long work.
+
+    Raises:
+        UserError: a file is in the way, or there is no permission.
+    """
+    path = path.absolute()
+    there = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+    if not there.is_dir():
+        raise UserError(f"output '{path}': '{there}' is a file; give a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"output '{path}': no permission to write in '{there}'")
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file in one step: to a temporary name beside it, flushed to the disk, then renamed.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rewardsr.errors import UserError
-from rewardsr.storage import expand, remove_own_leftovers, write_bytes, write_folder
+from rewardsr.storage import check_folder, expand, remove_own_leftovers, write_bytes, write_folder
 
 STUCK = """
 import sys, time
@@ -63,6 +63,21 @@ def test_a_file_whose_name_begins_with_a_tilde(tmp_path, monkeypatch) -> None:
     Path("./~nosuchuser.png").write_bytes(b"")
     assert expand("~nosuchuser.png") == Path("~nosuchuser.png")
     assert expand("n" * 255) == Path("n" * 255)
+
+
+def test_where_no_folder_can_be(tmp_path, monkeypatch) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "dead").symlink_to("gone")
+    for path in (tmp_path / "file", tmp_path / "file" / "a" / "b", tmp_path / "dead" / "a"):
+        with pytest.raises(UserError, match="is a file; give a folder"):
+            check_folder(path)
+    check_folder(tmp_path / "a" / "b")
+    monkeypatch.chdir(tmp_path)
+    check_folder(Path("a"))
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != tmp_path)  # root may write anywhere
+    with pytest.raises(UserError, match=f"output '{tmp_path}/a': no permission to write in '{tmp_path}'"):
+        check_folder(Path("a"))
+    assert sorted(os.listdir(tmp_path)) == ["dead", "file"]
 
 
 # ---- writing ----

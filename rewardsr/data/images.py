@@ -7,7 +7,6 @@ import io
 import logging
 import os
 import struct
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -198,7 +197,7 @@ def _formats() -> tuple[str, ...]:
 @cache
 def _extensions() -> frozenset[str]:
     formats = _formats()
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if suffix and name in formats)
 
 
 @contextmanager
@@ -248,19 +247,22 @@ def _reading(what: Path | str) -> Iterator[None]:
 def _without_remarks() -> Iterator[None]:
     """Keeps what libtiff and libpng print of a file that cannot be read off stderr: one line says it all."""
     try:
-        stderr = os.dup(2)
-    except OSError:  # there is none
+        stderr, kept = os.dup(2), os.memfd_create("remarks")
+    except (OSError, AttributeError):  # there is no stderr, or no such file in memory on this system
         yield
         return
-    with tempfile.TemporaryFile() as kept:
-        os.dup2(kept.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-        kept.seek(0)
-        os.write(2, kept.read())  # the file is read, and another thread may have said something
+    os.dup2(kept, 2)
+    try:
+        yield
+    except BaseException:
+        os.ftruncate(kept, 0)
+        raise
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        with os.fdopen(kept, "rb") as file:
+            file.seek(0)
+            os.write(2, file.read())  # of a file that is read; and another thread may have said something
 
 
 def _orientation(image: Image.Image) -> int:

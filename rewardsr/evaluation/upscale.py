@@ -29,7 +29,7 @@ from rewardsr.draws import Draws, Source
 from rewardsr.errors import UserError, is_out_of_memory, printable
 from rewardsr.evaluation.colour import _check_color_fix, fix_color
 from rewardsr.evaluation.record import Record
-from rewardsr.storage import expand, remove_own_leftovers, write_bytes
+from rewardsr.storage import check_folder, expand, remove_own_leftovers, write_bytes
 from rewardsr.train.recipe import ProtocolRecipe
 
 Input = Path | str | Image.Image | np.ndarray | Tensor
@@ -318,8 +318,7 @@ def _beside(
 
 
 def _targets(sources: Sequence[Path | Image.Image | Tensor], output: Path) -> list[Path]:
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output '{output}' is a file; give a folder")
+    check_folder(output)
     names = [source.stem if isinstance(source, Path) else f"{place:03d}" for place, source in enumerate(sources)]
     targets = [expand(output / f"{name}.png") for name in names]
     # Folded, because many file systems take A.png and a.png for one file.

@@ -115,7 +115,7 @@ def check(path: Path, content: bytes) -> bool:
 
 
 def test_every_file_as_it_was_written(place) -> None:
-    assert len(FILES) > 150 and sum(check(place, content) for content in FILES) > 0.8 * len(FILES)
+    assert len(FILES) > 150 and sum(check(place, content) for content in FILES) > 0.75 * len(FILES)
 
 
 @given(contents())

@@ -210,3 +210,14 @@ def test_a_jpeg_of_thousands_of_scans_is_refused(tmp_path) -> None:
     with pytest.raises(UserError, match="3006 scans of 3000x3000 pixels take minutes"):
         read_image(tmp_path / "a.jpg")
     assert time.monotonic() - begun < 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ycbcr(tmp_path) -> None:
+    y, cb, cr = (FLAT[..., channel].astype(float) - (128 if channel else 0) for channel in range(3))
+    values = np.stack([y + 1.402 * cr, y - 0.344136 * cb - 0.714136 * cr, y + 1.772 * cb], -1).clip(0, 255) / 255
+    image = from_pil(Image.merge("YCbCr", Image.fromarray(FLAT).split()[:3])).permute(1, 2, 0).numpy()
+    assert np.abs(image - values).max() <= 1.5 / 255
+    content = tiff(FLAT[..., :3], photometric="ycbcr")
+    if Image.open(io.BytesIO(content)).mode == "YCbCr":  # older versions of PIL take it for RGB, and refuse it
+        assert_reads(tmp_path / "a.tif", content, values, 1.5 / 255)
