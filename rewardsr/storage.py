@@ -4,15 +4,16 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rewardsr.errors import UserError
 
-_SUFFIX = ".rewardsr.tmp"
-_LONGEST = 255  # bytes of a file's name
+_LONGEST = 200  # bytes of a name within a temporary one; file systems take 255 in all
 _SHOWN = 100  # characters of a path in a message about it
 
 
@@ -65,14 +66,17 @@ def write_bytes(path: Path, content: bytes) -> None:
     temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-        with _held(temporary, lambda: os.open(temporary, flags, 0o666)) as descriptor:
-            with os.fdopen(os.dup(descriptor), "wb") as file:
-                file.truncate()
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+        with _held(path, temporary, lambda: os.open(temporary, flags, 0o666)) as descriptor:
+            try:
+                with os.fdopen(os.dup(descriptor), "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(path)
+            finally:
+                with suppress(OSError):
+                    temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write '{path}': {error.strerror or error}") from error
 
@@ -100,13 +104,14 @@ def write_folder(path: Path, fill: Callable[[Path], None], replace: bool = False
         return os.open(temporary, os.O_RDONLY)
 
     try:
-        with _held(temporary, opened):
-            for entry in temporary.iterdir():  # of a writer that was killed
-                _remove(entry)
-            fill(temporary)
-            if replace and path.exists():
-                shutil.rmtree(path)
-            temporary.replace(path)
+        with _held(path, temporary, opened):
+            try:
+                fill(temporary)
+                if replace and path.exists():
+                    shutil.rmtree(path)
+                temporary.replace(path)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot write '{path}': {error.strerror or error}") from error
 
@@ -122,34 +127,39 @@ def remove_leftovers(folder: Path) -> None:
         _remove(path)
 
 
-def remove_own_leftovers(folder: Path) -> None:
-    """Remove what killed writers left in a folder that others use, too; what a writer still works on stays."""
-    for path in folder.glob(f".*{_SUFFIX}"):
-        with suppress(OSError), _locked(os.open(path, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB):
-            _remove(path)
+def remove_own_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove what killed writers left in a folder that others use, too; what a writer still works on stays.
+
+    Args:
+        folder: where they wrote.
+        name: only those of this file or folder.
+    """
+    pattern = re.compile(r"\.%s\.\d+(-\d+)?\.tmp" % (".+" if name is None else re.escape(_short(name))))
+    with suppress(OSError):
+        for path in [path for path in folder.iterdir() if pattern.fullmatch(path.name)]:
+            with suppress(OSError), _locked(os.open(path, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB):
+                _remove(path)
 
 
 def _temporary(path: Path) -> Path:
-    """The same name for the same target, so that the next writer clears away what a killed one left."""
-    name = f".{path.name}{_SUFFIX}"
-    if len(os.fsencode(name)) > _LONGEST:
-        name = f".{hashlib.blake2b(os.fsencode(path.name), digest_size=8).hexdigest()}{_SUFFIX}"
-    return path.with_name(name)
+    return path.with_name(f".{_short(path.name)}.{os.getpid()}-{threading.get_native_id()}.tmp")
+
+
+def _short(name: str) -> str:
+    """A name that leaves room for what a temporary one has besides."""
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= _LONGEST else hashlib.blake2b(encoded, digest_size=8).hexdigest()
 
 
 @contextmanager
-def _held(temporary: Path, opened: Callable[[], int]) -> Iterator[int]:
-    """The descriptor of a temporary file or folder that only this writer uses; others wait. Removed in the end."""
+def _held(path: Path, temporary: Path, opened: Callable[[], int]) -> Iterator[int]:
+    """The locked descriptor of a temporary file or folder: that tells others that its writer lives."""
+    remove_own_leftovers(path.parent, path.name)
     while True:
         with _locked(opened(), fcntl.LOCK_EX) as descriptor:
-            if not _is_at(descriptor, temporary):  # whoever held it before has renamed or removed it
+            if not _is_at(descriptor, temporary):  # somebody took it for a leftover before it was locked
                 continue
-            try:
-                yield descriptor
-            finally:
-                with suppress(OSError):
-                    if _is_at(descriptor, temporary):
-                        _remove(temporary)
+            yield descriptor
             return
 
 
