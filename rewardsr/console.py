@@ -12,8 +12,6 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-import typer
-
 from rewardsr.errors import LONGEST, TrainingError, UserError, is_out_of_memory, printable, shortened
 
 # The disk, its rights and names, wherever they are noticed: nothing is wrong with the program.
@@ -50,7 +48,8 @@ def _leave(message: str, code: int) -> NoReturn:
 def say(text: object, err: bool = False) -> None:
     """Print lines. Where nobody reads them any more (`| head`), the work goes on."""
     try:
-        typer.echo(printable(str(text), but="\n"), err=err)
+        # Not click's echo, which writes UTF-8 to a terminal that says it knows ASCII only.
+        print(printable(str(text), but="\n"), file=sys.stderr if err else sys.stdout, flush=True)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
 

@@ -1,20 +1,26 @@
 """Paths as users write them, and writing so that nothing is ever half-written."""
 
 import errno
-import fcntl
 import hashlib
 import os
+import re
 import shutil
+import socket
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from rewardsr.errors import UserError
 
-_SUFFIX = ".rewardsr.tmp"
-_LONGEST = 255  # bytes of a file's name
+_LONGEST = 200  # bytes of a name within a temporary one; file systems take 255 in all
 _SHOWN = 100  # characters of a path in a message about it
+_HOST = hashlib.blake2b(
+    socket.gethostname().encode(), digest_size=4
+).hexdigest()  # numbers of processes are a host's own
 
 
 def expand(path: Path | str) -> Path:
@@ -95,19 +101,20 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         UserError: the disk is full, or the place cannot be written to; what was there before is still there.
     """
+    remove_own_leftovers(path.parent, path.name)
     temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-        with _held(temporary, lambda: os.open(temporary, flags, 0o666)) as descriptor:
-            with os.fdopen(os.dup(descriptor), "wb") as file:
-                file.truncate()
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
     except OSError as error:
         raise UserError(f"cannot write '{path}': {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, content: str) -> None:
@@ -126,22 +133,19 @@ def write_folder(path: Path, fill: Callable[[Path], None], replace: bool = False
     Raises:
         UserError: the disk is full, or the place cannot be written to; nothing is left behind.
     """
+    remove_own_leftovers(path.parent, path.name)
     temporary = _temporary(path)
-
-    def opened() -> int:
-        temporary.mkdir(parents=True, exist_ok=True)
-        return os.open(temporary, os.O_RDONLY)
-
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had our number
     try:
-        with _held(temporary, opened):
-            for entry in temporary.iterdir():  # of a writer that was killed
-                _remove(entry)
-            fill(temporary)
-            if replace and path.exists():
-                shutil.rmtree(path)
-            temporary.replace(path)
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        if replace and path.exists():
+            shutil.rmtree(path)
+        temporary.replace(path)
     except OSError as error:
         raise UserError(f"cannot write '{path}': {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def is_leftover(path: Path) -> bool:
@@ -155,56 +159,31 @@ def remove_leftovers(folder: Path) -> None:
         _remove(path)
 
 
-def remove_own_leftovers(folder: Path) -> None:
-    """Remove what killed writers left in a folder that others use, too; what a writer still works on stays."""
-    for path in folder.glob(f".*{_SUFFIX}"):
-        with suppress(OSError), _locked(os.open(path, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB):
-            _remove(path)
+def remove_own_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove what killed writers left in a folder that others use, too; what a writer still works on stays.
+
+    Args:
+        folder: where they wrote.
+        name: only those of this file or folder.
+    """
+    of = ".+" if name is None else re.escape(_short(name))
+    pattern = re.compile(rf"\.{of}\.{_HOST}-(\d+)-\d+\.tmp")
+    with suppress(OSError):
+        found = [(path, match) for path in folder.iterdir() if (match := pattern.fullmatch(path.name))]
+        for path, match in found:
+            if not psutil.pid_exists(int(match[1])):
+                _remove(path)
 
 
 def _temporary(path: Path) -> Path:
-    """The same name for the same target, so that the next writer clears away what a killed one left."""
-    name = f".{path.name}{_SUFFIX}"
-    if len(os.fsencode(name)) > _LONGEST:
-        name = f".{hashlib.blake2b(os.fsencode(path.name), digest_size=8).hexdigest()}{_SUFFIX}"
-    return path.with_name(name)
+    """A name of this writer's own, which tells others whose it is."""
+    return path.with_name(f".{_short(path.name)}.{_HOST}-{os.getpid()}-{threading.get_native_id()}.tmp")
 
 
-@contextmanager
-def _held(temporary: Path, opened: Callable[[], int]) -> Iterator[int]:
-    """The descriptor of a temporary file or folder that only this writer uses; others wait. Removed in the end."""
-    while True:
-        with _locked(opened(), fcntl.LOCK_EX) as descriptor:
-            if not _is_at(descriptor, temporary):  # whoever held it before has renamed or removed it
-                continue
-            try:
-                yield descriptor
-            finally:
-                with suppress(OSError):
-                    if _is_at(descriptor, temporary):
-                        _remove(temporary)
-            return
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.lstat())
-    except FileNotFoundError:
-        return False
-
-
-@contextmanager
-def _locked(descriptor: int, how: int) -> Iterator[int]:
-    """Locked until the descriptor is closed, at the latest when the process dies."""
-    try:
-        try:
-            fcntl.flock(descriptor, how)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # file systems without locks
-                raise
-        yield descriptor
-    finally:
-        os.close(descriptor)
+def _short(name: str) -> str:
+    """A name that leaves room for what a temporary one has besides."""
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= _LONGEST else hashlib.blake2b(encoded, digest_size=8).hexdigest()
 
 
 def _remove(path: Path) -> None:
