@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from rewardsr.adapters._live import live_network
 from rewardsr.adapters._networks import load_changed
 from rewardsr.adapters.stable_diffusion import Ancestral, Guidance, Parts, Steps, Tile, load_parts, parts_of, times
 from rewardsr.batch import Batch, Condition
@@ -82,7 +83,7 @@ class SeeSR(Ancestral):
                 f"{type(pipe).__name__} is no SeeSR: it needs a controlnet, and a UNet with image_attentions"
             )
         parts, identity = parts_of(pipe)
-        return cls(parts, identity, options, pipe.controlnet)
+        return cls(parts, identity, options, live_network(pipe, "controlnet"))
 
     def __init__(self, parts: Parts, base: str, options: Options, controlnet: Any) -> None:
         _check_alike(base, parts.unet, controlnet)

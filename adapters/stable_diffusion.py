@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rewardsr import options
 from rewardsr.adapter import BaseModel, ISRAdapter
+from rewardsr.adapters._live import check_together, live_network
 from rewardsr.adapters._networks import check_tokenizer, load_network, read_part, read_tokenizer
 from rewardsr.batch import Batch, Condition
 from rewardsr.draws import Source, draw
@@ -95,23 +96,21 @@ def parts_of(pipe: Any) -> tuple[Parts, str]:
     """The parts of a live pipeline, shared and not copied, and what to call it.
 
     Raises:
-        UserError: a part is missing, does not fit, or carries a LoRA already.
+        UserError: a part is missing, does not fit, or can carry no LoRA (it has one, or was quantised, offloaded, ...).
     """
     kind = type(pipe).__name__
     found = getattr(pipe, "scheduler", None) or getattr(pipe, "noise_scheduler", None)  # the latter in OSEDiff's own
     lacking = [part for part in PARTS if part != "scheduler" and getattr(pipe, part, None) is None]
     if lacking or found is None:
         raise UserError(f"{kind} has no {(*lacking, 'scheduler')[0]}")
-    for part in ("unet", "controlnet", "vae", "text_encoder"):
-        if getattr(getattr(pipe, part, None), "peft_config", None):
-            raise UserError(f"the {part} of {kind} carries a LoRA already: fuse and unload it first")
-    unet, vae = (next(network.parameters()).dtype for network in (pipe.unet, pipe.vae))
-    if unet == torch.float32 and vae != unet:  # the other way round is common, and works
-        raise UserError(f"the unet of {kind} is in float32 and its vae in {str(vae).removeprefix('torch.')}: cast one")
-    name = str(getattr(pipe.unet.config, "_name_or_path", "") or kind)
+    networks = [part for part in ("unet", "vae", "controlnet") if getattr(pipe, part, None) is not None]
+    unet, vae, *_ = (live_network(pipe, part) for part in networks)
+    text_encoder = live_network(pipe, "text_encoder", mixed=True)
+    check_together(pipe, networks)
+    name = str(getattr(unet.config, "_name_or_path", "") or kind)
     scheduler = {"_class_name": type(found).__name__, **getattr(found, "config", {})}
     check_scheduler(scheduler, kind)
-    parts = Parts(pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, scheduler, "live")
+    parts = Parts(unet, vae, text_encoder, pipe.tokenizer, scheduler, "live")
     check_fit(name, parts)
     return parts, name
 

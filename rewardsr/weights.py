@@ -84,8 +84,8 @@ def read_network(folder: Path, stem: str) -> dict[str, Tensor]:
     index = folder / (_INDEX.format(stem) if variant is None else f"{stem}.safetensors.index.{variant}.json")
     if not index.is_file():
         return read_safetensors(folder / f"{stem}.{'' if variant is None else f'{variant}.'}safetensors")[0]
-    places = read_object(index).get("weight_map")
-    files = list(places.values()) if isinstance(places, dict) else [None]
+    places: Any = read_object(index).get("weight_map")
+    files: list[Any] = list(places.values()) if isinstance(places, dict) else [None]
     if not all(isinstance(file, str) and Path(file).name == file for file in files):
         raise UserError(f"'{index}' is damaged: expected files beside it, by tensor, as weight_map")
     tensors: dict[str, Tensor] = {}
