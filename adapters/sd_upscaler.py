@@ -33,6 +33,7 @@ from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError
 from rewardsr.hub.fetch import fetch
 from rewardsr.json_object import read_object
+from rewardsr.options import FOR_LORA
 from rewardsr.schedule import VP, Coefficient
 
 LOW_RES = "low_res_scheduler"  # the part whose schedule the LQ image is noised by
@@ -57,7 +58,10 @@ class SDUpscaler(StableDiffusion):
         tile_overlap: TileOverlap = 16
         steps: Steps = 75
         noise_level: int = Field(
-            20, ge=0, description="time of `low_res_scheduler` that the LQ image is noised as of; the UNet is told so"
+            20,
+            ge=0,
+            description="time of `low_res_scheduler` that the LQ image is noised as of; the UNet is told so",
+            json_schema_extra=FOR_LORA,
         )
         guidance: Guidance = 9.0
         negative_prompt: str = Field("", description="of the guidance")

@@ -19,6 +19,7 @@ from rewardsr.batch import Batch, Condition
 from rewardsr.draws import Source
 from rewardsr.errors import UserError
 from rewardsr.hub.fetch import fetch
+from rewardsr.options import FOR_LORA
 from rewardsr.plugins import resolve
 
 EMBEDDING = "ram"  # its name in Batch.extras, and in the files beside the images
@@ -46,7 +47,9 @@ class SeeSR(Ancestral):
         )
         steps: Steps = 50
         guidance: Guidance = 5.5
-        conditioning_scale: float = Field(1.0, description="of what the ControlNet adds to the UNet")
+        conditioning_scale: float = Field(
+            1.0, description="of what the ControlNet adds to the UNet", json_schema_extra=FOR_LORA
+        )
         template: str = Field(
             "{tags}, ,clean, high-resolution, 8k",
             description="text around the tags; `{tags}`: the tags alone, as in RFSR's training. An empty prompt that "

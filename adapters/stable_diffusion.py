@@ -345,7 +345,9 @@ class Ancestral(StableDiffusion):
 
         scale: Scale = 4
         start_point: Literal["lq", "noise"] = Field(
-            "lq", description="lq: the LQ latents, noised as of the schedule's last time; noise: noise alone"
+            "lq",
+            description="lq: the LQ latents, noised as of the schedule's last time; noise: noise alone",
+            json_schema_extra=options.FOR_LORA,
         )
         tile_weights: Literal["centred", "original"] = Field(
             "centred", description="original: half a latent pixel too low, as released"
