@@ -184,7 +184,7 @@ def _split(release: dict[Any, Any], part: str, path: str) -> tuple[dict[str, lis
         if not isinstance(tensor, Tensor):
             raise UserError(f"'{path}' is damaged: {shortened(key)} is no tensor")
         match = _LORA_KEY.fullmatch(str(key))
-        if match is None and ".base_layer." not in str(key):
+        if not str(key).isprintable() or (match is None and ".base_layer." not in str(key)):
             raise UserError(f"'{path}': unexpected key {shortened(key)}")
         try:
             tensor = floats(key, tensor)

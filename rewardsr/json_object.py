@@ -6,6 +6,8 @@ from typing import Any, NoReturn
 
 from rewardsr.errors import UserError, one_line
 
+LONGEST_NAME = 300  # of a setting or a tensor; messages name them
+
 
 def parse_object(text: str, says: str) -> dict[str, Any]:
     """The object in a JSON text.
@@ -23,6 +25,9 @@ def parse_object(text: str, says: str) -> dict[str, Any]:
         raise UserError(f"{says}: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{says}: expected settings by name, found {type(content).__name__}")
+    for name in content:
+        if not name.isprintable() or len(name) > LONGEST_NAME:
+            raise UserError(f"{says}: {name[:LONGEST_NAME]!r} is no name")
     return content
 
 

@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from rewardsr.errors import UserError
-from rewardsr.json_object import read_object
+from rewardsr.errors import UserError, one_line
+from rewardsr.json_object import LONGEST_NAME, read_object
 from rewardsr.storage import write_bytes
 
 _INDEX = "{}.safetensors.index.json"  # of weights in several files
@@ -46,9 +46,14 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"no file '{path}'")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"'{path}' is damaged or not a safetensors file: {error}") from error
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            header = dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"'{path}' is damaged or not a safetensors file: {one_line(error)}") from error
+    for name in tensors:
+        if not name.isprintable() or len(name) > LONGEST_NAME:
+            raise UserError(f"'{path}' is damaged: {name[:LONGEST_NAME]!r} is no name of a tensor")
+    return tensors, header
 
 
 def variant_of(folder: Path, stem: str) -> str | None:
@@ -108,6 +113,5 @@ def read_pickle(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"'{path}' holds more than tensors (it could run code), or is damaged: refused") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]  # of an empty file: an EOFError without words
-        raise UserError(f"'{path}' is not a readable torch file: {reason}") from error
+    except Exception as error:  # of damaged bytes, any
+        raise UserError(f"'{path}' is not a readable torch file: {one_line(error)}") from error
