@@ -41,12 +41,14 @@ def live_network(pipe: Any, part: str, mixed: bool = False) -> Any:
     weights = list(network.parameters())
     if any(weight.is_meta for weight in weights):
         raise UserError(f"{said} has no weights in memory (meta device): load it without offloading")
+    plain = "quantised or sharded: load it in float32, bfloat16 or float16"
     for weight in weights:
         if type(weight) is not nn.Parameter or type(weight.data) is not Tensor or weight.dtype not in PRECISIONS:
-            raise UserError(
-                f"{said} holds weights of {_name(weight.dtype)} ({type(weight.data).__name__}), quantised or sharded: "
-                "load it in float32, bfloat16 or float16"
-            )
+            kind = type(weight.data if type(weight) is nn.Parameter else weight).__name__
+            raise UserError(f"{said} holds weights of {_name(weight.dtype)} ({kind}), {plain}")
+    for name, value in network.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"{said} holds {name}, which is no tensor: {plain}")
     if len({weight.dtype for weight in weights}) > 1 and not mixed:
         raise UserError(f"{said} mixes {' and '.join(sorted({_name(w.dtype) for w in weights}))}: cast it to one")
     if len({weight.device for weight in weights}) > 1:

@@ -133,9 +133,23 @@ def quantise(pipe) -> None:
     layer.weight = Packed(torch.zeros(32, 4, dtype=torch.uint8), requires_grad=False)
 
 
+class WithState(torch.nn.Linear):
+    """As layers of 8-bit libraries are, whose state holds more than tensors."""
+
+    def get_extra_state(self):
+        return {"scale": 1.0}
+
+    def set_extra_state(self, state) -> None: ...
+
+
+def pack(pipe) -> None:
+    pipe.unet.time_embedding.linear_1 = WithState(8, 32)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        (pack, "which is no tensor: quantised or sharded"),
         (fuse, "fused projections: call its unfuse_qkv_projections"),
         (fuse_the_vae, "the vae of StableDiffusionPipeline has fused projections"),
         (compile_a_block, "compiled in pieces"),
@@ -149,7 +163,7 @@ def quantise(pipe) -> None:
         (mix, "mixes bfloat16 and float32"),
         (halve_the_vae, "float32 and its vae in float16"),
         (double, "float64"),
-        (quantise, "uint8"),
+        (quantise, "weights of uint8 (Packed), quantised"),
     ],
 )
 @pytest.mark.parametrize("way", ["wrap", "load_lora", "by name"])
@@ -176,6 +190,14 @@ def test_fused_later_it_is_refused_by_the_lora_itself(pipe) -> None:
     adapter = rewardsr.wrap(pipe, noise_t=250)
     pipe.unet.fuse_qkv_projections()
     with pytest.raises(UserError, match="fused projections"):
+        lora.attach(adapter)
+    assert not lora.names(adapter)
+
+
+def test_quantised_later_as_well(pipe) -> None:
+    adapter = rewardsr.wrap(pipe, noise_t=250)
+    pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight = Packed(torch.zeros(16, 16))
+    with pytest.raises(UserError, match=r"attn1\.to_q' is quantised"):
         lora.attach(adapter)
     assert not lora.names(adapter)
 

@@ -351,8 +351,13 @@ def _targeted(network: nn.Module, targets: Sequence[str]) -> dict[str, Any]:
     for name, module in fitting.items():
         if not isinstance(module, nn.Linear | nn.Conv2d):
             raise UserError(f"LoRA target '{name}' is {type(module).__name__}, expected a Linear or a Conv2d")
-        if type(module.weight.data) is not Tensor or not module.weight.is_floating_point():
-            raise UserError(f"LoRA target '{name}' is quantised ({module.weight.dtype}): load it in floating point")
+        weight = module.weight
+        if (
+            type(weight) not in (nn.Parameter, Tensor)
+            or type(weight.data) is not Tensor
+            or not weight.is_floating_point()
+        ):
+            raise UserError(f"LoRA target '{name}' is quantised ({type(module).__name__}): load it in floating point")
     return fitting
 
 
