@@ -1,7 +1,6 @@
 """Networks from folders: of diffusers' own classes, and of such that a family has changed."""
 
 import inspect
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,11 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from rewardsr.errors import UserError
-from rewardsr.weights import read_safetensors
+from rewardsr.json_object import read_object
+from rewardsr.lora.pairs import shortened
+from rewardsr.weights import read_network, variant_of
 
 # On a CPU it warns of a kernel that nobody asked for as soon as diffusers is imported.
 logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
 
+WEIGHTS = "diffusion_pytorch_model"  # what diffusers calls the weights of a network
+SAMPLED = 64  # words of a vocabulary
 Change = Callable[[Any, dict[str, Tensor]], None]
 
 
@@ -27,14 +30,13 @@ def load_network(folder: Path) -> Any:
     config = folder / "config.json"
     if not config.is_file():
         raise UserError(f"'{folder}' has no config.json: expected a diffusers network folder")
-    try:
-        name = json.loads(config.read_text())["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"'{config}' is damaged or names no class") from error
+    name = read_object(config).get("_class_name")
+    if name is None:
+        raise UserError(f"'{config}' is damaged: it names no class")
     kind = getattr(diffusers, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise UserError(
-            f"'{config}' names the class '{name}', which is no network of diffusers {diffusers.__version__}"
+            f"'{config}' names the class {shortened(name)}, which is no network of diffusers {diffusers.__version__}"
         )
     return read_part(folder, kind)
 
@@ -43,21 +45,18 @@ def load_changed(folder: Path, kind: Any, expected: str, change: Change | None =
     """A network that a family has changed, in float32 from its folder.
 
     Args:
-        folder: with `config.json` and `diffusion_pytorch_model.safetensors`, as diffusers writes them.
+        folder: with `config.json` and weights in one file or several, as diffusers writes them.
         kind, change: as in `assemble`.
         expected: what the folder should be, for messages.
 
     Raises:
         UserError: a file is missing or damaged, or they do not fit each other.
     """
-    path = folder / "diffusion_pytorch_model.safetensors"
     try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{folder}/config.json' is missing or damaged: expected {expected}") from error
-    if not path.is_file():
-        raise UserError(f"no weights '{path}'")
-    state = {name: value.float() for name, value in read_safetensors(path)[0].items()}
+        config = read_object(folder / "config.json")
+        state = {name: value.float() for name, value in read_network(folder, WEIGHTS).items()}
+    except UserError as error:
+        raise UserError(f"{error} (expected {expected})") from error
     return assemble(kind, config, state, str(folder), change)
 
 
@@ -108,6 +107,7 @@ def read_part(folder: Path, kind: Any) -> Any:
     network = issubclass(kind, nn.Module)
     if network:
         options |= {"torch_dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+        options["variant"] = variant_of(folder, WEIGHTS if kind.__module__.startswith("diffusers.") else "model")
     try:
         with _silenced():
             loaded = kind.from_pretrained(folder, **options)
@@ -122,6 +122,49 @@ def read_part(folder: Path, kind: Any) -> Any:
     if more and kind.__module__.startswith("diffusers."):
         raise UserError(f"'{folder}' is no plain {kind.__name__}, but another family's: it has {_first(more)} besides")
     return made
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """CLIP's tokenizer from its folder; `check_tokenizer` looks at what it does.
+
+    Raises:
+        UserError: a file is missing or damaged, or it is another tokenizer's folder.
+    """
+    from transformers import CLIPTokenizer
+
+    config = folder / "tokenizer_config.json"
+    if config.is_file():
+        kind = read_object(config).get("tokenizer_class", "CLIPTokenizer")
+        if kind not in ("CLIPTokenizer", "CLIPTokenizerFast"):
+            raise UserError(f"'{config}' is of {shortened(kind)}, expected CLIPTokenizer")
+    return read_part(folder, CLIPTokenizer)
+
+
+def check_tokenizer(where: str, tokenizer: Any, text_encoder: Any) -> None:
+    """Refuse a tokenizer whose numbers mean nothing to the text encoder.
+
+    Raises:
+        UserError: its vocabulary is not the text encoder's, or it spells the words that it has (merges are missing).
+    """
+    expected = getattr(text_encoder.config, "vocab_size", None)
+    if not hasattr(tokenizer, "get_vocab") or expected is None:
+        return  # of a user's own making
+    length = tokenizer.model_max_length
+    if isinstance(length, bool) or not isinstance(length, int | float) or length < 2:
+        raise UserError(f"base '{where}': model_max_length of the tokenizer is {shortened(length)}, expected a number")
+    vocabulary = tokenizer.get_vocab()
+    clip = type(tokenizer).__name__.startswith("CLIP")  # other families fill up the text encoder's table
+    if max(vocabulary.values(), default=0) >= expected or (clip and len(vocabulary) != expected):
+        raise UserError(
+            f"base '{where}': the tokenizer has {len(vocabulary)} tokens, but the text encoder expects {expected}"
+        )
+    words = sorted((w for w in vocabulary if w.endswith("</w>") and w[:-4].isascii() and w[:-4].isalpha()), key=len)
+    chosen = [word for word in words[:: max(1, len(words) // SAMPLED)] if clip and len(word) > len("a</w>")]
+    for word, ids in zip(chosen, tokenizer([word[:-4] for word in chosen]).input_ids if chosen else [], strict=True):
+        if ids[1:-1] != [vocabulary[word]]:
+            raise UserError(
+                f"base '{where}': the tokenizer spells '{word[:-4]}', which it has a token for: its merges are missing"
+            )
 
 
 def _first(keys: list[str]) -> str:

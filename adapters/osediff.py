@@ -20,6 +20,7 @@ from rewardsr.errors import UserError
 from rewardsr.hub.fetch import fetch
 from rewardsr.lora.layers import delta
 from rewardsr.lora.pairs import Pair, even, floats, shortened, side_by_side
+from rewardsr.options import FOR_LORA
 from rewardsr.storage import expand
 from rewardsr.weights import read_pickle
 
@@ -44,9 +45,15 @@ class OSEDiff(StableDiffusion):
             "merged in float32), or a folder or Hub id with merged `unet/` and, where it was trained, `vae/`",
         )
         noise_t: int | None = Field(
-            None, description="the latents are noised as of this time (GDPO-SR: 250); null: not at all (OSEDiff)"
+            None,
+            description="the latents are noised as of this time (GDPO-SR: 250); null: not at all (OSEDiff)",
+            json_schema_extra=FOR_LORA,
         )
-        net_t: int | None = Field(None, description="time that the UNet is told; null: 100 with noise_t, 999 without")
+        net_t: int | None = Field(
+            None,
+            description="time that the UNet is told; null: 100 with noise_t, 999 without",
+            json_schema_extra=FOR_LORA,
+        )
 
     options: Options
 
@@ -93,8 +100,8 @@ class OSEDiff(StableDiffusion):
         return cls(parts, identity, options)
 
     def __init__(self, parts: Parts, base: str, options: Options) -> None:
-        super().__init__(parts, base, options, options.scale)
         net_t = options.net_t if options.net_t is not None else 999 if options.noise_t is None else 100
+        super().__init__(parts, base, options.model_copy(update={"net_t": net_t}), options.scale)
         for option, time in (("noise_t", options.noise_t), ("net_t", net_t)):
             if time is not None and not 0 <= time <= self.schedule.last:
                 raise UserError(f"{option} is {time}, expected 0 to {self.schedule.last}")
@@ -178,7 +185,7 @@ def _split(release: dict[Any, Any], part: str, path: str) -> tuple[dict[str, lis
         if not isinstance(tensor, Tensor):
             raise UserError(f"'{path}' is damaged: {shortened(key)} is no tensor")
         match = _LORA_KEY.fullmatch(str(key))
-        if match is None and ".base_layer." not in str(key):
+        if not str(key).isprintable() or (match is None and ".base_layer." not in str(key)):
             raise UserError(f"'{path}': unexpected key {shortened(key)}")
         try:
             tensor = floats(key, tensor)

@@ -5,7 +5,6 @@ stabilityai/stable-diffusion-x4-upscaler. The latents have the size of the LQ im
 how many times `sr` is larger. The LQ image is noised itself, and the UNet is told how much as a class.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -33,6 +32,8 @@ from rewardsr.batch import Batch, Condition
 from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError
 from rewardsr.hub.fetch import fetch
+from rewardsr.json_object import read_object
+from rewardsr.options import FOR_LORA
 from rewardsr.schedule import VP, Coefficient
 
 LOW_RES = "low_res_scheduler"  # the part whose schedule the LQ image is noised by
@@ -57,7 +58,10 @@ class SDUpscaler(StableDiffusion):
         tile_overlap: TileOverlap = 16
         steps: Steps = 75
         noise_level: int = Field(
-            20, ge=0, description="time of `low_res_scheduler` that the LQ image is noised as of; the UNet is told so"
+            20,
+            ge=0,
+            description="time of `low_res_scheduler` that the LQ image is noised as of; the UNet is told so",
+            json_schema_extra=FOR_LORA,
         )
         guidance: Guidance = 9.0
         negative_prompt: str = Field("", description="of the guidance")
@@ -148,7 +152,7 @@ def _highest_level(index: Path) -> int | None:
     if not index.is_file():
         return None
     try:
-        level = json.loads(index.read_text()).get("max_noise_level")
+        level = read_object(index).get("max_noise_level")
         return None if level is None else int(level)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"'{index}' is damaged") from error

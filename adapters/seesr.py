@@ -12,12 +12,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from rewardsr.adapters._live import live_network
 from rewardsr.adapters._networks import load_changed
 from rewardsr.adapters.stable_diffusion import Ancestral, Guidance, Parts, Steps, Tile, load_parts, parts_of, times
 from rewardsr.batch import Batch, Condition
 from rewardsr.draws import Source
 from rewardsr.errors import UserError
 from rewardsr.hub.fetch import fetch
+from rewardsr.options import FOR_LORA
 from rewardsr.plugins import named, resolve
 
 EMBEDDING = "ram"  # its name in Batch.extras, and in the files beside the images
@@ -45,7 +47,13 @@ class SeeSR(Ancestral):
         )
         steps: Steps = 50
         guidance: Guidance = 5.5
-        conditioning_scale: float = Field(1.0, ge=-1000, le=1000, description="of what the ControlNet adds to the UNet")
+        conditioning_scale: float = Field(
+            1.0,
+            ge=-1000,
+            le=1000,
+            description="of what the ControlNet adds to the UNet",
+            json_schema_extra=FOR_LORA,
+        )
         template: str = Field(
             "{tags}, ,clean, high-resolution, 8k",
             description="text around the tags; `{tags}`: the tags alone, as in RFSR's training. An empty prompt that "
@@ -82,7 +90,7 @@ class SeeSR(Ancestral):
                 f"{type(pipe).__name__} is no SeeSR: it needs a controlnet, and a UNet with image_attentions"
             )
         parts, identity = parts_of(pipe)
-        return cls(parts, identity, options, pipe.controlnet)
+        return cls(parts, identity, options, live_network(pipe, "controlnet"))
 
     def __init__(self, parts: Parts, base: str, options: Options, controlnet: Any) -> None:
         _check_alike(base, parts.unet, controlnet)

@@ -1,7 +1,7 @@
 """What Stable-Diffusion-shaped pipelines share: loading the parts, prompts, autoencoder, the UNet call."""
 
 import inspect
-import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +13,21 @@ from torch import Tensor, nn
 
 from rewardsr import options
 from rewardsr.adapter import BaseModel, ISRAdapter
-from rewardsr.adapters._networks import load_network, read_part
+from rewardsr.adapters._live import check_together, live_network
+from rewardsr.adapters._networks import check_tokenizer, load_network, read_part, read_tokenizer
 from rewardsr.batch import Batch, Condition
 from rewardsr.draws import Source, draw
-from rewardsr.errors import UserError
+from rewardsr.errors import UserError, one_line
 from rewardsr.hub.fetch import fetch
+from rewardsr.json_object import read_object
 from rewardsr.lora.fingerprint import fingerprint
+from rewardsr.lora.pairs import shortened
 from rewardsr.schedule import VP
 from rewardsr.tiling import Tiling
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 CACHED_PROMPTS = 512  # embeddings kept on the device: 160 MB at the width of SD 2.1
+LONGEST = 100_000  # times of a schedule
 BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 # Every convolution and every attention and feed-forward projection of the UNet, as OSEDiff and GDPO-SR adapt them;
 # no time embeddings, norms or biases.
@@ -77,14 +81,14 @@ def load_parts(base: str, revision: str | None = None, unet: Any = None) -> Part
     for part in needed:
         if not (folder / part).is_dir():
             raise UserError(f"base '{base}' has no folder '{part}/': expected a diffusers pipeline folder")
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel
 
     scheduler = scheduler_config(folder / "scheduler")
     parts = Parts(
         unet=load_network(folder / "unet") if unet is None else unet,
         vae=load_network(folder / "vae"),
         text_encoder=read_part(folder / "text_encoder", CLIPTextModel),
-        tokenizer=read_part(folder / "tokenizer", CLIPTokenizer),
+        tokenizer=read_tokenizer(folder / "tokenizer"),
         scheduler=scheduler,
         revision=resolved,
     )
@@ -96,23 +100,21 @@ def parts_of(pipe: Any) -> tuple[Parts, str]:
     """The parts of a live pipeline, shared and not copied, and what to call it.
 
     Raises:
-        UserError: a part is missing, does not fit, or carries a LoRA already.
+        UserError: a part is missing, does not fit, or can carry no LoRA (it has one, or was quantised, offloaded, ...).
     """
     kind = type(pipe).__name__
     found = getattr(pipe, "scheduler", None) or getattr(pipe, "noise_scheduler", None)  # the latter in OSEDiff's own
     lacking = [part for part in PARTS if part != "scheduler" and getattr(pipe, part, None) is None]
     if lacking or found is None:
         raise UserError(f"{kind} has no {(*lacking, 'scheduler')[0]}")
-    for part in ("unet", "controlnet", "vae", "text_encoder"):
-        if getattr(getattr(pipe, part, None), "peft_config", None):
-            raise UserError(f"the {part} of {kind} carries a LoRA already: fuse and unload it first")
-    unet, vae = (next(network.parameters()).dtype for network in (pipe.unet, pipe.vae))
-    if unet == torch.float32 and vae != unet:  # the other way round is common, and works
-        raise UserError(f"the unet of {kind} is in float32 and its vae in {str(vae).removeprefix('torch.')}: cast one")
-    name = str(getattr(pipe.unet.config, "_name_or_path", "") or kind)
+    networks = [part for part in ("unet", "vae", "controlnet") if getattr(pipe, part, None) is not None]
+    unet, vae, *_ = (live_network(pipe, part) for part in networks)
+    text_encoder = live_network(pipe, "text_encoder", mixed=True)
+    check_together(pipe, networks)
+    name = str(getattr(unet.config, "_name_or_path", "") or kind)
     scheduler = {"_class_name": type(found).__name__, **getattr(found, "config", {})}
     check_scheduler(scheduler, kind)
-    parts = Parts(pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, scheduler, "live")
+    parts = Parts(unet, vae, text_encoder, pipe.tokenizer, scheduler, "live")
     check_fit(name, parts)
     return parts, name
 
@@ -124,10 +126,7 @@ def scheduler_config(folder: Path) -> dict[str, Any]:
         UserError: it is missing or damaged, or `check_scheduler` refuses it.
     """
     path = folder / "scheduler_config.json"
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{path}' is missing or damaged") from error
+    config = read_object(path)
     check_scheduler(config, str(path))
     return config
 
@@ -136,20 +135,34 @@ def check_scheduler(config: Mapping[str, Any], where: str) -> None:
     """Refuse a schedule that the arithmetic here does not cover.
 
     Raises:
-        UserError: no schedule of betas, one that ends in pure noise, or another prediction type than epsilon and v.
+        UserError: no schedule of betas, none that makes noise of images, one that ends in pure noise, or another
+            prediction type than epsilon and v.
     """
     kind = config.get("_class_name", "scheduler")
     # A schedule that is not of betas (flow matching) names none, and leaving it out does not mean scaled_linear either.
     if config.get("beta_schedule") not in BETA_SCHEDULES:
         raise UserError(
-            f"'{where}': {kind} has beta_schedule '{config.get('beta_schedule')}', "
+            f"'{where}': {kind} has beta_schedule {shortened(config.get('beta_schedule'))}, "
             f"expected one of {', '.join(BETA_SCHEDULES)}"
         )
     for option in ("trained_betas", "rescale_betas_zero_snr"):
         if config.get(option):
             raise UserError(f"'{where}': {kind} sets {option}, which is not supported")
-    if config.get("prediction_type", "epsilon") not in {"epsilon", "v_prediction"}:
-        raise UserError(f"'{where}': prediction type '{config['prediction_type']}' is not epsilon or v_prediction")
+    if config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
+        raise UserError(
+            f"'{where}': prediction type {shortened(config['prediction_type'])} is not epsilon or v_prediction"
+        )
+    count = config.get("num_train_timesteps", 1000)
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= LONGEST:
+        raise UserError(f"'{where}': num_train_timesteps is {shortened(count)}, expected 1 to {LONGEST}")
+    try:
+        scheduler = make_scheduler(config)
+        scheduler.set_timesteps(1)
+        left = torch.cat([torch.ones(1), scheduler.alphas_cumprod, torch.zeros(1)])
+    except Exception as error:  # diffusers checks configurations in ways of its own
+        raise UserError(f"'{where}' makes no schedule: {one_line(error)}") from error
+    if not (left.diff() < 0).all():  # also false for NaN
+        raise UserError(f"'{where}': its betas make no schedule, from little noise to much: expected 0 < betas < 1")
 
 
 def make_scheduler(config: Mapping[str, Any]) -> Any:
@@ -187,6 +200,10 @@ def check_fit(base: str, parts: Parts) -> None:
         lacking = [name for name in names if name not in network.config]
         if lacking:
             raise UserError(f"base '{base}': {type(network).__name__} has no {lacking[0]}: not a Stable Diffusion part")
+    factor = parts.vae.config.scaling_factor
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
+        raise UserError(f"base '{base}': scaling_factor of the VAE is {shortened(factor)}, expected a positive number")
+    check_tokenizer(base, parts.tokenizer, parts.text_encoder)
     latents = parts.vae.config.latent_channels
     if parts.unet.config.out_channels != latents:
         raise UserError(
@@ -332,7 +349,9 @@ class Ancestral(StableDiffusion):
 
         scale: Scale = 4
         start_point: Literal["lq", "noise"] = Field(
-            "lq", description="lq: the LQ latents, noised as of the schedule's last time; noise: noise alone"
+            "lq",
+            description="lq: the LQ latents, noised as of the schedule's last time; noise: noise alone",
+            json_schema_extra=options.FOR_LORA,
         )
         tile_weights: Literal["centred", "original"] = Field(
             "centred", description="original: half a latent pixel too low, as released"

@@ -10,6 +10,7 @@ from torch import Tensor
 from rewardsr.adapters.stable_diffusion import Scale, StableDiffusion, load_parts
 from rewardsr.batch import Condition
 from rewardsr.draws import Source, draw
+from rewardsr.options import FOR_LORA
 
 
 class Mixed(StableDiffusion):
@@ -20,7 +21,7 @@ class Mixed(StableDiffusion):
 
     class Options(StableDiffusion.Options):
         scale: Scale = 4
-        share: float = Field(0.3, ge=0, le=1, description="how much noise is mixed in")
+        share: float = Field(0.3, ge=0, le=1, description="how much noise is mixed in", json_schema_extra=FOR_LORA)
 
     options: Options
 

@@ -5,6 +5,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rewardsr.errors import UserError, one_line
+from rewardsr.storage import read_text
+
+LONGEST_NAME = 300  # of a setting or a tensor; messages name them
+LARGEST = 2**24  # bytes of a file; the index of a large network in shards has a million
 
 
 def parse_object(text: str, says: str) -> dict[str, Any]:
@@ -23,6 +27,9 @@ def parse_object(text: str, says: str) -> dict[str, Any]:
         raise UserError(f"{says}: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{says}: expected settings by name, found {type(content).__name__}")
+    for name in content:
+        if not name.isprintable() or len(name) > LONGEST_NAME:
+            raise UserError(f"{says}: {name[:LONGEST_NAME]!r} is no name")
     return content
 
 
@@ -32,11 +39,7 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         UserError: as `parse_object`, or it cannot be read.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{path}' is missing or damaged: {one_line(error)}") from error
-    return parse_object(text, f"'{path}' is damaged")
+    return parse_object(read_text(path, f"'{path}' is missing or damaged", LARGEST), f"'{path}' is damaged")
 
 
 def _refuse(constant: str) -> NoReturn:

@@ -5,7 +5,7 @@ from pathlib import PurePath
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, ValidationInfo, field_validator
 
 from rewardsr.errors import UserError, nearest, shortened, shown
 
@@ -29,6 +29,20 @@ class Options(BaseModel):
             if kinds & {int, float} and bool not in kinds:
                 raise ValueError("expected a number")
         return value
+
+
+# `Field(..., json_schema_extra=FOR_LORA)` marks an adapter's option that decides what the network sees in training: it
+# stands in the file of a LoRA, and loading that beside another value is warned of.
+FOR_LORA: dict[str, JsonValue] = {"lora": True}
+
+
+def marked_for_lora(kind: type[Options]) -> set[str]:
+    """Names of the options that a LoRA depends on."""
+    return {
+        name
+        for name, entry in kind.model_fields.items()
+        if isinstance(entry.json_schema_extra, dict) and entry.json_schema_extra.get("lora") is True
+    }
 
 
 def parse(model: type[Model], content: Mapping[str, Any], where: str) -> Model:

@@ -62,6 +62,11 @@ def wrap(pipe: Any, name: str | None = None, **options: Any) -> ISRAdapter:
     Raises:
         UserError: no adapter fits (the known ones are named), several do, or parts or options do not.
     """
+    for part in ("unet", "transformer", "vae", "text_encoder", "controlnet"):
+        if type(network := _part(pipe, part)).__name__ in ("DataParallel", "DistributedDataParallel"):
+            raise UserError(
+                f"the {part} of {type(pipe).__name__} is in a {type(network).__name__}: put its .module there"
+            )
     kinds, broken = {}, []
     for key in names("adapters") if name is None else [name]:
         try:
@@ -77,6 +82,13 @@ def wrap(pipe: Any, name: str | None = None, **options: Any) -> ISRAdapter:
     for option in LOADING & options.keys():
         raise UserError(f"wrap: '{option}' says what to load, and this pipeline is in memory already: leave it out")
     return kinds[fitting[0]].from_pipeline(pipe, adapter_options(fitting[0], options))
+
+
+def _part(pipe: Any, name: str) -> Any:
+    try:
+        return getattr(pipe, name, None)
+    except Exception:  # as in _fits
+        return None
 
 
 def _fits(kind: Any, pipe: Any) -> bool:

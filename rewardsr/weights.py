@@ -1,6 +1,7 @@
 """Weights: written whole, and read without running code."""
 
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from rewardsr.errors import UserError
+from rewardsr.errors import UserError, one_line
+from rewardsr.json_object import LONGEST_NAME, read_object
 from rewardsr.storage import write_bytes
+
+_INDEX = "{}.safetensors.index.json"  # of weights in several files
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str] | None = None) -> None:
@@ -42,9 +46,59 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"no file '{path}'")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"'{path}' is damaged or not a safetensors file: {error}") from error
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            header = dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"'{path}' is damaged or not a safetensors file: {one_line(error)}") from error
+    for name in tensors:
+        if not name.isprintable() or len(name) > LONGEST_NAME:
+            raise UserError(f"'{path}' is damaged: {name[:LONGEST_NAME]!r} is no name of a tensor")
+    return tensors, header
+
+
+def variant_of(folder: Path, stem: str) -> str | None:
+    """Which variant of a network's weights a folder holds ("fp16"), where it holds no plain ones; None: plain ones.
+
+    Args:
+        folder: as diffusers and transformers write networks.
+        stem: what the names of weights begin with ("diffusion_pytorch_model").
+
+    Raises:
+        UserError: there are several, or none.
+    """
+    names = [path.name for path in folder.iterdir()]
+    if {f"{stem}.safetensors", _INDEX.format(stem)} & set(names):
+        return None
+    named = re.compile(rf"{re.escape(stem)}\.(?:safetensors\.index\.([\w-]+)\.json|([\w-]+)\.safetensors)")
+    found = {match[1] or match[2] for name in names if (match := named.fullmatch(name))}
+    found = {variant for variant in found if not re.search(r"-\d+-of-\d+$", variant)}  # those are shards
+    if len(found) > 1:
+        raise UserError(f"'{folder}' holds several variants of its weights: keep one of {', '.join(sorted(found))}")
+    if not found:
+        raise UserError(f"'{folder}' holds no weights '{stem}.safetensors'")
+    return found.pop()
+
+
+def read_network(folder: Path, stem: str) -> dict[str, Tensor]:
+    """All tensors of a network's folder: of one safetensors file or of shards, plain or of the only variant there.
+
+    Raises:
+        UserError: as `variant_of`; or a file is missing or damaged.
+    """
+    variant = variant_of(folder, stem)
+    index = folder / (_INDEX.format(stem) if variant is None else f"{stem}.safetensors.index.{variant}.json")
+    if not index.is_file():
+        return read_safetensors(folder / f"{stem}.{'' if variant is None else f'{variant}.'}safetensors")[0]
+    places: Any = read_object(index).get("weight_map")
+    files: list[Any] = list(places.values()) if isinstance(places, dict) else [None]
+    if not all(isinstance(file, str) and Path(file).name == file for file in files):
+        raise UserError(f"'{index}' is damaged: expected files beside it, by tensor, as weight_map")
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(set(files)):
+        tensors |= read_safetensors(folder / file)[0]
+    if tensors.keys() != places.keys():
+        raise UserError(f"'{index}' and its files disagree about {min(tensors.keys() ^ places.keys())}")
+    return tensors
 
 
 def read_pickle(path: Path) -> Any:
@@ -59,6 +113,5 @@ def read_pickle(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"'{path}' holds more than tensors (it could run code), or is damaged: refused") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]  # of an empty file: an EOFError without words
-        raise UserError(f"'{path}' is not a readable torch file: {reason}") from error
+    except Exception as error:  # of damaged bytes, any
+        raise UserError(f"'{path}' is not a readable torch file: {one_line(error)}") from error

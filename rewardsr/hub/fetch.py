@@ -2,7 +2,6 @@
 
 import glob
 import hashlib
-import json
 import math
 import os
 import re
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from rewardsr.errors import UserError
 from rewardsr.hub.connection import TIMEOUT, online, reason, status_of
+from rewardsr.json_object import parse_object
 from rewardsr.run_folder import CARD, LORA, OUR_HEADER, RECIPE, SAMPLES
 from rewardsr.storage import expand, write_folder
 
@@ -82,14 +82,20 @@ def fetch(source: str, what: str, folders: tuple[str, ...], revision: str | None
         raise UserError(f"{what} '{source}': no such folder, and not a Hub id of the form user/name")
     wanted = [f"{folder}/*.{end}" for folder in folders for end in ("json", "txt", "safetensors")]
     with _explained(what, source, revision):
-        path = snapshot_download(
-            source,
-            revision=revision,
-            allow_patterns=["model_index.json", *wanted],
-            ignore_patterns=["*.fp16.*"],
-            local_files_only=not online(),
+        path = Path(
+            snapshot_download(
+                source,
+                revision=revision,
+                allow_patterns=["model_index.json", *wanted],
+                ignore_patterns=["*.fp16.*"],
+                local_files_only=not online(),
+            )
         )
-    return Path(path), Path(path).name
+        networks = [folder for folder in folders if (path / folder / "config.json").is_file()]
+        halves = [f"{folder}/*.fp16.*" for folder in networks if not any((path / folder).glob("*.safetensors"))]
+        if halves and online():  # networks that are there in half precision only
+            snapshot_download(source, revision=path.name, allow_patterns=halves)
+    return path, path.name
 
 
 def fetch_lora(reference: str, subfolder: str | None = None) -> Path:
@@ -166,7 +172,7 @@ def check_lora(path: Path, what: str) -> dict[str, Any]:
         if path.stat().st_size > LARGEST:
             raise UserError(f"{what} is larger than {LARGEST // 10**9} GB: that is no LoRA")
         with safe_open(path, framework="numpy") as file:
-            about: dict[str, Any] = json.loads((file.metadata() or {})[OUR_HEADER])
+            about = parse_object((file.metadata() or {})[OUR_HEADER], what)
             if not isinstance(about["base"]["revision"], str) or not math.isfinite(about["rank"] + about["alpha"]):
                 raise ValueError("no revision, rank or alpha")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -45,16 +45,16 @@ def import_lora(adapter: ISRAdapter, source: Path | str, output: Path | str | No
 
     Args:
         adapter: the pipeline that it is for; carries no LoRA yet.
-        source: a safetensors file of kohya's, diffusers' or peft's names, a peft folder (or a folder of such, by
-            component), or a checkpoint of the adapter's family.
+        source: a safetensors file of kohya's, ComfyUI's, diffusers' (its training scripts' as well) or peft's names, a
+            peft folder (or a folder of such, by component), or a checkpoint of the adapter's family.
         output: new folder for our file; None: it is attached only.
 
     Returns:
         The file, if one was written.
 
     Raises:
-        UserError: a folder that exists, a pipeline that carries a LoRA, nothing that can be read, or keys that belong
-            to no module that the adapter adapts.
+        UserError: a folder that exists, a pipeline that carries a LoRA, nothing that can be read, or the first tensor
+            or setting that is no part of a plain LoRA on modules that the adapter adapts.
     """
     folder = None if output is None else check_output(output)
     if layers.attached(adapter):

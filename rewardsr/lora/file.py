@@ -1,6 +1,7 @@
 """The file of a LoRA: written, found, read and checked against the base that it belongs to."""
 
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -19,9 +20,12 @@ from rewardsr.lora.fingerprint import differing, is_early, matches_early, same_b
 from rewardsr.lora.foreign import VARIATIONS, check_settings
 from rewardsr.lora.layers import NAME
 from rewardsr.lora.pairs import Lora, alpha_of, even, rank_of, shortened, side_by_side
+from rewardsr.options import Options, marked_for_lora
 from rewardsr.run_folder import DIFFUSERS_HEADER, OUR_HEADER
 from rewardsr.storage import expand
 from rewardsr.weights import read_safetensors, write_safetensors
+
+log = logging.getLogger(__name__)
 
 
 def file_name(name: str = NAME) -> str:
@@ -69,8 +73,10 @@ def load(
     """
     _check_strength(scale)
     path = locate(source, name)
-    put(adapter, read(adapter, path, force_base), f"LoRA '{path}'", name)
+    given = read(adapter, path, force_base)
+    put(adapter, given, f"LoRA '{path}'", name)
     layers.set_scale(adapter, scale, name)
+    _compare_options(adapter, {path: given})
 
 
 def load_several(adapter: ISRAdapter, parts: Sequence[tuple[Path | str, float]], force_base: bool = False) -> None:
@@ -94,6 +100,28 @@ def load_several(adapter: ISRAdapter, parts: Sequence[tuple[Path | str, float]],
     changes = [one.pairs(weight) for one, (_, weight) in zip(loras, parts, strict=True)]
     pairs = {place: side_by_side([one[place] for one in changes]) for place in changes[0]}
     put(adapter, replace(even(pairs), targets=first.targets), f"LoRAs {', '.join(map(str, paths))}")
+    _compare_options(adapter, dict(zip(paths, loras, strict=True)))
+
+
+def _compare_options(adapter: ISRAdapter, loras: Mapping[Path, Lora]) -> None:
+    """Warn of LoRAs that were trained with other options than the pipeline has, or than each other."""
+    known = {name: (value, "this pipeline") for name, value in _options(adapter).items()}
+    for path, one in loras.items():
+        others = {name: known.setdefault(name, (value, f"'{path}'")) for name, value in one.options.items()}
+        different = [
+            f"{shortened(name)[1:-1]}={shortened(one.options[name])}, but {where} has {shortened(value)}"
+            for name, (value, where) in others.items()
+            if value != one.options[name]
+        ]
+        if different:
+            log.warning("LoRA '%s' was trained with %s: it may do less, or harm", path, "; ".join(different))
+
+
+def _options(adapter: ISRAdapter) -> dict[str, Any]:
+    options = getattr(adapter, "options", None)
+    if not isinstance(options, Options):
+        return {}
+    return options.model_dump(mode="json", include=marked_for_lora(type(options)))
 
 
 def put(adapter: ISRAdapter, given: Lora, source: str, name: str = NAME) -> None:
@@ -210,12 +238,15 @@ def described(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, st
             for name, value in {"r": rank, "lora_alpha": alpha, **dict.fromkeys(VARIATIONS)}.items():
                 if given.get(name, value) != value and (value is not None or given[name]):
                     raise UserError(f"{name} is {shortened(given[name])}, which is none of a LoRA of ours")
+        options = about.get("options", {})
+        if not isinstance(options, dict):
+            raise UserError(f"options are {shortened(options)}, expected values by name")
         targets = {
             part: _names(given["target_modules"]) for part, given in settings.items() if "target_modules" in given
         }
     except (UserError, TypeError, KeyError) as error:
         raise UserError(f"'{path}' has a damaged header: {error}") from error
-    return Lora(tensors, rank, alpha, targets or None), theirs
+    return Lora(tensors, rank, alpha, targets or None, options), theirs
 
 
 def _names(value: Any) -> list[str]:
@@ -269,6 +300,7 @@ def header(adapter: ISRAdapter, given: Lora, only: Iterable[str] | None = None, 
         "base": asdict(adapter.base_model),
         "rank": given.rank,
         "alpha": given.alpha,
+        "options": _options(adapter),
     }
     return {
         DIFFUSERS_HEADER: json.dumps(diffusers, sort_keys=True, default=str),

@@ -339,8 +339,10 @@ def _targeted(network: nn.Module, targets: Sequence[str]) -> dict[str, Any]:
     """The linear layers and convolutions that targets fit, by module name.
 
     Raises:
-        UserError: a target fits a module of another kind.
+        UserError: a target fits a module of another kind, or one that is quantised or no longer asked.
     """
+    if any(getattr(module, "fused_projections", False) for module in network.modules()):
+        raise UserError(f"{type(network).__name__} has fused projections, which no LoRA reaches: unfuse them first")
     fitting: dict[str, Any] = {
         name: getattr(module, "base_layer", module)
         for name, module in network.named_modules()
@@ -349,6 +351,13 @@ def _targeted(network: nn.Module, targets: Sequence[str]) -> dict[str, Any]:
     for name, module in fitting.items():
         if not isinstance(module, nn.Linear | nn.Conv2d):
             raise UserError(f"LoRA target '{name}' is {type(module).__name__}, expected a Linear or a Conv2d")
+        weight = module.weight
+        if (
+            type(weight) not in (nn.Parameter, Tensor)
+            or type(weight.data) is not Tensor
+            or not weight.is_floating_point()
+        ):
+            raise UserError(f"LoRA target '{name}' is quantised ({type(module).__name__}): load it in floating point")
     return fitting
 
 

@@ -1,8 +1,8 @@
 """LoRAs apart from any network: what each module is changed by, and how that comes to one rank and one scale."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,12 +35,14 @@ class Lora:
         rank: r, of all modules.
         alpha: B A is scaled by alpha / rank.
         targets: module names (suffixes) by component that it sits on; None: those of the adapter.
+        options: of the adapter that it was trained with, as far as it depends on them.
     """
 
     tensors: Mapping[str, Tensor]
     rank: int
     alpha: float
     targets: Mapping[str, Sequence[str]] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def pairs(self, weight: float = 1.0) -> dict[Place, Pair]:
         """What each module is changed by, times a weight."""

@@ -10,7 +10,7 @@ from rewardsr import lora
 from rewardsr.adapter import ISRAdapter
 from rewardsr.batch import Batch
 from rewardsr.draws import Draws
-from rewardsr.options import Options
+from rewardsr.options import Options, marked_for_lora
 from rewardsr.rewards.base import Reward
 from rewardsr.schedule import Schedule
 
@@ -89,6 +89,8 @@ def _adapter_problems(adapter: ISRAdapter) -> Iterator[str]:
 def _attribute_problems(adapter: ISRAdapter) -> Iterator[str]:
     if not (isinstance(adapter.Options, type) and issubclass(adapter.Options, Options)):
         yield NOT_STRICT
+    elif (marked := marked_for_lora(adapter.Options)) and not isinstance(getattr(adapter, "options", None), Options):
+        yield f"options: '{min(marked)}' is marked FOR_LORA, but the adapter does not keep its Options as `options`"
     schedule, steps = adapter.schedule, tuple(adapter.steps)
     if not isinstance(schedule, Schedule):
         yield f"schedule is {type(schedule).__name__}, expected a rewardsr.schedule.Schedule (VP, Flow)"

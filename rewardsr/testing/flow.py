@@ -49,7 +49,12 @@ class TinyFlow(ISRAdapter):
         """Options of the flow pipeline."""
 
         steps: int = Field(4, ge=1, description="of Euler's method, from t = 1 on")
-        shift: float = Field(3.0, gt=0, description="of the times towards noise; 1 spaces them evenly")
+        shift: float = Field(
+            3.0,
+            gt=0,
+            description="of the times towards noise; 1 spaces them evenly",
+            json_schema_extra=options.FOR_LORA,
+        )
         scale: int = Field(4, ge=1, description="`sr` is this many times `lq`")
         guidance: float = Field(1.0, ge=1, description="classifier-free guidance scale; 1 means none")
         prompt: str = Field("", description="text for images that bring none")

@@ -124,3 +124,68 @@ def test_a_file_of_0_1_0_is_checked_by_what_it_knew(tiny, data, tmp_path) -> Non
     for other in (tuned, load_adapter("osediff", tiny_pipeline(tmp_path / "other"), noise_t=250)):
         with pytest.raises(UserError, match=r"other weights than .*--force-base overrides"):
             lora.load(other, path)
+
+
+# ---- options that a LoRA depends on ----
+
+CASES = {
+    "osediff": ({"noise_t": 250}, {"noise_t": 100, "net_t": 100}, "noise_t=250, but this pipeline has 100"),
+    "stablesr": ({}, {"start_point": "noise"}, "start_point='lq', but this pipeline has 'noise'"),
+    "sd_upscaler": ({}, {"noise_level": 3}, "noise_level=20, but this pipeline has 3"),
+    "rewardsr.testing.flow:TinyFlow": ({}, {"shift": 1.0}, "shift=3.0, but this pipeline has 1.0"),
+}
+
+
+def warnings(caplog) -> list[str]:
+    found = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    caplog.clear()
+    return [line for line in found if "was trained with" in line]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_other_options_than_in_training_are_warned_of(name, tmp_path, caplog) -> None:
+    own, other, says = CASES[name]
+    family = {"osediff": "sd", "sd_upscaler": "upscaler", "rewardsr.testing.flow:TinyFlow": "flow"}.get(name, name)
+    base = tiny_pipeline(tmp_path / "base", family=family)
+    trained = load_adapter(name, base, **own)
+    lora.attach(trained, 1)
+    path = lora.save(trained, tmp_path / "lora")
+    lora.load(load_adapter(name, base, **own), path)
+    assert not warnings(caplog)
+    lora.load(load_adapter(name, base, **other), path)
+    (line,) = warnings(caplog)
+    assert says in line and "\n" not in line
+
+
+def test_options_that_come_to_the_same_are_not(tiny_base, saved, tmp_path, caplog) -> None:
+    """The time that the network is told follows from the noise, where it is not given."""
+    lora.load(load_adapter("osediff", tiny_base, noise_t=250, net_t=100, prompt="a cat", tile=64), saved)
+    assert not warnings(caplog)
+    lora.load(load_adapter("osediff", tiny_base), saved)
+    (line,) = warnings(caplog)
+    assert "net_t=100, but this pipeline has 999" in line and "noise_t=250, but this pipeline has None" in line
+
+
+def test_loras_that_disagree_are_named(tiny_base, saved, tmp_path, caplog) -> None:
+    plain = load_adapter("osediff", tiny_base)
+    lora.attach(plain, 1)
+    other = lora.save(plain, tmp_path / "other")
+    lora.load_several(load_adapter("osediff", tiny_base), [(other, 1), (saved, 1)])
+    (line,) = warnings(caplog)
+    assert str(saved) in line and "noise_t=250" in line
+    bare = load_adapter("osediff", tiny_base)
+    bare.options = None  # a stranger's adapter that has no such options
+    lora.load_several(bare, [(other, 1), (saved, 1)])
+    (line,) = warnings(caplog)
+    assert str(saved) in line and str(other) in line and "noise_t=250" in line and "None" in line
+
+
+def test_options_in_a_header_that_are_none(tiny_base, saved, adapter, tmp_path) -> None:
+    with safe_open(saved, "pt") as file:
+        header = file.metadata()
+    about = json.loads(header["rewardsr"])
+    assert about["options"] == {"noise_t": 250, "net_t": 100}
+    header["rewardsr"] = json.dumps({**about, "options": [250]})
+    save_file(load_file(saved), tmp_path / "odd.safetensors", header)
+    with pytest.raises(UserError, match=r"options are \[250\]"):
+        lora.load(load_adapter("osediff", tiny_base), tmp_path / "odd.safetensors")

@@ -1,5 +1,7 @@
 """`check_adapter` finds what it is there to find, and says it."""
 
+from types import SimpleNamespace
+
 import pydantic
 import pytest
 import torch
@@ -156,6 +158,12 @@ class RoundsTheLora(OSEDiff):
         return self
 
 
+class KeepsNoOptions(OSEDiff):
+    def __init__(self, parts, base, options):
+        super().__init__(parts, base, options)
+        self.options = SimpleNamespace(**options.model_dump())
+
+
 class Raises(OSEDiff):
     def _to_image(self, z0):
         raise ZeroDivisionError("of all things")
@@ -166,6 +174,7 @@ class Raises(OSEDiff):
     [
         (WrongSize, "condition.size is (49, 40), expected scale x lq = (48, 40)"),
         (WrongLatents, "to_latents"),
+        (KeepsNoOptions, "options: 'net_t' is marked FOR_LORA, but"),
         (HalfPrecision, "predict: gave torch.float16, expected float32"),
         (NotFinite, "predict: gave values that are not finite"),
         (CutDecoder, "to_image: gradients do not follow"),
