@@ -3,7 +3,7 @@
 import html
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -137,12 +137,21 @@ def rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
 
 def text(evaluation: Evaluation) -> str:
     """The comparison as plain aligned text with the summary below it."""
-    columns = []
-    for place, column in enumerate(zip(*rows(evaluation), strict=True)):
-        width = max(map(len, column))
-        columns.append([cell.rjust(width) if place else cell.ljust(width) for cell in column])
-    lines = ["  ".join(row) for row in zip(*columns, strict=True)]
-    return "\n".join([*lines, summary(evaluation)])
+    return "\n".join([*_aligned(rows(evaluation)), summary(evaluation)])
+
+
+def side_by_side(evaluations: Mapping[str, Evaluation]) -> str:
+    """What several changes to one base do, as plain text: its scores, and beside them a column of differences each.
+
+    Args:
+        evaluations: by the name of their column; all of the same rewards, images and noise.
+    """
+    first = next(iter(evaluations.values()))
+    table = [("reward", "base", *evaluations)]
+    for name, comparison in first.rewards.items():
+        base = _signed(comparison.base_mean).removeprefix("+")
+        table.append((name, base, *(_row(found.rewards[name])[2] for found in evaluations.values())))
+    return "\n".join([*_aligned(table), summary(first)])
 
 
 def markdown(evaluation: Evaluation) -> str:
@@ -169,6 +178,15 @@ def summary(evaluation: Evaluation) -> str:
         f"{count} image{'s' * (count != 1)}, {draws} draw{'s' * (draws != 1)} of noise each, seed {evaluation.seed}, "
         f"colour fix {evaluation.color_fix}; higher is better; interval: paired, over images (t)"
     )
+
+
+def _aligned(table: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of a table whose first column is words and whose others are numbers."""
+    columns = []
+    for place, column in enumerate(zip(*table, strict=True)):
+        width = max(map(len, column))
+        columns.append([cell.rjust(width) if place else cell.ljust(width) for cell in column])
+    return ["  ".join(row) for row in zip(*columns, strict=True)]
 
 
 def _row(comparison: Comparison) -> tuple[str, ...]:
