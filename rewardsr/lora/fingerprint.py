@@ -88,7 +88,7 @@ def _of_network(network: nn.Module) -> str:
         if tensor.is_floating_point()
     }
     shapes = ";".join(f"{name}:{tuple(tensors[name].shape)}" for name in sorted(tensors))
-    described = torch.stack([row for name in sorted(tensors) for row in _described(tensors[name])]).cpu().numpy()
+    described = torch.stack([row.cpu() for name in sorted(tensors) for row in _described(tensors[name])]).numpy()
     numbers = np.zeros(len(described), NUMBERS)
     numbers["size"], numbers["along"] = described[:, 0], described[:, 1:]
     return f"{hashlib.sha256(shapes.encode()).hexdigest()[:16]}:{base64.b64encode(numbers.tobytes()).decode()}"
