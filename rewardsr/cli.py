@@ -47,7 +47,7 @@ Prompts = Annotated[
         "run's, else adapter"
     ),
 ]
-Seed = Annotated[int | None, typer.Option(help="of the noise; by default the run's, else 0")]
+Seed = Annotated[int, typer.Option(help="of the noise")]
 
 
 def main() -> None:
@@ -141,7 +141,7 @@ def upscale(
     strength: Annotated[float, typer.Option(help="of the LoRA; 0 is the base")] = 1.0,
     color_fix: Annotated[str, typer.Option(help="none, adain or wavelet")] = "none",
     prompts: Prompts = None,
-    seed: Seed = None,
+    seed: Seed = 0,
     device: Device = "auto",
     precision: Precision = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace earlier results")] = False,
@@ -161,7 +161,7 @@ def upscale(
         files,
         output,
         color_fix=color_fix,
-        seed=seed if seed is not None else 0 if recipe is None else recipe.seed,
+        seed=seed,
         protocol=None if recipe is None else recipe.data,
         prompts=prompts,
         overwrite=overwrite,
@@ -186,7 +186,7 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="also write the scores of every image, as JSON")
     ] = None,
-    seed: Seed = None,
+    seed: Annotated[int | None, typer.Option(help="of degradation and noise; by default the run's, else 0")] = None,
     device: Device = "auto",
     precision: Precision = None,
     force_base: Annotated[bool, typer.Option("--force-base", help="load a LoRA of another base")] = False,

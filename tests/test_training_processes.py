@@ -103,8 +103,8 @@ def test_two_processes_equal_one_with_twice_the_batch(folder) -> None:
     assert done.stdout.count("finished 3 steps") == 1  # one of them speaks
     assert sorted(path.name for path in seen.iterdir()) == ["0", "1"]
     rows = [(seen / str(rank)).read_text().split() for rank in (0, 1)]
-    # Tried once; a group of one image a step; validation of one image, the base and twice the policy.
-    assert rows[0] == rows[1] == ["1", "1", "1", "2", "2", "2", "1"]
+    # Tried on a crop and on a held-out image; a group of one image a step; validation of one image, base and policy.
+    assert rows[0] == rows[1] == ["1", "1", "1", "1", "2", "2", "2", "1"]
     rewardsr.finetune(written(folder, "one", batch_size=2, **changes))
     one, two = weights(folder / "one"), weights(folder / "two")
     assert max(float((value - two[name]).abs().max()) for name, value in one.items()) <= 1e-5
@@ -121,9 +121,10 @@ def test_two_processes_equal_one_with_twice_the_batch(folder) -> None:
 
 AGREE = """
 import json
-from accelerate import Accelerator
+import torch
 from rewardsr.train.loop import _agree
-accelerator = Accelerator(cpu=True)
+from rewardsr.train.processes import make_accelerator
+accelerator = make_accelerator(torch.device("cpu"))
 rank = accelerator.process_index
 own = [{"only here": 5.0}, {"not_finite": "loss2", "there": 7.0}]
 mine = {"loss": 1.0 + rank, **own[rank]}

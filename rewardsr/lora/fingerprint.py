@@ -66,7 +66,7 @@ def _same(one: str, other: str) -> bool:
         return False
     try:
         ours, theirs = (
-            np.frombuffer(base64.b64decode(text, validate=True), NUMBERS) for text in (numbers, other_numbers)
+            np.frombuffer(base64.b64decode(text, b"-_", validate=True), NUMBERS) for text in (numbers, other_numbers)
         )
     except (ValueError, binascii.Error):  # of a damaged header
         return False
@@ -91,7 +91,7 @@ def _of_network(network: nn.Module) -> str:
     described = torch.stack([row.cpu() for name in sorted(tensors) for row in _described(tensors[name])]).numpy()
     numbers = np.zeros(len(described), NUMBERS)
     numbers["size"], numbers["along"] = described[:, 0], described[:, 1:]
-    return f"{hashlib.sha256(shapes.encode()).hexdigest()[:16]}:{base64.b64encode(numbers.tobytes()).decode()}"
+    return f"{hashlib.sha256(shapes.encode()).hexdigest()[:16]}:{base64.urlsafe_b64encode(numbers.tobytes()).decode()}"
 
 
 def _described(tensor: Tensor) -> Iterator[Tensor]:

@@ -1,5 +1,6 @@
 """The processes of a launch, as the environment describes them; accelerate is the engine."""
 
+import atexit
 import os
 
 import torch
@@ -35,12 +36,21 @@ def make_accelerator(device: torch.device) -> Accelerator:
     if PartialState._shared_state and PartialState().device.type != device.type:
         AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        return Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+        made = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
     except Exception as error:  # it raises what it stumbles over in the environment, or what torch.distributed does
         raise UserError(
             f"accelerate cannot set up the processes: {one_line(error)}; look at the variables ACCELERATE_*, "
             "MASTER_ADDR and MASTER_PORT, or start with accelerate launch"
         ) from error
+    if made.num_processes > 1:  # its threads must not outlive the interpreter: that ends a finished run with an abort
+        atexit.unregister(_leave_group)
+        atexit.register(_leave_group)
+    return made
+
+
+def _leave_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def check_environment() -> None:

@@ -45,12 +45,13 @@ def test_a_tied_metric_leaves_the_choice_to_the_others() -> None:
 
 
 def test_metrics_that_outweigh_each_other_are_a_tie() -> None:
-    """What is left of 0.3 x - 0.3 x is rounding, too, and of the size of the float's last bit, not of the scores'."""
+    """What is left of x / 2 + (1 - x) / 6 + (1 - x) / 3 is rounding, too: of the sum, and not of the scores."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         scores = torch.rand(6, generator=generator)
-        scores[0], scores[1] = 0, 1  # the same stretch for both
-        assert advantages(scores.tolist(), (1 - scores).tolist(), weights=[0.3, 0.3]) == [0] * 6
+        scores[0], scores[1] = 0, 1  # the same stretch for all
+        others = (1 - scores).tolist()
+        assert advantages(scores.tolist(), others, others, weights=[0.3, 0.1, 0.2]) == [0] * 6
 
 
 @pytest.mark.parametrize("size", [1e-12, 5e-7, 1.0, 1e6])
