@@ -18,6 +18,7 @@ from rewardsr.run_folder import RECIPE, VALIDATION
 from rewardsr.testing import tiny_pipeline, write_images
 from rewardsr.train.recipe import ProtocolRecipe
 
+CPU = ("--device", "cpu")  # as the runs were
 HARSH = {"name": "light", "blur": [3.0, 3.0], "noise": [20.0, 20.0], "quality": [40, 40]}
 
 
@@ -64,7 +65,7 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("name", ["plain", "harsh", "sidecar", "captioned", "fixed"])
 def test_evaluating_a_run_finds_what_its_validation_found(name, made, commands: Commands, tmp_path) -> None:
-    answer = commands("evaluate", made / "images", "--run", made / name, "-o", tmp_path / "found.json")
+    answer = commands("evaluate", made / "images", "--run", made / name, *CPU, "-o", tmp_path / "found.json")
     assert answer.code == 0, answer.err
     own = json.loads((made / name / VALIDATION / "step-00000001.json").read_text())
     assert json.loads((tmp_path / "found.json").read_text()) == own
@@ -76,7 +77,8 @@ def test_evaluating_a_run_finds_what_its_validation_found(name, made, commands: 
 
 def test_options_of_the_command_go_before_the_runs_protocol(made, commands: Commands, tmp_path) -> None:
     def scores(name: str, *options: object) -> dict:
-        assert commands("evaluate", made / "images", "--run", made / name, *options, "-o", tmp_path / "x").code == 0
+        command = ("evaluate", made / "images", "--run", made / name, *options, *CPU, "-o", tmp_path / "x")
+        assert commands(*command).code == 0
         return json.loads((tmp_path / "x").read_text())["rewards"]
 
     bare = scores("captioned", "--prompts", "adapter")  # the same base, and a LoRA of its own
@@ -95,7 +97,7 @@ def test_options_of_the_command_go_before_the_runs_protocol(made, commands: Comm
     ],
 )
 def test_upscaling_with_a_run_prompts_as_it_did(name, prompt, made, commands: Commands, tmp_path) -> None:
-    answer = commands("upscale", made / "images", "--run", made / name, "-o", tmp_path)
+    answer = commands("upscale", made / "images", "--run", made / name, *CPU, "-o", tmp_path)
     assert answer.code == 0, answer.err
     adapter, _ = open_run(str(made / name), device="cpu")
     differing = 0
