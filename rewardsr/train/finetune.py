@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from rewardsr.options import parse
-from rewardsr.run_folder import RECIPE
-from rewardsr.storage import remove_leftovers, write_text
+from rewardsr.storage import remove_leftovers
 from rewardsr.train.dry_run import DryRun, measure_step
 from rewardsr.train.loop import Result, train
 from rewardsr.train.prepare import complete, set_up
-from rewardsr.train.recipe import Recipe, load_recipe, to_yaml
+from rewardsr.train.recipe import Recipe, load_recipe
 from rewardsr.train.resume import check_output, held
 
 
@@ -42,5 +41,4 @@ def finetune(
         setup.accelerator.wait_for_everyone()  # until every process has looked into the folder, nothing may be written
         if setup.accelerator.is_main_process:
             remove_leftovers(run)
-            write_text(run / RECIPE, to_yaml(recipe))
         return train(setup, run, resume, earlier)

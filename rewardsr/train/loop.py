@@ -28,12 +28,13 @@ from rewardsr import lora
 from rewardsr.draws import Draws, seed_of
 from rewardsr.errors import TrainingError, UserError, is_out_of_memory
 from rewardsr.evaluation.protocol import HeldOut
-from rewardsr.run_folder import LORA
+from rewardsr.run_folder import LORA, RECIPE
+from rewardsr.storage import write_text
 from rewardsr.train import checkpoint
 from rewardsr.train.checkpoint import State
 from rewardsr.train.log import RunLog
 from rewardsr.train.prepare import Setup
-from rewardsr.train.recipe import Recipe
+from rewardsr.train.recipe import Recipe, to_yaml
 from rewardsr.train.resume import check_goes_on
 from rewardsr.trainers.base import ParameterGroup, Prepared
 
@@ -83,6 +84,8 @@ def train(setup: Setup, run: Path, resume: bool, earlier: Recipe | None = None) 
     optimiser = make_optimiser(setup)
     state = checkpoint.resume(run, setup.method, optimiser) if resume else State()
     check_goes_on(state, setup)
+    if accelerator.is_main_process:
+        write_text(run / RECIPE, to_yaml(recipe))
     for note in (*setup.notes, *_other_end(state, recipe, earlier)):
         logger.info(note)
     log = RunLog(run, recipe, state.step, accelerator.is_main_process)
