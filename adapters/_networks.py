@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewardsr.errors import UserError
+from rewardsr.errors import UserError, shown
 from rewardsr.json_object import read_object
-from rewardsr.lora.pairs import shortened
 from rewardsr.weights import read_network, variant_of
 
 # On a CPU it warns of a kernel that nobody asked for as soon as diffusers is imported.
@@ -36,7 +35,7 @@ def load_network(folder: Path) -> Any:
     kind = getattr(diffusers, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise UserError(
-            f"'{config}' names the class {shortened(name)}, which is no network of diffusers {diffusers.__version__}"
+            f"'{config}' names the class {shown(name)}, which is no network of diffusers {diffusers.__version__}"
         )
     return read_part(folder, kind)
 
@@ -136,7 +135,7 @@ def read_tokenizer(folder: Path) -> Any:
     if config.is_file():
         kind = read_object(config).get("tokenizer_class", "CLIPTokenizer")
         if kind not in ("CLIPTokenizer", "CLIPTokenizerFast"):
-            raise UserError(f"'{config}' is of {shortened(kind)}, expected CLIPTokenizer")
+            raise UserError(f"'{config}' is of {shown(kind)}, expected CLIPTokenizer")
     return read_part(folder, CLIPTokenizer)
 
 
@@ -151,7 +150,7 @@ def check_tokenizer(where: str, tokenizer: Any, text_encoder: Any) -> None:
         return  # of a user's own making
     length = tokenizer.model_max_length
     if isinstance(length, bool) or not isinstance(length, int | float) or length < 2:
-        raise UserError(f"base '{where}': model_max_length of the tokenizer is {shortened(length)}, expected a number")
+        raise UserError(f"base '{where}': model_max_length of the tokenizer is {shown(length)}, expected a number")
     vocabulary = tokenizer.get_vocab()
     clip = type(tokenizer).__name__.startswith("CLIP")  # other families fill up the text encoder's table
     if max(vocabulary.values(), default=0) >= expected or (clip and len(vocabulary) != expected):

@@ -16,10 +16,10 @@ from rewardsr.adapters._networks import load_network
 from rewardsr.adapters.stable_diffusion import Parts, Scale, StableDiffusion, check_fit, load_parts, parts_of
 from rewardsr.batch import Condition
 from rewardsr.draws import Source, draw
-from rewardsr.errors import UserError
+from rewardsr.errors import UserError, shown
 from rewardsr.hub.fetch import fetch
 from rewardsr.lora.layers import delta
-from rewardsr.lora.pairs import Pair, even, floats, shortened, side_by_side
+from rewardsr.lora.pairs import Pair, even, floats, side_by_side
 from rewardsr.options import FOR_LORA
 from rewardsr.storage import expand
 from rewardsr.weights import read_pickle
@@ -175,7 +175,7 @@ def _split(release: dict[Any, Any], part: str, path: str) -> tuple[dict[str, lis
     """
     for key in release:
         if str(key).startswith("state_dict_") and key not in _PARTS:
-            raise UserError(f"'{path}' changes more than UNet and autoencoder: {shortened(key)} is not supported")
+            raise UserError(f"'{path}' changes more than UNet and autoencoder: {shown(key)} is not supported")
     state = release[f"state_dict_{part}"]
     if not isinstance(state, dict):
         raise UserError(f"'{path}' is damaged: expected tensors by name")
@@ -183,10 +183,10 @@ def _split(release: dict[Any, Any], part: str, path: str) -> tuple[dict[str, lis
     full: dict[str, Tensor] = {}
     for key, tensor in state.items():
         if not isinstance(tensor, Tensor):
-            raise UserError(f"'{path}' is damaged: {shortened(key)} is no tensor")
+            raise UserError(f"'{path}' is damaged: {shown(key)} is no tensor")
         match = _LORA_KEY.fullmatch(str(key))
         if not str(key).isprintable() or (match is None and ".base_layer." not in str(key)):
-            raise UserError(f"'{path}': unexpected key {shortened(key)}")
+            raise UserError(f"'{path}': unexpected key {shown(key)}")
         try:
             tensor = floats(key, tensor)
         except UserError as error:
@@ -211,5 +211,5 @@ def _pair(name: str, half: dict[str, Tensor], module: str, stated: list[Any], pa
     if not rank or half["B"].ndim < 2 or half["B"].flatten(1).shape[1] != rank:
         raise UserError(f"'{path}': lora_A and lora_B of {module} have different ranks")
     if rank not in stated:
-        raise UserError(f"'{path}' is damaged: {module} has rank {rank}, and the file states {shortened(stated)}")
+        raise UserError(f"'{path}' is damaged: {module} has rank {rank}, and the file states {shown(stated)}")
     return Pair(half["A"], half["B"], RELEASED_ALPHA / rank)

@@ -17,11 +17,10 @@ from rewardsr.adapters._live import check_together, live_network
 from rewardsr.adapters._networks import check_tokenizer, load_network, read_part, read_tokenizer
 from rewardsr.batch import Batch, Condition
 from rewardsr.draws import Source, draw
-from rewardsr.errors import UserError, one_line
+from rewardsr.errors import UserError, one_line, shown
 from rewardsr.hub.fetch import fetch
 from rewardsr.json_object import read_object
 from rewardsr.lora.fingerprint import fingerprint
-from rewardsr.lora.pairs import shortened
 from rewardsr.schedule import VP
 from rewardsr.tiling import Tiling
 
@@ -142,19 +141,17 @@ def check_scheduler(config: Mapping[str, Any], where: str) -> None:
     # A schedule that is not of betas (flow matching) names none, and leaving it out does not mean scaled_linear either.
     if config.get("beta_schedule") not in BETA_SCHEDULES:
         raise UserError(
-            f"'{where}': {kind} has beta_schedule {shortened(config.get('beta_schedule'))}, "
+            f"'{where}': {kind} has beta_schedule {shown(config.get('beta_schedule'))}, "
             f"expected one of {', '.join(BETA_SCHEDULES)}"
         )
     for option in ("trained_betas", "rescale_betas_zero_snr"):
         if config.get(option):
             raise UserError(f"'{where}': {kind} sets {option}, which is not supported")
     if config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
-        raise UserError(
-            f"'{where}': prediction type {shortened(config['prediction_type'])} is not epsilon or v_prediction"
-        )
+        raise UserError(f"'{where}': prediction type {shown(config['prediction_type'])} is not epsilon or v_prediction")
     count = config.get("num_train_timesteps", 1000)
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= LONGEST:
-        raise UserError(f"'{where}': num_train_timesteps is {shortened(count)}, expected 1 to {LONGEST}")
+        raise UserError(f"'{where}': num_train_timesteps is {shown(count)}, expected 1 to {LONGEST}")
     try:
         scheduler = make_scheduler(config)
         scheduler.set_timesteps(1)
@@ -202,7 +199,7 @@ def check_fit(base: str, parts: Parts) -> None:
             raise UserError(f"base '{base}': {type(network).__name__} has no {lacking[0]}: not a Stable Diffusion part")
     factor = parts.vae.config.scaling_factor
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
-        raise UserError(f"base '{base}': scaling_factor of the VAE is {shortened(factor)}, expected a positive number")
+        raise UserError(f"base '{base}': scaling_factor of the VAE is {shown(factor)}, expected a positive number")
     check_tokenizer(base, parts.tokenizer, parts.text_encoder)
     latents = parts.vae.config.latent_channels
     if parts.unet.config.out_channels != latents:

@@ -130,7 +130,7 @@ own = [{"only here": 5.0}, {"not_finite": "loss2", "there": 7.0}]
 mine = {"loss": 1.0 + rank, **own[rank]}
 found = _agree(accelerator, mine, rank == 1)
 if rank == 0:
-    print(json.dumps(found))
+    print(json.dumps([*found, accelerator.init_handler.timeout.total_seconds()]))
 """
 
 
@@ -141,5 +141,6 @@ def test_metrics_are_averaged_by_name_over_the_processes_that_have_them(tmp_path
         [*launch, str(tmp_path / "agree.py")], env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
-    metrics, stop = json.loads(done.stdout.splitlines()[-1])
+    metrics, stop, patience = json.loads(done.stdout.splitlines()[-1])
+    assert patience == 7200, "a long validation of another process is waited for"
     assert metrics == {"loss": 1.5, "only here": 5.0, "there": 7.0, "not_finite": "loss2"} and stop

@@ -180,12 +180,8 @@ def check_lora(path: Path, what: str) -> dict[str, Any]:
         raise UserError(f"{what} is damaged or not a safetensors file: {error}") from error
     except UserError:
         raise
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,
-    ) as error:  # the third also of a bfloat16, which numpy does not know
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        # A TypeError is also what a bfloat16 gives, which numpy does not know.
         raise UserError(
             f"{what} was not written by rewardsr: no base, rank and alpha in its header, or not float32"
         ) from error

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from rewardsr import run_folder
 from rewardsr.adapter import BaseModel, ISRAdapter
-from rewardsr.errors import UserError
+from rewardsr.errors import UserError, shown
 from rewardsr.hub import fetch
 from rewardsr.json_object import parse_object
 from rewardsr.lora import layers
 from rewardsr.lora.fingerprint import differing, is_early, matches_early, same_base
 from rewardsr.lora.foreign import VARIATIONS, check_settings
 from rewardsr.lora.layers import NAME
-from rewardsr.lora.pairs import Lora, alpha_of, even, rank_of, shortened, side_by_side
+from rewardsr.lora.pairs import Lora, alpha_of, even, rank_of, side_by_side
 from rewardsr.options import Options, marked_for_lora
 from rewardsr.run_folder import DIFFUSERS_HEADER, OUR_HEADER
 from rewardsr.storage import expand
@@ -109,7 +109,7 @@ def _compare_options(adapter: ISRAdapter, loras: Mapping[Path, Lora]) -> None:
     for path, one in loras.items():
         others = {name: known.setdefault(name, (value, f"'{path}'")) for name, value in one.options.items()}
         different = [
-            f"{shortened(name)[1:-1]}={shortened(one.options[name])}, but {where} has {shortened(value)}"
+            f"{shown(name)[1:-1]}={shown(one.options[name])}, but {where} has {shown(value)}"
             for name, (value, where) in others.items()
             if value != one.options[name]
         ]
@@ -215,7 +215,7 @@ def _check_base(adapter: ISRAdapter, path: Path, theirs: BaseModel) -> None:
         other = f"other weights ({', '.join(differing(ours.fingerprint, theirs.fingerprint))})"
     if not same:
         raise UserError(
-            f"LoRA '{path}' was trained on base '{shortened(theirs.id)[1:-1]}' ({shortened(theirs.revision)[1:-1]}), "
+            f"LoRA '{path}' was trained on base '{shown(theirs.id)[1:-1]}' ({shown(theirs.revision)[1:-1]}), "
             f"{other} than '{ours.id}' ({ours.revision}); --force-base overrides"
         )
 
@@ -237,10 +237,10 @@ def described(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, st
             check_settings(given)
             for name, value in {"r": rank, "lora_alpha": alpha, **dict.fromkeys(VARIATIONS)}.items():
                 if given.get(name, value) != value and (value is not None or given[name]):
-                    raise UserError(f"{name} is {shortened(given[name])}, which is none of a LoRA of ours")
+                    raise UserError(f"{name} is {shown(given[name])}, which is none of a LoRA of ours")
         options = about.get("options", {})
         if not isinstance(options, dict):
-            raise UserError(f"options are {shortened(options)}, expected values by name")
+            raise UserError(f"options are {shown(options)}, expected values by name")
         targets = {
             part: _names(given["target_modules"]) for part, given in settings.items() if "target_modules" in given
         }
@@ -251,7 +251,7 @@ def described(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, st
 
 def _names(value: Any) -> list[str]:
     if not isinstance(value, list) or not value or not all(isinstance(one, str) for one in value):
-        raise UserError(f"target_modules is {shortened(value)}, expected a list of names")
+        raise UserError(f"target_modules is {shown(value)}, expected a list of names")
     return value
 
 
@@ -270,7 +270,7 @@ def settings_of(path: Path, header: Mapping[str, str], bare: str | None = None) 
     for key, value in parse_object(header.get(DIFFUSERS_HEADER, "{}"), f"'{path}' has a damaged header").items():
         component, _, name = key.rpartition(".")
         if not component and bare is None:
-            raise UserError(f"'{path}' has a damaged header: {shortened(key)} is a setting of no component")
+            raise UserError(f"'{path}' has a damaged header: {shown(key)} is a setting of no component")
         found.setdefault(component or str(bare), {})[name] = value
     return found
 

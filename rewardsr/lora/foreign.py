@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from rewardsr.adapter import ISRAdapter
-from rewardsr.errors import UserError, one_line
+from rewardsr.errors import UserError, one_line, shown
 from rewardsr.lora import layers
 from rewardsr.lora.original import original_names
-from rewardsr.lora.pairs import Lora, Pair, Place, Shape, alpha_of, even, floats, rank_of, shortened
+from rewardsr.lora.pairs import Lora, Pair, Place, Shape, alpha_of, even, floats, rank_of
 
 # How programs end the name of a tensor: peft (with or without the name of the LoRA), kohya, diffusers' training
 # scripts, and diffusers' attention processors of old (`processor.to_q_lora.down.weight`).
@@ -50,7 +50,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             else name in _INERT or name in _PLACES or name in _NUMBERS or value in _NOTHING
         )
         if not plain:
-            raise UserError(f"{name} is {shortened(value)}, which is more than a plain LoRA: not supported")
+            raise UserError(f"{name} is {shown(value)}, which is more than a plain LoRA: not supported")
 
 
 class Settings:
@@ -92,7 +92,7 @@ class Settings:
         chosen = alpha if alpha is not None else rank if own is None else alpha_of(own)
         rooted = self._given.get("use_rslora") or False
         if not isinstance(rooted, bool):
-            raise UserError(f"use_rslora is {shortened(rooted)}, expected true or false")
+            raise UserError(f"use_rslora is {shown(rooted)}, expected true or false")
         return chosen / (math.sqrt(rank) if rooted else rank)
 
     def sits_on(self, module: str) -> bool | None:
@@ -104,7 +104,7 @@ class Settings:
     def _pattern(self, name: str) -> dict[str, Any]:
         found = self._given.get(name) or {}
         if not isinstance(found, dict):
-            raise UserError(f"{name} is {shortened(found)}, expected numbers by module")
+            raise UserError(f"{name} is {shown(found)}, expected numbers by module")
         for key in found:
             _check_expression(key, name)
         return found
@@ -140,11 +140,11 @@ class Settings:
 def _check_expression(text: str, setting: str) -> None:
     """A regular expression of a stranger must not keep the machine busy for ever."""
     if len(text) > 200 or re.search(r"\)[*+{]", text) or len(re.findall(r"[*+{]", text)) > 4:
-        raise UserError(f"{setting}: {shortened(text)} is too involved: name the modules")
+        raise UserError(f"{setting}: {shown(text)} is too involved: name the modules")
     try:
         re.compile(text)
     except re.error as error:
-        raise UserError(f"{setting}: {shortened(text)} is no expression: {error}") from error
+        raise UserError(f"{setting}: {shown(text)} is no expression: {error}") from error
 
 
 def read_tensors(

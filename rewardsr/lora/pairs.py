@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rewardsr.errors import UserError
+from rewardsr.errors import UserError, shown
 
 SUFFIXES = {"A": ".lora_A.weight", "B": ".lora_B.weight"}
 LARGEST_RANK = 4096  # far above any LoRA in use; a file may say anything, and zeros up to its rank are made
@@ -124,9 +124,9 @@ def rank_of(value: object) -> int:
         UserError: no whole number from 1 to `LARGEST_RANK`.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1 or value < 1:
-        raise UserError(f"rank is {shortened(value)}, expected a whole number from 1 to {LARGEST_RANK}")
+        raise UserError(f"rank is {shown(value)}, expected a whole number from 1 to {LARGEST_RANK}")
     if value > LARGEST_RANK:
-        raise UserError(f"rank is {shortened(value)}, expected at most {LARGEST_RANK}")
+        raise UserError(f"rank is {shown(value)}, expected at most {LARGEST_RANK}")
     return int(value)
 
 
@@ -141,11 +141,5 @@ def alpha_of(value: object) -> float:
             raise UserError(f"alpha is a tensor {tuple(value.shape)}, expected positive numbers, one each")
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST_ALPHA:
-        raise UserError(f"alpha is {shortened(value)}, expected positive numbers up to {LARGEST_ALPHA:g}")
+        raise UserError(f"alpha is {shown(value)}, expected positive numbers up to {LARGEST_ALPHA:g}")
     return float(value)
-
-
-def shortened(value: object) -> str:
-    """A value of a file in a message."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -2,10 +2,12 @@
 
 import atexit
 import os
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import InitProcessGroupKwargs
 
 from rewardsr.errors import UserError, one_line, shown
 
@@ -16,6 +18,9 @@ ENGINES = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
 }
+# How long a process waits for another: shares of a validation may differ by the size of their images. A process that
+# fails takes the others along at once.
+PATIENCE = timedelta(hours=2)
 COUNTERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
 _OFF = {"", "0", "false", "no", "off", "n", "f"}
 
@@ -36,7 +41,8 @@ def make_accelerator(device: torch.device) -> Accelerator:
     if PartialState._shared_state and PartialState().device.type != device.type:
         AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        made = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+        waiting = InitProcessGroupKwargs(timeout=PATIENCE)
+        made = Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[waiting])
     except Exception as error:  # it raises what it stumbles over in the environment, or what torch.distributed does
         raise UserError(
             f"accelerate cannot set up the processes: {one_line(error)}; look at the variables ACCELERATE_*, "
