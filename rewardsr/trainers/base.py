@@ -123,7 +123,7 @@ class Method(ABC):
 
     @cached_property
     def reference(self) -> "Reference":
-        """`with method.reference():` is the pipeline as it was before training."""
+        """`with method.reference():` is the pipeline without what is trained; see `Reference`."""
         return Reference(self.adapter, self.trained)
 
     def check_size(self, size: tuple[int, int]) -> None:
@@ -153,7 +153,10 @@ class Method(ABC):
 
 
 class Reference:
-    """The pipeline as it was before training, in the same networks: the reference that methods compare with.
+    """The pipeline without what is trained, in the same networks: the reference that methods compare with.
+
+    A LoRA that is trained is off, so a run that starts from another LoRA (`lora.init`) is compared with the base, too.
+    Networks that are trained in full are as they were before.
 
     Args:
         adapter: the pipeline.
