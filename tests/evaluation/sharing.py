@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from test_protocol import Broken, Drawing, Images
 
 from rewardsr import load_adapter, lora
 from rewardsr.errors import UserError
 from rewardsr.evaluation.protocol import HeldOut
 from rewardsr.rewards.fidelity import PSNR
+from rewardsr.train.processes import make_accelerator
 
 BASE, FOLDER = sys.argv[1], Path(sys.argv[2])
 torch.set_num_threads(1)
@@ -40,7 +40,7 @@ class NoDisk(HeldOut):
             raise UserError("no such disk")
 
 
-accelerator = Accelerator(cpu=True)
+accelerator = make_accelerator(torch.device("cpu"))
 assert accelerator.num_processes == 2
 adapter = load_adapter("osediff", BASE, noise_t=250, net_t=100, scale=4)
 lora.load(adapter, FOLDER / "lora")
