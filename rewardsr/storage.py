@@ -18,9 +18,8 @@ from rewardsr.errors import UserError
 
 _LONGEST = 200  # bytes of a name within a temporary one; file systems take 255 in all
 _SHOWN = 100  # characters of a path in a message about it
-_HOST = hashlib.blake2b(
-    socket.gethostname().encode(), digest_size=4
-).hexdigest()  # numbers of processes are a host's own
+# Part of the names of temporary files: the numbers of processes are a host's own.
+_HOST = hashlib.blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
 
 
 def expand(path: Path | str) -> Path:
@@ -169,10 +168,10 @@ def remove_own_leftovers(folder: Path, name: str | None = None) -> None:
     of = ".+" if name is None else re.escape(_short(name))
     pattern = re.compile(rf"\.{of}\.{_HOST}-(\d+)-\d+\.tmp")
     with suppress(OSError):
-        found = [(path, match) for path in folder.iterdir() if (match := pattern.fullmatch(path.name))]
-        for path, match in found:
-            if not psutil.pid_exists(int(match[1])):
-                _remove(path)
+        for entry in os.listdir(folder):  # of names alone: a folder of results is listed for each of them
+            match = pattern.fullmatch(entry) if entry.endswith(".tmp") else None
+            if match is not None and not psutil.pid_exists(int(match[1])):
+                _remove(folder / entry)
 
 
 def _temporary(path: Path) -> Path:

@@ -35,14 +35,14 @@ def identity_of(parts: Iterable[Path | str | None]) -> str:
 def _sample(path: Path) -> tuple[int, bytes]:
     """Size in bytes, and blocks from the beginning to the very end."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            size = os.fstat(descriptor).st_size
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
             if size <= BLOCK * BLOCKS:
-                return size, os.pread(descriptor, BLOCK * BLOCKS, 0)
-            places = [(size - BLOCK) * number // (BLOCKS - 1) for number in range(BLOCKS)]
-            return size, b"".join(os.pread(descriptor, BLOCK, place) for place in places)
-        finally:
-            os.close(descriptor)
+                return size, file.read(BLOCK * BLOCKS)
+            blocks = []
+            for number in range(BLOCKS):
+                file.seek((size - BLOCK) * number // (BLOCKS - 1))
+                blocks.append(file.read(BLOCK))
+            return size, b"".join(blocks)
     except OSError as error:
         raise UserError(f"cannot read '{path}': {error.strerror or error}") from error

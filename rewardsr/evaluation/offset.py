@@ -32,17 +32,17 @@ def latent_offset(adapter: ISRAdapter, images: Iterable[Batch], seed: int = 0) -
     """
     if not attached(adapter):
         raise UserError("a latent offset is that of a LoRA, and this pipeline carries none: load one first")
+
+    def latents(place: int, batch: Batch) -> Tensor:
+        draws = Draws(seed, 0, [place], "offset")
+        condition = adapter.encode(batch.to(adapter.device), generator=draws if adapter.noisy_condition else None)
+        return adapter.sample_latents(condition, draws)
+
     changes = []
     for place, batch in enumerate(images):
-        both = []
-        for _ in range(2):
-            draws = Draws(seed, 0, [place], "offset")
-            condition = adapter.encode(batch.to(adapter.device), generator=draws if adapter.noisy_condition else None)
-            both.append((condition, draws))
-        tuned = adapter.sample_latents(*both[0])
         with reference(adapter):
-            base = adapter.sample_latents(*both[1])
-        changes.append((tuned - base).mean((0, 2, 3)))
+            base = latents(place, batch)
+        changes.append((latents(place, batch) - base).mean((0, 2, 3)))
     if not changes:
         raise UserError("a latent offset is a mean over images, and there are none")
     return torch.stack(changes).mean(0)

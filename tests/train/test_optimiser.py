@@ -1,7 +1,6 @@
 """Options of the optimiser reach it, and change what is learnt."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,19 +8,10 @@ from runs import content, weights
 
 import rewardsr
 from rewardsr.options import parse
-from rewardsr.testing import tiny_pipeline, write_images
 from rewardsr.train import loop
 from rewardsr.train.checkpoint import State
 from rewardsr.train.prepare import set_up
 from rewardsr.train.recipe import Recipe
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    made = tmp_path_factory.mktemp("optimiser")
-    write_images(made / "images", count=3, size=24)
-    tiny_pipeline(made / "base")
-    return made
 
 
 @pytest.fixture
@@ -48,8 +38,8 @@ def recipe(folder, tmp_path) -> Callable[..., dict]:
     ids=lambda options: ",".join(options),
 )
 def test_each_option_changes_what_is_learnt(options, recipe, tmp_path) -> None:
-    without_clip = {key: value for key, value in options.items() if "clip" in options and key == "eps"}
-    rewardsr.finetune(recipe("plain", **without_clip))
+    kept = {"eps": options["eps"]} if "clip" in options else {}  # AdamW heeds the size of gradients by eps alone
+    rewardsr.finetune(recipe("plain", **kept))
     rewardsr.finetune(recipe("changed", **options))
     plain, changed = weights(tmp_path / "plain"), weights(tmp_path / "changed")
     apart = torch.cat([(plain[name] - changed[name]).flatten() for name in plain])

@@ -1,7 +1,6 @@
 """Step, log, save, validate: nothing after a step loses it, and a run that ended in between catches up."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import runs
@@ -10,16 +9,6 @@ from runs import content, lines, listing, weights
 
 import rewardsr
 from rewardsr import TrainingError, UserError, run_folder
-from rewardsr.testing import tiny_pipeline, write_images
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Images and a tiny pipeline."""
-    made = tmp_path_factory.mktemp("order")
-    write_images(made / "images", count=3, size=24)
-    tiny_pipeline(made / "base")
-    return made
 
 
 @pytest.fixture
