@@ -14,10 +14,9 @@ from pathlib import Path
 
 import psutil
 
-from rewardsr.errors import UserError
+from rewardsr.errors import UserError, shown
 
 _LONGEST = 200  # bytes of a name within a temporary one; file systems take 255 in all
-_SHOWN = 100  # characters of a path in a message about it
 # Part of the names of temporary files: the numbers of processes are a host's own.
 _HOST = hashlib.blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
 
@@ -30,21 +29,21 @@ def expand(path: Path | str) -> Path:
     """
     if not str(path):
         raise UserError("a path is empty: name a file or folder")
-    shown = f"'{path}'" if len(str(path)) <= _SHOWN else f"'{str(path)[:_SHOWN]}...'"
+    said = shown(str(path))
     try:
         full = Path(path).expanduser()
     except RuntimeError as error:
         if os.path.lexists(path):
             return Path(path)
-        raise UserError(f"{shown}: there is no home folder of {Path(path).parts[0]}: write the whole path") from error
+        raise UserError(f"{said}: there is no home folder of {Path(path).parts[0]}: write the whole path") from error
     for part in map(str, (full, *full.parts)):
         try:
             os.lstat(part)
         except ValueError as error:  # a NUL, or half of a surrogate pair
-            raise UserError(f"{shown} holds a character that no file name can hold") from error
+            raise UserError(f"{said} holds a character that no file name can hold") from error
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
-                raise UserError(f"{shown} is too long for a file name: choose a shorter one") from error
+                raise UserError(f"{said} is too long for a file name: choose a shorter one") from error
     return full
 
 

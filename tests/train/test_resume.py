@@ -153,18 +153,14 @@ def test_another_number_of_threads_is_told(recipe, folder, caplog) -> None:
     assert "the run used 1 CPU threads, now 2: it will differ in the last bits" in caplog.messages
 
 
-class Random(Brightness):
+def drawing(_: Brightness, sr: torch.Tensor, batch: rewardsr.Batch) -> torch.Tensor:
     """Draws from every global generator, as rewards of other people do."""
-
-    def __call__(self, sr, batch):
-        drawn = (
-            torch.rand(len(sr)) + random.random() * torch.arange(len(sr)) + torch.from_numpy(np.random.rand(len(sr)))
-        )
-        return drawn.float()
+    count = len(sr)
+    return (torch.rand(count) + random.random() * torch.arange(count) + torch.from_numpy(np.random.rand(count))).float()
 
 
 def test_what_a_reward_draws_by_itself_is_equal_after_a_resume(recipe, folder, monkeypatch) -> None:
-    monkeypatch.setattr(Brightness, "__call__", Random.__call__)
+    monkeypatch.setattr(Brightness, "__call__", drawing)
     plain = {"optimiser": {"schedule": "constant"}, "checkpoint_every": 2}
     rewardsr.finetune(recipe(output="straight", steps=4, **plain))
     torch.rand(7), random.random(), np.random.rand(5)
