@@ -295,6 +295,11 @@ class StableDiffusion(ISRAdapter):
                 refused.append(name)
         return refused
 
+    def compiled(self) -> list[nn.Module]:
+        """The networks; of the autoencoder its two halves, for it is called by other methods than `forward`."""
+        others = [network for name, network in self.networks.items() if name != "vae"]
+        return [*others, self.vae.encoder, self.vae.decoder]
+
     def _text(self, prompts: Sequence[str | None] | None, count: int) -> Tensor:
         """(count, L, D) float32 embeddings; the new ones among the prompts are encoded together, and each once."""
         given = prompts if prompts is not None else (None,) * count

@@ -218,6 +218,10 @@ class ISRAdapter(ABC):
         """Trade time for memory where the networks can; returns the components that cannot."""
         return sorted(self.trainable)
 
+    def compiled(self) -> list[nn.Module]:
+        """The modules that hooks call and `torch.compile` can take; by default the networks."""
+        return list(self.networks.values())
+
     def import_lora(self, path: str) -> tuple[dict[str, Tensor], int, float] | None:
         """A LoRA in the family's released format: (tensors by our key names, rank, alpha); None if it is not one."""
         return None
@@ -250,11 +254,10 @@ class ISRAdapter(ABC):
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Self:
         """Move the networks to a device and a precision; what is trained (a LoRA) goes along unrounded, in float32."""
         self.device, self.dtype = torch.device(device), dtype
-        layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         for network in self.networks.values():
             trained = {name: p.data for name, p in network.named_parameters() if p.requires_grad}
             # Past diffusers' own `to`, which warns of float32 modules that these networks do not have.
-            nn.Module.to(network, device=self.device, dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
+            nn.Module.to(network, device=self.device, dtype=dtype)
             for name, exact in trained.items():
                 network.get_parameter(name).data = exact.to(self.device, torch.float32)
         return self

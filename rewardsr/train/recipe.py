@@ -127,6 +127,11 @@ class Recipe(Options):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of the base; auto: bf16 on CUDA, else fp32")
     gradient_checkpointing: bool = False
+    compile: bool = Field(
+        False,
+        description="compile the networks (torch.compile) for the steps; takes minutes at the start, and gcc. Held-out "
+        "images are scored uncompiled",
+    )
     validate_every: Count = 100
     checkpoint_every: Count = 100
     keep_checkpoints: Count = 2

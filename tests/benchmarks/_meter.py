@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from rewardsr import lora
 from rewardsr.trainers.gdpo import GDPO
 
 PARTS = (
@@ -114,7 +115,7 @@ def watched(adapter: Any, method: GDPO, meter: Meter, around: Callable[[Any], An
     def prediction() -> str:
         if state["preparing"]:
             return "group sampling"
-        return "policy forward" if torch.is_grad_enabled() else "reference forward"
+        return "policy forward" if lora.active(adapter) else "reference forward"
 
     hooks = {
         "_text": lambda: "text",

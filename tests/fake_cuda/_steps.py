@@ -31,6 +31,7 @@ from rewardsr.rewards.vgg import GROUPS, VGG19
 from rewardsr.train import loop
 from rewardsr.train import recipe as recipes
 from rewardsr.train.checkpoint import State
+from rewardsr.train.optimiser import make_optimiser
 from rewardsr.train.prepare import Setup, method_class
 from rewardsr.trainers import rfsr
 
@@ -162,7 +163,7 @@ def _training(device: FakeCuda, case: Case, folder: Path) -> tuple[Callable[[], 
     with device.weights():
         adapter = make_adapter(case)
         # Quantised weights are told by their type, which here is that of all weights.
-        with mock.patch.object(lora.layers, "Tensor", FakeTensor):
+        with mock.patch.object(lora.targets, "Tensor", FakeTensor):
             lora.attach(adapter)
         if case.checkpointing:
             adapter.enable_gradient_checkpointing()
@@ -194,7 +195,7 @@ def _training(device: FakeCuda, case: Case, folder: Path) -> tuple[Callable[[], 
             metrics=method.rewards,
             notes=(),
         )
-    optimiser, state = loop.make_optimiser(setup), State()
+    optimiser, state = make_optimiser(setup), State()
     return lambda: loop.step(setup, optimiser, state), watched(device, adapter, method, optimiser)
 
 
@@ -306,7 +307,7 @@ def watched(device: FakeCuda, adapter: Any, method: Any = None, optimiser: Any =
     def prediction() -> str:
         if method is None or state["preparing"]:
             return "sampling"
-        return "policy forward" if torch.is_grad_enabled() else "reference"
+        return "policy forward" if lora.active(adapter) else "reference"
 
     def latents() -> str:
         return "LQ encode" if state["encoding"] else "re-encode"
