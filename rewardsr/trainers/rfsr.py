@@ -139,7 +139,7 @@ class RFSR(Method):
                 condition,
                 draws,
                 guidance=self.options.guidance,
-                until=step.to(adapter.device),
+                until=step,
                 rows=self.options.micro_batch,
             )
         metrics = {f"share/{name}": float(self._inside(name, step).mean()) for name in self.windows}
