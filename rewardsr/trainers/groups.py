@@ -13,17 +13,19 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rewardsr.batch import Batch, Condition
+from rewardsr.batch import Batch, Condition, parts
 from rewardsr.draws import Replay, Source, draw
 from rewardsr.errors import TrainingError, UserError
 from rewardsr.options import Options
 from rewardsr.rewards.attribute import texture_share
+from rewardsr.rewards.base import Reward
 from rewardsr.schedule import fewer
 from rewardsr.trainers.base import Method
 from rewardsr.trainers.preferences import group_advantages
 
 logger = logging.getLogger(__name__)
 
+REWARD_IMAGES, REWARD_PIXELS = 4, 2**19  # that a reward sees at once: 9 GB with MANIQA, 4.6 GB at 512x512
 FLAT = 1e-3  # a quarter of an 8-bit level: a group that differs by less has nothing to choose from
 
 
@@ -45,6 +47,13 @@ class GroupOptions(Options):
     )
     micro_batch: int | None = Field(
         None, ge=1, le=10**6, description="rows in a network pass; None: the whole batch of groups at once"
+    )
+    reward_batch: int | None = Field(
+        None,
+        ge=1,
+        le=10**6,
+        description="images that a reward sees at once; None: at most 4 and 2^19 pixels (two of 512x512), and no more "
+        "than micro_batch",
     )
     shuffle_advantages: bool = Field(False, description="control run: rewards are dealt out at random in each group")
 
@@ -146,7 +155,22 @@ class Groups:
 
     def _score(self, sr: Tensor, batch: Batch) -> dict[str, Tensor]:
         """(B, G) scores by reward."""
-        return {name: reward(sr, batch).float().unflatten(0, (-1, self.size)) for name, reward in self.rewards.items()}
+        return {name: self._scored(r, sr, batch).unflatten(0, (-1, self.size)) for name, r in self.rewards.items()}
+
+    def _scored(self, reward: Reward, sr: Tensor, batch: Batch) -> Tensor:
+        """(B*G,) scores, `reward_batch` images at a time: a network may take gigabytes an image (MANIQA: 2.3).
+
+        What a reward draws it draws alike for every part, so that the members of a group are judged alike.
+        """
+        most = self.options.reward_batch or max(1, min(REWARD_IMAGES, REWARD_PIXELS // sr[0, 0].numel()))
+        if self.options.reward_batch is None and isinstance(self.options.micro_batch, int):
+            most = min(most, self.options.micro_batch)
+        cards = [sr.device] if sr.is_cuda and torch.cuda.is_initialized() else []
+        scores = []
+        for rows in parts(len(sr), None if getattr(reward, "light", False) else most):
+            with torch.random.fork_rng(cards, enabled=rows.stop < len(sr)):
+                scores.append(reward(sr[rows], batch.rows(rows)).float())
+        return torch.cat(scores)
 
     def _reward_weights(self, batch: Batch) -> dict[str, Tensor]:
         """(B,) weight of each reward: as configured, or shared out by the texture share of HQ between the two kinds."""
