@@ -353,7 +353,7 @@ def test_ties_teach_nothing_and_are_counted(base) -> None:
 
 def test_one_tied_group_does_not_hide_the_other(base) -> None:
     scores = torch.tensor([1.0, 1, 1, 0, 1, 2])
-    method = make(base, rewards=[Score(lambda sr: scores)])
+    method = make(base, rewards=[Score(lambda sr: scores)], reward_batch=6)
     group = method.prepare(images(2), Draws(0, 0, [0, 1]))
     assert group.metrics["group/tied"] == 0.5
     assert group.advantages.tolist() == [[0, 0, 0], pytest.approx([-1, 0, 1])]
