@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from rewardsr import lora
+
 REWARDS, REST = "rewards", "all else"
 
 
@@ -23,6 +25,13 @@ def now(device: torch.device) -> float:
     elif torch.get_num_threads() == 1:
         return time.process_time()
     return time.perf_counter()
+
+
+def timed(step: Callable[[], None], device: torch.device) -> float:
+    """Seconds of one step."""
+    began = now(device)
+    step()
+    return now(device) - began
 
 
 class Meter:
@@ -123,12 +132,12 @@ def watched(adapter: Any, method: Any, meter: Meter, around: Callable[[Any], Any
     def prediction() -> str:
         if state["preparing"]:
             return "rollout" if back_propagates else "group sampling"
-        return "policy forward" if torch.is_grad_enabled() else "reference forward"
+        return "policy forward" if lora.active(adapter) else "reference forward"
 
     hooks = {
         "_text": lambda: "text",
         "_to_latents": lambda: "LQ encode" if state["encoding"] else "re-encode",
-        "_to_image": lambda: "reference decode" if back_propagates and not torch.is_grad_enabled() else "decode",
+        "_to_image": lambda: "reference decode" if back_propagates and not lora.active(adapter) else "decode",
         "_predict": prediction,
     }
     for name, part in hooks.items():

@@ -2,13 +2,14 @@
 
 import copy
 import itertools
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from _released import GDPOSR, Released, RFSRStep, SeeSRStep
-from _sizes import TOKENS, WIDTH, images, pipeline, plain_unet, seesr_networks
+from _sizes import CROPS, SIZES, TOKENS, WIDTH, images, pipeline, plain_unet, seesr_networks
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -28,6 +29,34 @@ from rewardsr.trainers.rfsr import RFSR, RFSROptions
 SCALE = 4
 _SEEDS = itertools.count()
 FORMS = {"gdpo": ("paper", "conditional", "shared"), "rfsr": ("whole", "early", "late")}
+
+
+def common_arguments(parser: ArgumentParser) -> None:
+    """What every benchmark of a step can be told."""
+    parser.add_argument("--size", choices=list(SIZES), default="tiny")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on CUDA")
+    parser.add_argument("--trainer", choices=list(FORMS), default="gdpo")
+    parser.add_argument("--adapter", choices=["osediff", "seesr"], default="osediff")
+    parser.add_argument("--group", type=int, default=6)
+    parser.add_argument("--crop", type=int, help="HQ pixels a side; default 512, middle: 128, tiny: 64")
+    parser.add_argument("--rewards", help="comma-separated; psnr,detail, for rfsr detail; pyiqa's need their weights")
+    parser.add_argument("--rollout", choices=["denoise", "none"], default="denoise", help="rfsr; none: as released")
+    parser.add_argument("--sampler-steps", type=int, default=50, help="of seesr")
+    parser.add_argument("--fixed-prompt", action="store_true", help="one prompt for all images: encoded once, ever")
+    parser.add_argument("--micro-batch", type=int)
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--output", type=Path, help="append what is printed to this file")
+
+
+def complete(chosen: Namespace) -> list[str]:
+    """Fill in what depends on other options; returns the forms that are usual."""
+    chosen.crop = chosen.crop or CROPS[chosen.size]
+    chosen.rewards = chosen.rewards or ("psnr,detail" if chosen.trainer == "gdpo" else "detail")
+    if chosen.trainer == "gdpo":
+        return ["paper"]
+    return ["whole"] if chosen.adapter == "osediff" else ["early", "late"]
 
 
 class Images:

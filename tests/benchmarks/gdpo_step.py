@@ -16,7 +16,6 @@ import argparse
 import statistics
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +31,14 @@ from _count import (
     unit_flops,
 )
 from _memory import held, working
-from _meter import Meter, matmul_rate, medians, now, watched
+from _meter import Meter, matmul_rate, medians, timed, watched
 from _rows import Rows
 from _setup import (
     FORMS,
     Ours,
     Theirs,
+    common_arguments,
+    complete,
     make_adapter,
     method_of,
     precision,
@@ -47,38 +48,24 @@ from _setup import (
     seconds_of,
     set_up,
 )
-from _sizes import CROPS, PARAMETERS, SIZES, parameter_counts, vgg_file
+from _sizes import PARAMETERS, parameter_counts, vgg_file
+
+from rewardsr.errors import TrainingError, is_out_of_memory
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=list(SIZES), default="tiny")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on CUDA")
-    parser.add_argument("--trainer", choices=list(FORMS), default="gdpo")
-    parser.add_argument("--adapter", choices=["osediff", "seesr"], default="osediff")
+    common_arguments(parser)
     parser.add_argument("--form", choices=sum(FORMS.values(), ()), nargs="+", help="one or several, see _setup.py")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="one or several")
-    parser.add_argument("--group", type=int, default=6)
-    parser.add_argument("--crop", type=int, help="HQ pixels a side; default 512, middle: 128, tiny: 64")
-    parser.add_argument("--rewards", help="comma-separated; psnr,detail, for rfsr detail; pyiqa's need their weights")
-    parser.add_argument("--rollout", choices=["denoise", "none"], default="denoise", help="rfsr; none: as released")
-    parser.add_argument("--sampler-steps", type=int, default=50, help="of seesr")
-    parser.add_argument("--fixed-prompt", action="store_true", help="one prompt for all images: encoded once, ever")
-    parser.add_argument("--micro-batch", type=int)
-    parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--against", choices=["released"], help="measure the released step in turn with ours")
     parser.add_argument("--steps", type=int, default=5, help="measured, after two that warm up")
     parser.add_argument("--no-parts", action="store_true", help="whole steps only")
     parser.add_argument("--no-count", action="store_true", help="no operations: starts a few seconds earlier")
     parser.add_argument("--count-only", action="store_true", help="operations only, on the meta device")
-    parser.add_argument("--output", type=Path, help="append what is printed to this file")
     chosen = parser.parse_args()
-    chosen.crop = chosen.crop or CROPS[chosen.size]
-    chosen.rewards = chosen.rewards or ("psnr,detail" if chosen.trainer == "gdpo" else "detail")
-    usual = ["paper"] if chosen.trainer == "gdpo" else ["whole"] if chosen.adapter == "osediff" else ["early", "late"]
+    usual = complete(chosen)
     chosen.form = chosen.form or usual
     if chosen.adapter == "seesr" and chosen.trainer == "gdpo":
         parser.error("GDPO-SR is of one-step pipelines: leave --adapter out")
@@ -137,13 +124,6 @@ def report_counts(chosen: argparse.Namespace, rows: Rows) -> None:
         for part in dict.fromkeys(part for parts in counts.values() for part in parts):
             rows.row(part, *(f"{parts.get(part, 0) / 1e9:,.2f}" for parts in counts.values()))
         rows.row("**step, rewards apart**", *(f"{total(parts):,.2f}" for parts in counts.values()))
-
-
-def timed(step: Callable[[], None], device: torch.device) -> float:
-    """Seconds of one step."""
-    began = now(device)
-    step()
-    return now(device) - began
 
 
 def report_steps(
@@ -220,9 +200,14 @@ def main(folder: Path) -> None:
             if second:
                 runs["released"] = Theirs(setup, released_of(setup.method, chosen, second))
             mine = counts.get((form, batch), {})
-            report_steps(chosen, rows, runs, mine, rate)
-            if not chosen.no_parts:
-                report_parts(chosen, rows, setup, runs["ours"], mine.get("ours", {}), rate)
+            try:
+                report_steps(chosen, rows, runs, mine, rate)
+                if not chosen.no_parts:
+                    report_parts(chosen, rows, setup, runs["ours"], mine.get("ours", {}), rate)
+            except (TrainingError, RuntimeError) as error:
+                if not is_out_of_memory(error.__cause__ or error):
+                    raise
+                rows.say("out of memory")
 
 
 if __name__ == "__main__":
