@@ -28,7 +28,7 @@ def compile_networks(adapter: ISRAdapter, backend: str = "inductor") -> None:
 
 @contextmanager
 def eager() -> Iterator[None]:
-    """Inside, compiled networks run as they are written: held-out images have many shapes, and compiling takes minutes."""
+    """Inside, compiled networks run as written: held-out images have many shapes, and compiling takes minutes."""
     with torch.compiler.set_stance("force_eager"):
         yield
 

@@ -311,7 +311,7 @@ class FakeCuda(TorchDispatchMode):
         return result
 
     def _plausible(self, tensor: Tensor) -> Tensor:
-        """Values on the host: those that are known; else in [0, 1), 0 for whole numbers, and the truth if all is well."""
+        """Values on the host: known ones; else in [0, 1), 0 for whole numbers, and true if all is well."""
         value = self.value(tensor)
         with no_dispatch():
             if value is not None:
