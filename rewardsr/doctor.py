@@ -23,6 +23,8 @@ OPTIONAL = {
     "pyiqa": "pyiqa metrics as rewards (its licence is non-commercial)",
     "tensorboard": "log_with: [tensorboard]",
     "wandb": "log_with: [wandb]",
+    "bitsandbytes": "optimiser.name: adamw8bit",
+    "prodigyopt": "optimiser.name: prodigy",
 }
 
 

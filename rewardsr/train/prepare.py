@@ -20,6 +20,7 @@ from rewardsr.rewards import build
 from rewardsr.rewards.base import Reward
 from rewardsr.rewards.probe import probe_gradient
 from rewardsr.train.log import check_trackers
+from rewardsr.train.optimiser import check_optimiser
 from rewardsr.train.processes import make_accelerator
 from rewardsr.train.recipe import DegradationRecipe, Recipe
 from rewardsr.trainers.base import Method
@@ -59,6 +60,7 @@ def set_up(recipe: Recipe) -> Setup:
         UserError: anything in the recipe that cannot be had or does not fit.
     """
     check_trackers(recipe.log_with)
+    check_optimiser(recipe.optimiser.name)
     if recipe.lora.init is not None:
         lora.locate(recipe.lora.init)
     device, dtype = choose_device(recipe.device, recipe.precision)

@@ -30,6 +30,7 @@ from rewardsr.rewards import build
 from rewardsr.train import loop
 from rewardsr.train import recipe as recipes
 from rewardsr.train.checkpoint import State
+from rewardsr.train.optimiser import make_optimiser
 from rewardsr.train.prepare import Setup
 from rewardsr.trainers.gdpo import GDPO, GDPOOptions
 
@@ -147,7 +148,7 @@ def real_setup(chosen: argparse.Namespace) -> tuple[Setup, torch.dtype]:
 def measure(chosen: argparse.Namespace, setup: Setup) -> SimpleNamespace:
     """Seconds of undisturbed steps, and by part; memory at its peak, in all and by part."""
     device, adapter, method = torch.device(chosen.device), setup.adapter, setup.method
-    optimiser, state = loop.make_optimiser(setup), State()
+    optimiser, state = make_optimiser(setup), State()
     cuda = device.type == "cuda"
 
     def step() -> float:
