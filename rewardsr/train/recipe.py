@@ -158,7 +158,9 @@ class Recipe(Options):
     )
     seed: Seed = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of the base; auto: bf16 on CUDA, else fp32")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="of the base; auto: bf16 on CUDA cards that compute in it, else fp32"
+    )
     gradient_checkpointing: bool = False
     validate_every: Count = 100
     checkpoint_every: Count = 100
