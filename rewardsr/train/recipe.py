@@ -159,7 +159,7 @@ class Recipe(Options):
     seed: Seed = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="of the base; auto: bf16 on CUDA cards that compute in it, else fp32"
+        "auto", description="of the base; auto: bf16 where CUDA has it, else fp32"
     )
     gradient_checkpointing: bool = False
     validate_every: Count = 100
