@@ -68,12 +68,12 @@ class Batch:
         return replace(self, lq=cut(self.lq, corners // scale, side // scale), hq=hq)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch with its tensors on another device."""
+        """The batch with its tensors on another device; what goes from the CPU to CUDA is not waited for."""
         return replace(
             self,
-            lq=self.lq.to(device),
-            hq=None if self.hq is None else self.hq.to(device),
-            extras={name: value.to(device) for name, value in self.extras.items()},
+            lq=_moved(self.lq, device),
+            hq=None if self.hq is None else _moved(self.hq, device),
+            extras={name: _moved(value, device) for name, value in self.extras.items()},
         )
 
 
@@ -128,6 +128,11 @@ class Condition:
             elif isinstance(value, Mapping):
                 changed[entry.name] = {name: change(tensor) for name, tensor in value.items()}
         return replace(self, **changed)
+
+
+def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+    cuda = torch.device(device).type == "cuda" and tensor.device.type == "cpu" and torch.cuda.is_available()
+    return (tensor.pin_memory() if cuda else tensor).to(device, non_blocking=cuda)
 
 
 def cut(images: Tensor, corners: Tensor, side: int) -> Tensor:

@@ -66,6 +66,12 @@ class DataRecipe(ProtocolRecipe):
     validation: _Place | None = Field(None, description="the same for held-out images; None: no validation")
     crop: int = Field(512, ge=1, le=16_384, description="side of the HQ crops in pixels")
     flip: bool = Field(True, description="mirror crops at random")
+    workers: int | None = Field(
+        None,
+        ge=0,
+        le=64,
+        description="threads a process that decode and degrade beside the step; 0: none; null: as many as cores allow",
+    )
     validation_limit: Count | None = Field(None, description="the first so many held-out images")
     validation_side: int | None = Field(
         None, ge=1, le=65_536, description="cut larger held-out images to this many HQ pixels a side"
@@ -238,10 +244,13 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def differences(one: Recipe, other: Recipe) -> list[str]:
-    """Top-level keys in which two recipes differ so that they are different runs; where images lie makes none."""
+    """Top-level keys in which two recipes differ so that they are different runs.
+
+    Where images lie makes none, nor in how many threads they are read.
+    """
     left, right = (recipe.model_dump(mode="json") for recipe in (one, other))
     for recipe in (left, right):
-        recipe["data"] |= {"train": "", "validation": bool(recipe["data"]["validation"])}
+        recipe["data"] |= {"train": "", "validation": bool(recipe["data"]["validation"]), "workers": None}
     return [key for key in left if key not in FREE_ON_RESUME and left[key] != right[key]]
 
 

@@ -1,6 +1,6 @@
 """Exponential moving average of what is trained: a smoother copy of what training leaves."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -18,7 +18,7 @@ def decay_at(update: int, decay: float) -> float:
 
 
 @torch.no_grad()
-def average(target: list[Tensor], source: Sequence[Tensor], decay: float) -> None:
+def average(target: list[Tensor], source: list[Tensor], decay: float) -> None:
     """target = decay * target + (1 - decay) * source, in place; a few launches for all tensors together."""
     torch._foreach_lerp_(target, source, 1 - decay)
 
@@ -35,7 +35,7 @@ class EMA:
         self._parameters, self._decay = parameters, decay
         self._updates = 0
         self._average = {name: value.detach().clone() for name, value in parameters.items()}
-        self._lists = list(self._average.values()), list(parameters.values())
+        self._lists: tuple[list[Tensor], list[Tensor]] = list(self._average.values()), list(parameters.values())
 
     def update(self) -> None:
         """Take in the parameters after an optimiser's update."""

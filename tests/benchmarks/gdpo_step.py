@@ -14,6 +14,7 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,7 +52,7 @@ class Images:
         prompts = tuple("a photo" if self._fixed else f"photo {index}" for index in indices)
         return Batch(lq=lq, hq=hq, prompts=prompts)
 
-    def prefetch(self, seed: int, indices: list[int]) -> None:
+    def prefetch(self, seed: int, batches: Iterable[list[int]]) -> None:
         """Nothing to load."""
 
 
