@@ -7,6 +7,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Generic, TypeVar
@@ -34,8 +35,8 @@ def default_workers() -> int:
 class Workers(Generic[S, T]):
     """Makes batches of samples in threads, as they are asked for or ahead of that. Results depend on neither.
 
-    Samples are begun in the order in which they are announced, so a batch never waits for one that was announced after
-    it. What goes wrong in a sample is raised when its batch is asked for.
+    Samples are begun in the order in which they are announced. What goes wrong in one is raised when its batch is asked
+    for.
 
     Args:
         count: threads; 0: everything is made by whoever asks for it.
@@ -54,7 +55,7 @@ class Workers(Generic[S, T]):
         self._count, self._sample, self._gather = count, sample, gather
         self._most = AHEAD_BYTES // max(1, sample_bytes)  # samples made ahead
         self._pool: ThreadPoolExecutor | None = None
-        self._ahead: OrderedDict[tuple[int, tuple[int, ...]], tuple[Future[T], list[Future[S]]]] = OrderedDict()
+        self._ahead: dict[tuple[int, tuple[int, ...]], _Making[S, T]] = {}
 
     def batch(self, seed: int, indices: Sequence[int]) -> T:
         """The batch of these indices; what was announced instead of it is dropped."""
@@ -64,7 +65,7 @@ class Workers(Generic[S, T]):
         if key not in self._ahead:
             self._drop()
             self._begin(*key)
-        return self._ahead.pop(key)[0].result()
+        return self._ahead.pop(key).batch.result()
 
     def prefetch(self, seed: int, batches: Iterable[Sequence[int]]) -> None:
         """Begin with the batches that will be asked for next, in their order, until enough are made ahead.
@@ -95,18 +96,15 @@ class Workers(Generic[S, T]):
             self._pool = None
 
     def _begin(self, seed: int, indices: tuple[int, ...]) -> None:
-        pool = self._threads()
-        samples = [pool.submit(self._sample, seed, index) for index in indices]
-        # Threads take up work in its order: when this is taken up, each of the samples has been.
-        made = pool.submit(lambda: self._gather([sample.result() for sample in samples], seed, indices))
-        self._ahead[seed, indices] = made, samples
+        samples = [partial(self._sample, seed, index) for index in indices]
+        making = self._ahead[seed, indices] = _Making(samples, lambda made: self._gather(made, seed, indices))
+        for place in range(len(indices)):
+            self._threads().submit(making.make, place)
 
     def _drop(self) -> None:
-        while self._ahead:
-            made, samples = self._ahead.popitem()[1]
-            made.cancel()
-            for sample in samples:
-                sample.cancel()
+        for making in self._ahead.values():
+            making.dropped = True
+        self._ahead.clear()
 
     def _threads(self) -> ThreadPoolExecutor:
         if self._pool is None:
@@ -114,6 +112,40 @@ class Workers(Generic[S, T]):
             # is the calling thread's.
             self._pool = ThreadPoolExecutor(self._count, "rewardsr-data", torch.set_num_threads, (1,))
         return self._pool
+
+
+class _Making(Generic[S, T]):
+    """A batch on its way: whoever makes its last sample puts it together, so that no thread waits for another.
+
+    Attributes:
+        batch: the batch, or what went wrong in the first of its samples that failed.
+        dropped: nobody will ask for it.
+    """
+
+    def __init__(self, samples: Sequence[Callable[[], S]], gather: Callable[[list[S]], T]) -> None:
+        self.batch: Future[T] = Future()
+        self.dropped = False
+        self._samples, self._gather = samples, gather
+        self._made: dict[int, Future[S]] = {}
+        self._lock = Lock()
+
+    def make(self, place: int) -> None:
+        """Make the sample at this place."""
+        if self.dropped:
+            return
+        made: Future[S] = Future()
+        try:
+            made.set_result(self._samples[place]())
+        except BaseException as error:
+            made.set_exception(error)
+        with self._lock:
+            self._made[place] = made
+            if len(self._made) < len(self._samples):
+                return
+        try:
+            self.batch.set_result(self._gather([self._made[place].result() for place in range(len(self._samples))]))
+        except BaseException as error:
+            self.batch.set_exception(error)
 
 
 class ImageCache:
