@@ -86,10 +86,10 @@ def set_up(recipe: Recipe, *, decode: bool = True) -> Setup:
     rewards = {entry.name: build(entry.name, **entry.options) for entry in recipe.rewards}
     guards = {name: build(name) for name in recipe.guards if name not in rewards}
     notes = [f"device {device}, base in {str(dtype).removeprefix('torch.')}, LoRA in float32"]
-    decoded = partial(everywhere, accelerator)
+    together = partial(everywhere, accelerator)
     share = accelerator.process_index, accelerator.num_processes
     if decode and len(train) <= DECODE_UP_TO:
-        train.check(*share, together=decoded)
+        train.check(*share, together=together)
     elif decode:
         notes.append(
             f"{len(train)} training images: headers were checked, a damaged file stops the run when its turn comes"
@@ -99,7 +99,7 @@ def set_up(recipe: Recipe, *, decode: bool = True) -> Setup:
     _try_metrics({name: rewards[name] for name in steering}, sample, "a training crop")
     if validation is not None:
         if decode:
-            validation.check(*share, recipe.data.validation_limit, decoded)
+            validation.check(*share, recipe.data.validation_limit, together)
         _try_metrics(rewards | guards, _smallest(validation, recipe).to(device), "the smallest held-out image")
     if method_kind.differentiates:
         for name in steering:
