@@ -75,7 +75,7 @@ class Batch:
         return replace(self, lq=cut(self.lq, corners // scale, side // scale), hq=hq)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch with its tensors on another device."""
+        """The batch with its tensors on another device; what goes from the CPU to CUDA is not waited for."""
         return replace(
             self,
             lq=to_device(self.lq, device),

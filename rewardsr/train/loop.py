@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -236,7 +237,7 @@ def _groups(setup: Setup, at: int) -> Iterator[tuple[Prepared, list[int]]]:
     whole = per_pass * recipe.accumulate
     for turn in range(recipe.accumulate):
         batch = setup.data.batch(recipe.seed, stream(turn))
-        setup.data.prefetch(recipe.seed, stream(turn + 1))
+        setup.data.prefetch(recipe.seed, map(stream, count(turn + 1)))
         indices = [index - at * whole for index in stream(turn)]
         draws = Draws(recipe.seed, at, indices, "group")
         yield setup.method.prepare(batch.to(accelerator.device), draws), indices
