@@ -19,6 +19,16 @@ Wanted = Literal["auto", Precision]
 NETWORK = 10_000  # weights; fewer are the fixed filters of a formula
 
 
+# What decides on TF32, with the values for yes and no. From torch 2.9 on there are names for each operation, and the
+# older ones raise where somebody has used those.
+_CUDNN, _PRODUCTS = torch.backends.cudnn, torch.backends.cuda.matmul
+_SWITCHES, _VALUES = (
+    ([(owner, "fp32_precision") for owner in (_PRODUCTS, _CUDNN.conv, _CUDNN.rnn)], ("tf32", "ieee"))
+    if hasattr(_CUDNN, "conv")
+    else ([(owner, "allow_tf32") for owner in (_PRODUCTS, _CUDNN)], (True, False))
+)
+
+
 @contextlib.contextmanager
 def computing(device: torch.device, precision: Precision = "fp32") -> Iterator[None]:
     """Inside, products and convolutions on `device` have this precision, and cuDNN chooses nothing by chance.
@@ -29,17 +39,17 @@ def computing(device: torch.device, precision: Precision = "fp32") -> Iterator[N
         device: of the tensors.
         precision: "tf32" is float32 where there is no CUDA; "bf16" is autocast.
     """
-    products, tf32 = torch.backends.cuda.matmul, device.type == "cuda" and precision != "fp32"
-    before = products.allow_tf32
-    products.allow_tf32 = tf32
+    tf32 = _VALUES[0 if device.type == "cuda" and precision != "fp32" else 1]
+    wanted = [(_CUDNN, "deterministic", True), (_CUDNN, "benchmark", False), *((*place, tf32) for place in _SWITCHES)]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in wanted]
     try:
-        with (
-            torch.backends.cudnn.flags(torch.backends.cudnn.enabled, deterministic=True, allow_tf32=tf32),
-            torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
-        ):
+        for place in wanted:
+            setattr(*place)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             yield
     finally:
-        products.allow_tf32 = before
+        for place in before:
+            setattr(*place)
 
 
 def chosen(owner: str, network: nn.Module, wanted: Wanted) -> Precision:
