@@ -7,7 +7,7 @@ multiplied. Left alone, torch convolves in it, and multiplies matrices in float3
 
 import contextlib
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,16 +17,6 @@ from rewardsr.errors import UserError
 Precision = Literal["fp32", "tf32", "bf16"]
 Wanted = Literal["auto", Precision]
 NETWORK = 10_000  # weights; fewer are the fixed filters of a formula
-
-
-# What decides on TF32, with the values for yes and no. From torch 2.9 on there are names for each operation, and the
-# older ones raise where somebody has used those.
-_CUDNN, _PRODUCTS = torch.backends.cudnn, torch.backends.cuda.matmul
-_SWITCHES, _VALUES = (
-    ([(owner, "fp32_precision") for owner in (_PRODUCTS, _CUDNN.conv, _CUDNN.rnn)], ("tf32", "ieee"))
-    if hasattr(_CUDNN, "conv")
-    else ([(owner, "allow_tf32") for owner in (_PRODUCTS, _CUDNN)], (True, False))
-)
 
 
 @contextlib.contextmanager
@@ -39,17 +29,42 @@ def computing(device: torch.device, precision: Precision = "fp32") -> Iterator[N
         device: of the tensors.
         precision: "tf32" is float32 where there is no CUDA; "bf16" is autocast.
     """
-    tf32 = _VALUES[0 if device.type == "cuda" and precision != "fp32" else 1]
-    wanted = [(_CUDNN, "deterministic", True), (_CUDNN, "benchmark", False), *((*place, tf32) for place in _SWITCHES)]
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in wanted]
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
     try:
-        for place in wanted:
-            setattr(*place)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with (
+            _tf32(device.type == "cuda" and precision != "fp32"),
+            torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
+        ):
             yield
     finally:
-        for place in before:
-            setattr(*place)
+        cudnn.deterministic, cudnn.benchmark = before
+
+
+@contextlib.contextmanager
+def _tf32(on: bool) -> Iterator[None]:
+    cudnn: Any = torch.backends.cudnn
+    try:
+        before = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    except RuntimeError:  # somebody has set the switches of torch 2.9, beside which the older ones cannot be read
+        switches = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
+        values = [switch.fp32_precision for switch in switches]
+        try:
+            for switch in switches:
+                switch.fp32_precision = "tf32" if on else "ieee"
+            yield
+        finally:
+            for switch, value in zip(switches, values, strict=True):
+                switch.fp32_precision = value
+        return
+    try:
+        torch.set_float32_matmul_precision("high" if on else "highest")
+        cudnn.allow_tf32 = on
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        cudnn.allow_tf32 = before[1]
 
 
 def chosen(owner: str, network: nn.Module, wanted: Wanted) -> Precision:

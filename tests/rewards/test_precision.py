@@ -28,22 +28,24 @@ def tf32() -> tuple[bool, ...]:
     return tuple(switch.fp32_precision == "tf32" for switch in SWITCHES[:2])
 
 
-@pytest.fixture(params=["off", "on", "untouched", "mixed"])
+@pytest.fixture(params=["highest", "high", "medium", "untouched", "mixed"])
 def everywhere(request: pytest.FixtureRequest) -> Iterator[None]:
     """TF32 as a caller might have it for all of torch; it must still be so afterwards."""
-    before = [switch.fp32_precision for switch in SWITCHES]
-    if request.param in ("off", "on"):
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = request.param == "on"
-    elif request.param == "mixed":  # from here on the older switches cannot even be read
+    start = [switch.fp32_precision for switch in SWITCHES]
+    if request.param in ("highest", "high", "medium"):
+        torch.set_float32_matmul_precision(request.param)
+        torch.backends.cudnn.allow_tf32 = request.param != "highest"
+    elif request.param == "mixed":  # the older switches cannot even be read beside these
         torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision = "tf32", "ieee"
-    given = [switch.fp32_precision for switch in SWITCHES]
+    before = tf32()
     yield
-    assert [switch.fp32_precision for switch in SWITCHES] == given
+    assert tf32() == before
     if request.param != "mixed":
-        assert torch.backends.cuda.matmul.allow_tf32 == (request.param == "on")
-        assert torch.backends.cudnn.allow_tf32 == (request.param != "off")
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
-    for switch, value in zip(SWITCHES, before, strict=True):
+        assert torch.get_float32_matmul_precision() == request.param.replace("untouched", "highest")
+        assert torch.backends.cudnn.allow_tf32 == (request.param != "highest")
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = True
+    for switch, value in zip(SWITCHES, start, strict=True):
         switch.fp32_precision = value
 
 
