@@ -7,7 +7,7 @@ multiplied. Left alone, torch convolves in it, and multiplies matrices in float3
 
 import contextlib
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -29,17 +29,42 @@ def computing(device: torch.device, precision: Precision = "fp32") -> Iterator[N
         device: of the tensors.
         precision: "tf32" is float32 where there is no CUDA; "bf16" is autocast.
     """
-    products, tf32 = torch.backends.cuda.matmul, device.type == "cuda" and precision != "fp32"
-    before = products.allow_tf32
-    products.allow_tf32 = tf32
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
     try:
         with (
-            torch.backends.cudnn.flags(torch.backends.cudnn.enabled, deterministic=True, allow_tf32=tf32),
+            _tf32(device.type == "cuda" and precision != "fp32"),
             torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
         ):
             yield
     finally:
-        products.allow_tf32 = before
+        cudnn.deterministic, cudnn.benchmark = before
+
+
+@contextlib.contextmanager
+def _tf32(on: bool) -> Iterator[None]:
+    cudnn: Any = torch.backends.cudnn
+    try:
+        before = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    except RuntimeError:  # somebody has set the switches of torch 2.9, beside which the older ones cannot be read
+        switches = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
+        values = [switch.fp32_precision for switch in switches]
+        try:
+            for switch in switches:
+                switch.fp32_precision = "tf32" if on else "ieee"
+            yield
+        finally:
+            for switch, value in zip(switches, values, strict=True):
+                switch.fp32_precision = value
+        return
+    try:
+        torch.set_float32_matmul_precision("high" if on else "highest")
+        cudnn.allow_tf32 = on
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        cudnn.allow_tf32 = before[1]
 
 
 def chosen(owner: str, network: nn.Module, wanted: Wanted) -> Precision:

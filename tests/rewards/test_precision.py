@@ -20,23 +20,33 @@ from rewardsr.rewards.precision import chosen, computing
 pytest.importorskip("pyiqa")
 
 SMALL = {"hidden_size": 24, "mlp_dim": 16, "num_layers": 1, "num_heads": 2}  # a MUSIQ of 0.5 million weights
-SWITCHES = (torch.backends.cuda.matmul, torch.backends.cudnn)
+SWITCHES = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
 
 
 def tf32() -> tuple[bool, ...]:
-    return tuple(switch.allow_tf32 for switch in SWITCHES)
+    """Whether products and convolutions are done in TF32."""
+    return tuple(switch.fp32_precision == "tf32" for switch in SWITCHES[:2])
 
 
-@pytest.fixture(params=[True, False])
-def everywhere(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """TF32 switched on or off for all of torch, as a caller might have it; it must still be so afterwards."""
+@pytest.fixture(params=["highest", "high", "medium", "untouched", "mixed"])
+def everywhere(request: pytest.FixtureRequest) -> Iterator[None]:
+    """TF32 as a caller might have it for all of torch; it must still be so afterwards."""
+    start = [switch.fp32_precision for switch in SWITCHES]
+    if request.param in ("highest", "high", "medium"):
+        torch.set_float32_matmul_precision(request.param)
+        torch.backends.cudnn.allow_tf32 = request.param != "highest"
+    elif request.param == "mixed":  # the older switches cannot even be read beside these
+        torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision = "tf32", "ieee"
     before = tf32()
-    for switch in SWITCHES:
-        switch.allow_tf32 = request.param
-    yield request.param
-    assert tf32() == (request.param, request.param)
-    for switch, value in zip(SWITCHES, before, strict=True):
-        switch.allow_tf32 = value
+    yield
+    assert tf32() == before
+    if request.param != "mixed":
+        assert torch.get_float32_matmul_precision() == request.param.replace("untouched", "highest")
+        assert torch.backends.cudnn.allow_tf32 == (request.param != "highest")
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = True
+    for switch, value in zip(SWITCHES, start, strict=True):
+        switch.fp32_precision = value
 
 
 class Products(TorchDispatchMode):
@@ -74,7 +84,8 @@ def musiq(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("precision", "inside"), [("fp32", False), ("tf32", True), ("bf16", True)])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.filterwarnings("ignore:.*Disabling")
-def test_switches_are_set_inside_and_put_back(precision: Any, inside: bool, device: str, everywhere: bool) -> None:
+def test_switches_are_set_inside_and_put_back(precision: Any, inside: bool, device: str, everywhere: None) -> None:
+    before = tf32()
     for error in (contextlib.nullcontext(), pytest.raises(KeyError)):
         with error, computing(torch.device(device), precision):
             assert tf32() == (inside and device == "cuda",) * 2
@@ -83,12 +94,12 @@ def test_switches_are_set_inside_and_put_back(precision: Any, inside: bool, devi
                 assert torch.is_autocast_enabled("cpu") == (precision == "bf16" and device == "cpu")
             else:
                 raise KeyError
-        assert tf32() == (everywhere, everywhere)
+        assert tf32() == before
     assert not torch.backends.cudnn.deterministic
 
 
 @pytest.mark.parametrize("name", ["ssim", "detail", "sharpness", "iqa:ssim", "iqa:gmsd", "iqa:nlpd", "iqa:vif"])
-def test_formulas_are_exact(name: str, everywhere: bool) -> None:
+def test_formulas_are_exact(name: str, everywhere: None) -> None:
     """pyiqa's own wrapper would convolve in TF32 whatever is set around it."""
     sr, batch = images()
     reward = build(name)
@@ -100,7 +111,7 @@ def test_formulas_are_exact(name: str, everywhere: bool) -> None:
     )
 
 
-def test_style_distance_is_exact(everywhere: bool) -> None:
+def test_style_distance_is_exact(everywhere: None) -> None:
     features = {layer: torch.rand(2, 4, 8, 8) for layer in distances.STYLE_WEIGHTS}
     with torch.autocast("cpu", torch.bfloat16), Products() as products:
         distances.style_distance(features, features)
