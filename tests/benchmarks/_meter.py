@@ -172,19 +172,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """TFLOP/s of a large square matrix product, the best of several: what a device can do at most."""
     side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(10):
-        if device.type == "cuda":
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            a @ b
-            stop.record()
-            stop.synchronize()
-            seconds.append(start.elapsed_time(stop) / 1000)
-        else:
-            began = time.perf_counter()
-            a @ b
-            seconds.append(time.perf_counter() - began)
+    seconds = [timed(lambda: a @ b, device) for _ in range(10)]
     return 2 * side**3 / min(seconds) / 1e12
 
 
