@@ -241,9 +241,7 @@ class FakeCuda(TorchDispatchMode):
         formula = flop_registry.get(func._overloadpacket)
         flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
         touched = {id(tensor): tensor for tensor in _tensors((args, kwargs.values(), result)) if _here(tensor)}
-        moved = sum(
-            min(tensor.numel() * tensor.itemsize, self._block(tensor).size) for tensor in touched.values()
-        )
+        moved = sum(min(tensor.numel() * tensor.itemsize, self._block(tensor).size) for tensor in touched.values())
         cost = self._see_peak()
         cost.kernels += 1
         cost.flops += flops

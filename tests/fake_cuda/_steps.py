@@ -120,10 +120,11 @@ class Measured:
 
 
 def measure(case: Case) -> Measured:
-    """The second of two steps, when the optimiser has its state; of upscaling the second image."""
+    """A step when the optimiser has its state, and an image; with `fixed_prompt` the second of two."""
     with fake_cuda() as device, TemporaryDirectory() as folder:
         work, watched = (_upscaling if case.trainer == "upscale" else _training)(device, case, Path(folder))
-        work()
+        if case.fixed_prompt:
+            work()
         device.reset()
         resident = device.allocated
         with watched:
@@ -194,7 +195,11 @@ def _training(device: FakeCuda, case: Case, folder: Path) -> tuple[Callable[[], 
             metrics=method.rewards,
             notes=(),
         )
-    optimiser, state = loop.make_optimiser(setup), State()
+        optimiser, state = loop.make_optimiser(setup), State()
+        for parameter in method.trained_weights().values():
+            parameter.grad = torch.zeros_like(parameter)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
     return lambda: loop.step(setup, optimiser, state), watched(device, adapter, method, optimiser)
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.utils import clip_grad
 
 # What torch.autocast runs in the lower precision, and in float32, on CUDA; of its lists, what networks here use.
 LOWER = (
@@ -32,6 +33,7 @@ def patched(mode: Any) -> Iterator[None]:
     - `torch.autocast('cuda')` would switch itself off, and asks the card for bf16.
     - autocast's casts belong to C++, which sees no CUDA tensors here: `_cast` stands in for them.
     - modules would swap fake parameters for their copies, which weak references forbid: they take the copies' data.
+    - clipping takes one kernel for all gradients only where they are of torch's own type.
     - attention in C++ would fall back to the form with an N x N matrix: `_attention` stands in for it.
     - `tolist` of a fake tensor would read element by element: it is one copy.
     """
@@ -48,6 +50,7 @@ def patched(mode: Any) -> Iterator[None]:
         (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         (torch, "clear_autocast_cache", clear_all),
         (torch.utils, "swap_tensors", _take_data),
+        (clip_grad, "_has_foreach_support", lambda tensors, device: True),
         (FakeTensor, "tolist", lambda tensor: tensor.cpu().tolist()),
     ]
     replacements.append((F, "scaled_dot_product_attention", _attention(F.scaled_dot_product_attention)))
