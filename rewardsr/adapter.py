@@ -10,8 +10,9 @@ Tensors at every public boundary:
 `rewardsr.batch` has what goes in (`Batch`) and what denoising is conditioned on (`Condition`).
 
 An adapter declares its `Options`, says how to `load`, and writes five hooks (`_encode`, `_start`, `_predict`,
-`_to_latents`, `_to_image`); their public namesakes check what they are given, call them in the adapter's precision, and
-give float32 back.
+`_to_latents`, `_to_image`); their public namesakes check what they are given and give float32 back. A hook casts what
+it hands to a network to that network's precision (`precision_of`): no autocast is on, which would turn every norm of a
+bf16 network into float32 and back.
 """
 
 from abc import ABC, abstractmethod
@@ -23,11 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from rewardsr.batch import Batch, Condition
+from rewardsr.checks import check
 from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError
 from rewardsr.options import Options
 from rewardsr.schedule import Coefficient, Schedule, Time
 from rewardsr.tiling import Tiling
+from rewardsr.transfer import to_device
 
 RANGE_SLACK = 1e-3  # resampling and half precision overshoot [0, 1] a little; more than this is another convention
 
@@ -151,22 +154,22 @@ class ISRAdapter(ABC):
             raise ValueError(
                 f"predict: expected float32 latents ({len(condition)}, C, h, w), got {z_t.dtype} {tuple(z_t.shape)}"
             )
-        times = torch.as_tensor(t, dtype=self.schedule.dtype, device=z_t.device).expand(z_t.shape[0])
-        with self.autocast():
-            return self._predict(z_t, times, condition).float()
+        if isinstance(t, Tensor):
+            times = to_device(t.to(self.schedule.dtype), z_t.device).expand(len(z_t))
+        else:
+            times = torch.full((len(z_t),), t, dtype=self.schedule.dtype, device=z_t.device)
+        return self._predict(z_t, times, condition).float()
 
     def to_latents(self, image: Tensor, generator: Source | None = None) -> Tensor:
         """Encode an image at output size, (B, 3, H, W) in [0, 1], to latents (B, C, h, w); no generator: the mode."""
         _check_image("to_latents: image", image)
-        with self.autocast():
-            return self._to_latents(self.pad(image.to(self.device)), generator).float()
+        return self._to_latents(self.pad(to_device(image, self.device)), generator).float()
 
     def to_image(self, z0: Tensor) -> Tensor:
         """Decode latents (B, C, h, w) to an image (B, 3, H', W') of the padded size, unclamped: callers clamp."""
         if z0.ndim != 4 or z0.dtype != torch.float32:
             raise ValueError(f"to_image: expected float32 latents (B, C, h, w), got {z0.dtype} {tuple(z0.shape)}")
-        with self.autocast():
-            return self._to_image(z0).float()
+        return self._to_image(z0).float()
 
     # ---- the five hooks, what an adapter writes; gradients must follow ----
 
@@ -255,10 +258,6 @@ class ISRAdapter(ABC):
             for name, exact in trained.items():
                 network.get_parameter(name).data = exact.to(self.device, torch.float32)
         return self
-
-    def autocast(self) -> torch.autocast:
-        """The one numeric path of training and inference: base weights in `dtype`, a float32 LoRA computing in it."""
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def transition(self, z: Tensor, prediction: Tensor, t: float, t_next: float) -> tuple[Tensor, Coefficient]:
         """One step of the sampler from `t` to `t_next` (`schedule.end`: to z0).
@@ -355,6 +354,13 @@ class ISRAdapter(ABC):
 def _check_image(what: str, image: Tensor) -> None:
     if image.ndim != 4 or image.shape[1] != 3 or image.dtype != torch.float32 or not image.numel():
         raise ValueError(f"{what}: expected float32 (B, 3, H, W), got {image.dtype} {tuple(image.shape)}")
-    low, high = (float(value) for value in image.detach().aminmax())
-    if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):  # also false for NaN
-        raise ValueError(f"{what}: expected values in [0, 1], got [{low:.3g}, {high:.3g}]")
+    low, high = image.detach().aminmax()
+    check(
+        (low >= -RANGE_SLACK) & (high <= 1 + RANGE_SLACK),
+        lambda: ValueError(f"{what}: expected values in [0, 1], got [{float(low):.3g}, {float(high):.3g}]"),
+    )
+
+
+def precision_of(network: nn.Module) -> torch.dtype:
+    """What a network computes in: the dtype of its first weight, a LoRA's aside."""
+    return next(network.parameters()).dtype

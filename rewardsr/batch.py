@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewardsr.transfer import to_device
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -49,11 +51,11 @@ class Batch:
         places = index.tolist()
         return replace(
             self,
-            lq=self.lq[index.to(self.lq.device)],
-            hq=None if self.hq is None else self.hq[index.to(self.hq.device)],
+            lq=self.lq[to_device(index, self.lq.device)],
+            hq=None if self.hq is None else self.hq[to_device(index, self.hq.device)],
             prompts=None if self.prompts is None else tuple(self.prompts[place] for place in places),
             paths=tuple(self.paths[place] for place in places) if self.paths else (),
-            extras={name: value[index.to(value.device)] for name, value in self.extras.items()},
+            extras={name: value[to_device(index, value.device)] for name, value in self.extras.items()},
         )
 
     def crop(self, corners: Tensor, side: int, scale: int) -> "Batch":
@@ -71,9 +73,9 @@ class Batch:
         """The batch with its tensors on another device."""
         return replace(
             self,
-            lq=self.lq.to(device),
-            hq=None if self.hq is None else self.hq.to(device),
-            extras={name: value.to(device) for name, value in self.extras.items()},
+            lq=to_device(self.lq, device),
+            hq=None if self.hq is None else to_device(self.hq, device),
+            extras={name: to_device(value, device) for name, value in self.extras.items()},
         )
 
 

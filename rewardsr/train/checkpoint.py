@@ -31,6 +31,7 @@ class State:
         skipped_in_a_row: the last ones of these without a finite one between.
         threads: CPU threads that torch used; part of a run's identity on the CPU, where sums depend on it.
         processes: how many there were; the order of the data depends on it.
+        micro_batch: rows of a pass that were found to fit; 0 where nobody has looked.
         data: identity of the images of training and validation (see `rewardsr.data.folder.Data.identity`).
     """
 
@@ -40,6 +41,7 @@ class State:
     skipped_in_a_row: int = 0
     threads: int = 0
     processes: int = 0
+    micro_batch: int = 0
     data: dict[str, str] = field(default_factory=dict)
 
 

@@ -8,7 +8,9 @@ import torch
 
 from rewardsr import run_folder
 from rewardsr.train.checkpoint import State
-from rewardsr.train.loop import make_optimiser, step
+from rewardsr.train.loop import step
+from rewardsr.train.memory import choose_micro_batch
+from rewardsr.train.optimiser import make_optimiser
 from rewardsr.train.prepare import Setup
 
 
@@ -38,8 +40,11 @@ class DryRun:
 
 def measure_step(setup: Setup) -> DryRun:
     """Take one step and measure it; nothing is written."""
-    metrics, _ = step(setup, make_optimiser(setup), State())
-    device = setup.accelerator.device
+    state, device = State(), setup.accelerator.device
+    choose_micro_batch(setup, state)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    metrics, _ = step(setup, make_optimiser(setup), state)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_resident()
     trainable = sum(parameter.numel() for parameter in setup.method.trained_weights().values())
     run = setup.recipe.output

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from rewardsr.adapter import ISRAdapter
 from rewardsr.trainers.gdpo import GDPO
 
 PARTS = (
     *("text", "LQ encode", "group sampling", "decode", "re-encode"),
-    *("policy forward", "policy backward", "reference forward"),
+    *("policy forward", "backward", "reference forward"),
 )
 REWARDS, REST = "rewards", "all else"
 
@@ -132,8 +131,8 @@ def watched(adapter: Any, method: GDPO, meter: Meter, around: Callable[[Any], An
     for name, reward in rewards.items():  # what GDPO looks at besides calling them
         method.groups.rewards[name].kind = reward.kind
     backward, gradients = Tensor.backward, torch.autograd.grad
-    Tensor.backward = timed(backward, lambda: "policy backward")  # type: ignore[method-assign]
-    torch.autograd.grad = timed(gradients, lambda: "policy backward")
+    Tensor.backward = timed(backward, lambda: "backward")  # type: ignore[method-assign]
+    torch.autograd.grad = timed(gradients, lambda: "backward")
     try:
         yield
     finally:
@@ -142,99 +141,6 @@ def watched(adapter: Any, method: GDPO, meter: Meter, around: Callable[[Any], An
         for name in (*hooks, "_encode"):
             delattr(adapter, name)
         del method.prepare  # type: ignore[method-assign]
-
-
-# ---- counting without memory ----
-
-
-class _Out(torch.autograd.Function):
-    """From the meta device, which has shapes and no values, to numbers on the CPU; gradients go back to shapes."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return torch.rand(tensor.shape, generator=torch.Generator().manual_seed(tensor.numel()))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0].to("meta")
-
-
-def on_meta(adapter: Any) -> Callable[[Any], Any]:
-    """For `watched`: hooks of an adapter whose networks are on the meta device, in a step that runs on the CPU.
-
-    The step's own decisions need numbers (are scores finite, is there a spread), so noise is what networks give it;
-    the cost of a network does not depend on values.
-    """
-    adapter._text_encoder.to = lambda *_: adapter._text_encoder  # it has nothing that could be moved
-    adapter.device = torch.device("cpu")  # where the step runs
-
-    def inward(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.to("meta")
-        return value._map(lambda tensor: tensor.to("meta")) if hasattr(value, "_map") else value
-
-    def around(hook: Any) -> Any:
-        def call(*arguments: Any) -> Any:
-            if hook.__name__ == "_text":  # it sends the tokens to the device by itself
-                adapter.device = torch.device("meta")
-            try:
-                return _Out.apply(hook(*(inward(value) for value in arguments)))
-            finally:
-                adapter.device = torch.device("cpu")
-
-        return call
-
-    return around
-
-
-# ---- what to compare with ----
-
-
-def unit_flops(adapter: Any, side: int) -> dict[str, int]:
-    """Operations of one pass of each network on one image; the adapter's networks are on the meta device."""
-    from rewardsr import lora
-
-    unet, vae, text = adapter.unet, adapter.vae, adapter._text_encoder
-    latent = torch.empty(1, 4, side // adapter.compression, side // adapter.compression, device="meta")
-    words = torch.empty(1, 77, text.config.hidden_size, device="meta")
-    time_step = torch.zeros(1, dtype=torch.int64, device="meta")
-
-    def cost(function: Callable[[], Any]) -> int:
-        with FlopCounterMode(display=False) as counter:
-            function()
-        return int(counter.get_total_flops())
-
-    found = {}
-    with torch.no_grad():
-        found["text"] = cost(lambda: text(torch.zeros(1, 77, dtype=torch.int64, device="meta")))
-        found["encode"] = cost(lambda: vae.encode(torch.empty(1, 3, side, side, device="meta")))
-        found["decode"] = cost(lambda: vae.decode(latent))
-        with lora.reference(adapter):
-            found["reference"] = cost(lambda: unet(latent, time_step, words))
-    outputs: list[Tensor] = []
-    found["policy"] = cost(lambda: outputs.append(unet(latent, time_step, words).sample))
-    found["backward"] = cost(lambda: outputs[0].square().mean().backward())
-    for parameter in lora.parameters(adapter).values():
-        parameter.grad = None
-    return found
-
-
-def floor(units: dict[str, int], images: int, group: int, preference: str, shared_noise: bool) -> dict[str, int]:
-    """Operations that the method's maths needs, by part: METHODS' sum of unit costs, and nothing else."""
-    outputs, passes = images * group, images if shared_noise else images * group
-    needed = {
-        "text": images * units["text"],
-        "LQ encode": images * units["encode"],
-        "group sampling": outputs * units["reference"],
-        "decode": outputs * units["decode"],
-        "re-encode": outputs * units["encode"],
-        "policy forward": passes * units["policy"],
-        "policy backward": passes * units["backward"],
-        "reference forward": passes * units["reference"],
-    }
-    if preference == "conditional":
-        del needed["re-encode"]
-    return needed
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -261,11 +167,3 @@ def medians(runs: list[dict[str, float]]) -> dict[str, float]:
     """Median seconds of each part over several steps."""
     names = dict.fromkeys(name for run in runs for name in run)
     return {name: statistics.median(run.get(name, 0.0) for run in runs) for name in names}
-
-
-def reset(adapter: ISRAdapter) -> None:
-    """Drop gradients, which a count on the meta device leaves behind."""
-    from rewardsr import lora
-
-    for parameter in lora.parameters(adapter).values():
-        parameter.grad = None

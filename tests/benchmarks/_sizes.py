@@ -1,5 +1,7 @@
-"""Pipelines of random weights, made in memory where they are to run: a tiny one, and one of SD 2.1's size."""
+"""Pipelines of random weights, made in memory where they are to run: tiny, a quarter as wide as SD 2.1, and SD 2.1."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,7 +69,24 @@ _TINY: dict[str, dict[str, Any]] = {
         "eos_token_id": 513,
     },
 }
-SIZES = {"tiny": _TINY, "sd21": _SD21}
+_MIDDLE: dict[str, dict[str, Any]] = {
+    "unet": {
+        **_SD21["unet"],
+        "block_out_channels": (80, 160, 320, 320),
+        "attention_head_dim": (2, 4, 5, 5),
+        "cross_attention_dim": 256,
+        "norm_num_groups": 16,
+    },
+    "vae": {**_SD21["vae"], "block_out_channels": (32, 64, 128, 128)},
+    "text_encoder": {
+        **_SD21["text_encoder"],
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_attention_heads": 4,
+    },
+}
+SIZES = {"tiny": _TINY, "middle": _MIDDLE, "sd21": _SD21}
+CROPS = {"tiny": 64, "middle": 128, "sd21": 512}  # HQ pixels a side, unless another number is asked for
 
 
 class _Tokenizer:
@@ -83,14 +102,13 @@ class _Tokenizer:
         return SimpleNamespace(input_ids=torch.tensor(rows))
 
 
-def pipeline(size: str, device: torch.device, dtype: torch.dtype, fingerprint: bool = True) -> OSEDiff:
+def pipeline(size: str, device: torch.device, dtype: torch.dtype) -> OSEDiff:
     """GDPO-SR's noise-aware one-step pipeline (`noise_t=250, net_t=100`, scale 4) with random weights.
 
     Args:
-        size: "tiny" or "sd21".
-        device: where the networks are made; the text encoder then moves to the CPU, where adapters keep it.
+        size: one of `SIZES`.
+        device: where the networks are made, and stay.
         dtype: of UNet and autoencoder.
-        fingerprint: weights on the meta device have no values to take one of.
     """
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -101,18 +119,25 @@ def pipeline(size: str, device: torch.device, dtype: torch.dtype, fingerprint: b
         parts = family.Parts(
             unet=diffusers.UNet2DConditionModel(**config["unet"]),
             vae=diffusers.AutoencoderKL(**config["vae"]),
-            text_encoder=text if device.type == "meta" else text.to("cpu"),
+            text_encoder=text,
             tokenizer=_Tokenizer(text.config.vocab_size),
             scheduler={"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
             revision="random",
         )
-    original = family.fingerprint
-    family.fingerprint = original if fingerprint else lambda parts: "none"
-    try:
+    with _unread():
         adapter = OSEDiff(parts, f"random weights of size {size}", OSEDiff.Options(noise_t=250, net_t=100))
+    return adapter if device.type == "meta" else adapter.to(device, dtype)
+
+
+@contextmanager
+def _unread() -> Iterator[None]:
+    """Inside, no fingerprint is taken: nobody asks for that of random weights, and large ones take a while to read."""
+    original = family.fingerprint
+    family.fingerprint = lambda parts: "none"
+    try:
+        yield
     finally:
         family.fingerprint = original
-    return adapter if device.type == "meta" else adapter.to(device, dtype)
 
 
 def parameter_counts(adapter: OSEDiff) -> dict[str, int]:

@@ -1,236 +1,190 @@
-"""What a GDPO step costs, part by part: seconds, operations, memory, and how near that is to what the maths needs.
+"""What a training step costs, in all and part by part, and beside the step of the papers' released code.
 
     python tests/benchmarks/gdpo_step.py --size tiny
-    python tests/benchmarks/gdpo_step.py --size sd21 --device cuda --batch 1 --compile
+    python tests/benchmarks/gdpo_step.py --size middle --form paper conditional shared --against released
+    python tests/benchmarks/gdpo_step.py --size sd21 --device cuda --batch 1 2 --against released --output rows.md
     python tests/benchmarks/gdpo_step.py --size sd21 --count-only      (operations only: any CPU, no memory)
 
-Networks have random weights, which changes no cost. The step is the real one, `rewardsr.train.loop.step`, with its
-calls wrapped. Operations are counted by torch (2 per multiply-add; convolutions and matrix products) on the meta
-device; those of rewards are not counted, and their time is listed apart.
+Networks have random weights, which changes no cost. Our step is the real one, `rewardsr.train.loop.step`, with its
+calls wrapped; the released one is `_released.py`, and the two are taken in turn, on the same networks. Operations are
+counted by torch (2 per multiply-add; convolutions and matrix products) on the meta device; those of rewards are not
+counted. Memory is what a step takes at its peak above what stays between steps ("working"), and both together; on the
+CPU it is followed tensor by tensor.
 """
 
 import argparse
-import resource
+import copy
 import statistics
-import sys
 import time
-from types import SimpleNamespace
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from _meter import PARTS, REST, REWARDS, Meter, floor, matmul_rate, medians, on_meta, unit_flops, watched
-from _sizes import PARAMETERS, images, parameter_counts, pipeline
-from accelerate import Accelerator
+from _count import META, count_gdpo, gdpo_needs, gdpo_released, unit_flops
+from _memory import held, working
+from _meter import PARTS, REST, REWARDS, Meter, matmul_rate, medians, watched
+from _released import GDPOSR
+from _rows import Rows
+from _setup import FORMS, Ours, Theirs, compile_networks, judge, method_of, precision, set_up
+from _sizes import CROPS, PARAMETERS, SIZES, parameter_counts, pipeline
 
 from rewardsr import lora
-from rewardsr.batch import Batch
-from rewardsr.draws import Draws
-from rewardsr.options import parse
-from rewardsr.rewards import build
-from rewardsr.train import loop
-from rewardsr.train import recipe as recipes
-from rewardsr.train.checkpoint import State
-from rewardsr.train.prepare import Setup
-from rewardsr.trainers.gdpo import GDPO, GDPOOptions
 
-SCALE = 4
-RELEASED = 73_807  # GFLOP of GDPO-SR's released step: SD 2.1-base, 512 px, G = 6, batch 1
-
-
-class Images:
-    """Endless crops, each with a prompt of its own, as in a first epoch with one caption an image."""
-
-    def __init__(self, crop: int, fixed_prompt: bool) -> None:
-        self._crop, self._fixed = crop, fixed_prompt
-
-    def batch(self, seed: int, indices: list[int]) -> Batch:
-        """The crops of these indices."""
-        hq = images(len(indices), self._crop, seed + indices[0])
-        lq = torch.nn.functional.interpolate(hq, scale_factor=1 / SCALE, mode="area")
-        prompts = tuple("a photo" if self._fixed else f"photo {index}" for index in indices)
-        return Batch(lq=lq, hq=hq, prompts=prompts)
-
-    def prefetch(self, seed: int, indices: list[int]) -> None:
-        """Nothing to load."""
+Counts = dict[str, int]
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=["tiny", "sd21"], default="tiny")
+    parser.add_argument("--size", choices=list(SIZES), default="tiny")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on CUDA")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--form", choices=FORMS, nargs="+", default=["paper"], help="of the preference, one or several")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="one or several")
     parser.add_argument("--group", type=int, default=6)
-    parser.add_argument("--crop", type=int, help="HQ pixels a side; default 512, tiny: 64")
-    parser.add_argument("--preference", choices=["paper", "conditional"], default="paper")
-    parser.add_argument("--shared-noise", action="store_true")
+    parser.add_argument("--crop", type=int, help="HQ pixels a side; default 512, middle: 128, tiny: 64")
     parser.add_argument("--rewards", default="psnr,detail", help="comma-separated; pyiqa's need their weights")
     parser.add_argument("--fixed-prompt", action="store_true", help="one prompt for all images: encoded once, ever")
     parser.add_argument("--micro-batch", type=int)
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--against", choices=["released"], help="measure the released step in turn with ours")
     parser.add_argument("--steps", type=int, default=5, help="measured, after two that warm up")
+    parser.add_argument("--no-parts", action="store_true", help="whole steps only")
+    parser.add_argument("--no-count", action="store_true", help="no operations: starts a few seconds earlier")
     parser.add_argument("--count-only", action="store_true", help="operations only, on the meta device")
+    parser.add_argument("--output", type=Path, help="append what is printed to this file")
     chosen = parser.parse_args()
-    chosen.crop = chosen.crop or (512 if chosen.size == "sd21" else 64)
+    chosen.crop = chosen.crop or CROPS[chosen.size]
     return chosen
 
 
-def options_of(chosen: argparse.Namespace) -> GDPOOptions:
-    """The method's options."""
-    return GDPOOptions(
-        group_size=chosen.group,
-        preference=chosen.preference,
-        shared_noise=chosen.shared_noise,
-        micro_batch=chosen.micro_batch,
-    )
+def total(counts: Counts) -> float:
+    """GFLOP of all parts."""
+    return sum(counts.values()) / 1e9
 
 
-def count(chosen: argparse.Namespace) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-    """Operations of a real step by part, of the maths by part, and the networks' parameters; needs no memory."""
-    adapter = pipeline(chosen.size, torch.device("meta"), torch.float32, fingerprint=False)
-    counts = parameter_counts(adapter)
+def report_counts(chosen: argparse.Namespace, rows: Rows) -> None:
+    """What each real step does, counted call by call, and what its maths needs."""
+    adapter = pipeline(chosen.size, META, torch.float32)
+    parameters = parameter_counts(adapter)
+    rows.say(f"parameters: {', '.join(f'{name} {number:,}' for name, number in parameters.items())}")
+    if chosen.size == "sd21" and parameters != PARAMETERS:
+        raise SystemExit(f"these are not Stable Diffusion 2.1's sizes: {PARAMETERS}")
     lora.attach(adapter)
     units = unit_flops(adapter, chosen.crop)
-    if chosen.gradient_checkpointing:
-        adapter.enable_gradient_checkpointing()
-    rewards = {"psnr": build("psnr")}
-    method = GDPO(adapter, rewards, {"psnr": 1.0}, options_of(chosen))
-    indices = list(range(chosen.batch))
-    meter = Meter(torch.device("cpu"), count=True)
-    with watched(adapter, method, meter, on_meta(adapter)):
-        group = method.prepare(Images(chosen.crop, False).batch(0, indices), Draws(0, 0, indices, "group"))
-        for loss in method.losses(group, Draws(0, 0, indices, "update-0")):
-            loss.value.backward()
-    needed = floor(units, chosen.batch, chosen.group, chosen.preference, chosen.shared_noise)
-    return {part: meter.flops[part] for part in PARTS if part in meter.flops}, needed, counts
+    for form in chosen.form:
+        for batch in chosen.batch:
+            needed = gdpo_needs(units, form, batch, chosen.group)
+            counted = count_gdpo(adapter, chosen, form, batch)
+            adapter.device = META
+            released = gdpo_released(units, batch, chosen.group)
+            rows.head(f"{form}, batch {batch}: GFLOP", "ours", "needed", "released")
+            for part in dict.fromkeys([*needed, *counted, *released]):
+                rows.row(part, *(f"{counts.get(part, 0) / 1e9:,.2f}" for counts in (counted, needed, released)))
+            rows.row("**step, rewards apart**", *(f"{total(counts):,.2f}" for counts in (counted, needed, released)))
 
 
-def real_setup(chosen: argparse.Namespace) -> tuple[Setup, torch.dtype]:
-    """A run's set-up as `rewardsr.train.prepare` would make it, on networks that were never in a file."""
-    device = torch.device(chosen.device)
-    bf16 = chosen.precision == "bf16" or (chosen.precision == "auto" and device.type == "cuda")
-    dtype = torch.bfloat16 if bf16 else torch.float32
+def timed(step: Callable[[], None], device: torch.device) -> float:
+    """Seconds of one step."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def report_steps(
+    chosen: argparse.Namespace, rows: Rows, runs: dict[str, Any], counts: dict[str, Counts], rate: float
+) -> None:
+    """Whole steps: those of all runs in turn, then a line for each, and what ours is of the other."""
+    device, taken = torch.device(chosen.device), dict[str, list[float]]()
+    for turn in range(chosen.steps + 2):
+        for name, run in runs.items():
+            seconds = timed(run.step, device)
+            if turn > 1:
+                taken.setdefault(name, []).append(seconds)
+            rows.note(f"{'warm-up' if turn < 2 else 'step'} {turn}, {name}: {seconds:.4f} s")
+    found: dict[str, tuple[float, ...]] = {}
+    rows.head("step", "seconds", "fastest", "slowest", "working GiB", "in all GiB", "TFLOP", "of matmul")
+    for name, run in runs.items():
+        work = working(run.step, device)
+        found[name] = (statistics.median(taken[name]), work, work + held(run.holds()))
+        flops = total(counts[name]) if name in counts else None
+        rows.row(
+            name,
+            *(f"{value:.4f}" for value in (found[name][0], min(taken[name]), max(taken[name]))),
+            *(f"{value / 2**30:.3f}" for value in found[name][1:]),
+            *(["", ""] if flops is None else [f"{flops / 1e3:.3f}", f"{flops / 1e3 / found[name][0] / rate:.0%}"]),
+        )
+    if len(found) == 2:
+        ours, theirs = found.values()
+        shares = [f"{mine / other:.3f}" for mine, other in zip(ours, theirs, strict=True)]
+        rows.row("ours / released", shares[0], "", "", *shares[1:], "", "")
+        rows.say(f"\nours is {theirs[0] / ours[0]:.2f} times as fast, in {shares[1]} of the working memory")
+
+
+def report_parts(chosen: argparse.Namespace, rows: Rows, setup: Any, run: Ours, counts: Counts, rate: float) -> None:
+    """Our step part by part; on CUDA the device is waited for at every border."""
+    meter, found = Meter(torch.device(chosen.device)), []
+    with watched(setup.adapter, setup.method, meter):
+        for _ in range(chosen.steps):
+            meter.begin()
+            run.step()
+            found.append(meter.end())
+    seconds = medians(found)
+    rows.head("ours, by part", "GFLOP", "seconds", "TFLOP/s", "of matmul", "peak GiB")
+    for part in (*PARTS, REWARDS, REST):
+        if part not in seconds:
+            continue
+        cells = ["", f"{seconds[part]:.4f}", "", ""]
+        if part in counts:
+            speed = counts[part] / seconds[part] / 1e12
+            cells = [f"{counts[part] / 1e9:,.2f}", f"{seconds[part]:.4f}", f"{speed:.3f}", f"{speed / rate:.0%}"]
+        rows.row(part, *cells, f"{meter.peak[part] / 2**30:.2f}" if part in meter.peak else "")
+
+
+def main() -> None:
+    """Count, or measure."""
+    chosen = arguments()
+    rows = Rows(chosen.output)
+    if chosen.count_only:
+        report_counts(chosen, rows)
+        return
+    device, dtype = torch.device(chosen.device), precision(chosen)
+    units: Counts = {}
+    if not chosen.no_count:
+        bare = pipeline(chosen.size, META, torch.float32)
+        lora.attach(bare)
+        units = unit_flops(bare, chosen.crop)
     adapter = pipeline(chosen.size, device, dtype)
+    second = copy.deepcopy(adapter.unet) if chosen.against else None
     lora.attach(adapter)
     if chosen.gradient_checkpointing:
         adapter.enable_gradient_checkpointing()
     if chosen.compile:
-        torch._dynamo.config.cache_size_limit = 64  # policy and reference, one image and a group: variants of a graph
-        for module in (adapter.unet, adapter.vae.encoder, adapter.vae.decoder):
-            module.compile()
-    names = [name for name in chosen.rewards.split(",") if name]
-    content: dict[str, Any] = {
-        "base": "random",
-        "output": "nowhere",
-        "data": {"train": "random", "crop": chosen.crop},
-        "rewards": [{"name": name} for name in names],
-        "trainer_options": options_of(chosen).model_dump(),
-        "steps": 1_000_000,
-        "batch_size": chosen.batch,
-        "gradient_checkpointing": chosen.gradient_checkpointing,
-    }
-    method = GDPO(adapter, {name: build(name) for name in names}, dict.fromkeys(names, 1.0), options_of(chosen))
-    return Setup(
-        recipe=parse(recipes.Recipe, content, "benchmark"),
-        accelerator=Accelerator(cpu=device.type == "cpu"),
-        adapter=adapter,
-        method=method,
-        data=Images(chosen.crop, chosen.fixed_prompt),  # type: ignore[arg-type]
-        validation=None,
-        metrics=method.rewards,
-        notes=(),
-    ), dtype
-
-
-def measure(chosen: argparse.Namespace, setup: Setup) -> SimpleNamespace:
-    """Seconds of undisturbed steps, and by part; memory at its peak, in all and by part."""
-    device, adapter, method = torch.device(chosen.device), setup.adapter, setup.method
-    optimiser, state = loop.make_optimiser(setup), State()
-    cuda = device.type == "cuda"
-
-    def step() -> float:
-        if cuda:
-            torch.cuda.synchronize(device)
-        began = time.perf_counter()
-        loop.step(setup, optimiser, state)
-        if cuda:
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - began
-
-    began = time.perf_counter()
-    for _ in range(2):
-        step()
-    warm_up = time.perf_counter() - began
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-    whole = statistics.median(step() for _ in range(chosen.steps))
-    if cuda:
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    meter, runs = Meter(device), []
-    assert isinstance(method, GDPO)
-    with watched(adapter, method, meter):
-        for _ in range(chosen.steps):
-            meter.begin()
-            loop.step(setup, optimiser, state)
-            runs.append(meter.end())
-    return SimpleNamespace(warm_up=warm_up, whole=whole, peak=peak, parts=medians(runs), peaks=meter.peak)
-
-
-def report(
-    chosen: argparse.Namespace, counted: dict[str, int], needed: dict[str, int], found: Any, rate: float | None
-) -> None:
-    """The table, as Markdown."""
-    header = ["part", "GFLOP", "needed"] + ([] if found is None else ["seconds", "TFLOP/s", "of matmul", "peak GiB"])
-    rows = []
-    for part in PARTS if found is None else (*PARTS, REWARDS, REST):
-        row = [part, f"{counted.get(part, 0) / 1e9:,.2f}", f"{needed.get(part, 0) / 1e9:,.2f}"]
-        if part in (REWARDS, REST):
-            row[1:] = ["", ""]
-        if found is not None:
-            seconds = found.parts.get(part, 0.0)
-            speed = counted.get(part, 0) / seconds / 1e12 if seconds else 0.0
-            share = f"{speed / rate:.0%}" if rate and part in counted else ""
-            row += [f"{seconds:.4f}", f"{speed:.3f}" if part in counted else "", share]
-            row.append(f"{found.peaks[part] / 2**30:.2f}" if part in found.peaks else "")
-        rows.append(row)
-    total, least = sum(counted.values()), sum(needed.values())
-    row = ["**step, rewards apart**", f"{total / 1e9:,.2f}", f"{least / 1e9:,.2f}"]
-    if found is not None:
-        seconds = sum(found.parts.get(part, 0.0) for part in PARTS)
-        share = f"{total / seconds / 1e12 / rate:.0%}" if rate else ""
-        row += [f"{seconds:.4f}", f"{total / seconds / 1e12:.3f}", share, ""]
-    widths = [max(len(line[column]) for line in (header, *rows, row)) for column in range(len(header))]
-    for line in (header, ["-" * width for width in widths], *rows, row):
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
-    print(f"\noperations counted / needed: {total / least:.4f}")
-    if (chosen.size, chosen.crop, chosen.group, chosen.batch) == ("sd21", 512, 6, 1):
-        print(f"GDPO-SR's released step: {RELEASED:,} GFLOP; this one does {total / 1e9 / RELEASED:.0%} of that")
-    if found is not None:
-        print(f"undisturbed step, rewards and optimiser included: {found.whole:.4f} s (warm-up {found.warm_up:.1f} s)")
-        kind = "allocated" if chosen.device.startswith("cuda") else "resident, the process's whole life"
-        print(f"peak memory ({kind}): {found.peak / 2**30:.2f} GiB")
-
-
-def main() -> None:
-    """Count, then measure."""
-    chosen = arguments()
-    counted, needed, parameters = count(chosen)
-    print(f"parameters: {', '.join(f'{name} {number:,}' for name, number in parameters.items())}")
-    if chosen.size == "sd21" and parameters != PARAMETERS:
-        raise SystemExit(f"these are not Stable Diffusion 2.1's sizes: {PARAMETERS}")
-    found, rate = None, None
-    if not chosen.count_only:
-        setup, dtype = real_setup(chosen)
-        found = measure(chosen, setup)
-        rate = matmul_rate(torch.device(chosen.device), dtype)
-        name = torch.cuda.get_device_name(chosen.device) if chosen.device.startswith("cuda") else "CPU"
-        print(f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads, {dtype}: {rate:.2f} TFLOP/s")
-    report(chosen, counted, needed, found, rate)
+        compile_networks(adapter)
+    rate = matmul_rate(device, dtype)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    rows.say(f"\n{name}, torch {torch.__version__}, {torch.get_num_threads()} threads, {dtype}: {rate:.3f} TFLOP/s")
+    for batch in chosen.batch:
+        for form in chosen.form:
+            about = f"{chosen.size}, crop {chosen.crop}, batch {batch}, group {chosen.group}"
+            rows.say(f"\n### gdpo, {form}: {about}{', compiled' if chosen.compile else ''}")
+            setup = set_up(adapter, method_of(adapter, chosen, form), chosen, batch)
+            runs: dict[str, Any] = {"ours": Ours(setup)}
+            counts = {"ours": gdpo_needs(units, form, batch, chosen.group)} if units else {}
+            if second is not None:
+                released = GDPOSR(adapter, second, judge(setup.method), chosen.group, setup.method.options.beta)
+                runs["released"] = Theirs(setup, released, second)
+                if units:
+                    counts["released"] = gdpo_released(units, batch, chosen.group)
+            report_steps(chosen, rows, runs, counts, rate)
+            if not chosen.no_parts:
+                report_parts(chosen, rows, setup, runs["ours"], counts.get("ours", {}), rate)
 
 
 if __name__ == "__main__":

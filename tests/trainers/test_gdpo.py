@@ -110,11 +110,11 @@ def test_micro_batches_give_the_gradient_of_the_whole(form, base) -> None:
     assert all(value.any() for value in whole.values())
     assert abs(float(loss.value.detach()) - LN2) > 1e-3  # the factor 1 - sigmoid(s) is not the one of the start
     for micro_batch in (1, 3, 4, 5, 8):
-        method.options = method.options.model_copy(update={"micro_batch": micro_batch})
+        method.micro_batch = micro_batch
         parts, losses = step(method, group)
         assert apart(parts, whole) <= 3e-5, micro_batch
-        logged = sum(loss.metrics["loss"] * loss.weight for loss in losses)
-        assert logged == pytest.approx(loss.metrics["loss"], abs=2e-5)
+        logged = sum(float(loss.metrics["loss"]) * loss.weight for loss in losses)
+        assert logged == pytest.approx(float(loss.metrics["loss"]), abs=2e-5)
         again = method.prepare(images(2), Draws(0, 0, [0, 1]))
         assert torch.allclose(again.latents, group.latents, atol=1e-5)
         assert torch.allclose(again.advantages, group.advantages, atol=1e-3)
@@ -215,7 +215,7 @@ def recorded(adapter) -> list[tuple[str, int, bool]]:
         original = getattr(adapter, name)
 
         def call(first, *rest):
-            calls.append((name.removeprefix("_"), len(first), torch.is_grad_enabled()))
+            calls.append((name.removeprefix("_"), len(first), bool(lora.active(adapter))))
             return original(first, *rest)
 
         return call
@@ -259,22 +259,19 @@ def test_what_one_step_of_the_conditional_form_costs(base) -> None:
     ]
 
 
-def test_each_text_is_encoded_once_and_the_text_encoder_leaves_the_device(base) -> None:
+def test_each_text_is_encoded_once(base) -> None:
     method = make(base)
-    texts, devices = [], []
+    texts = []
     encoder = method.adapter._text_encoder
     encoder.register_forward_pre_hook(
         lambda module, inputs, named: texts.extend([*inputs, *named.values()][:1]), with_kwargs=True
     )
-    move = encoder.to
-    encoder.to = lambda device: (devices.append(str(device)), move(device))[1]
     batch = images(2)
     for at in range(3):
         step(method, method.prepare(batch, Draws(0, at, [0, 1])))
     assert [len(ids) for ids in texts] == [2]
     method.prepare(Batch(lq=batch.lq, prompts=("a cat", "new")), Draws(0, 3, [0, 1]))
     assert [len(ids) for ids in texts] == [2, 1]
-    assert devices == ["cpu", "cpu"] * 2 and next(encoder.parameters()).device.type == "cpu"
 
 
 def test_the_policy_moves_towards_the_better_outputs(base) -> None:
