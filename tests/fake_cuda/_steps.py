@@ -25,6 +25,7 @@ from rewardsr.adapters.stablesr import StableSR
 from rewardsr.batch import Batch
 from rewardsr.draws import Draws
 from rewardsr.evaluation.upscale import upscale_tensor
+from rewardsr.lora import targets
 from rewardsr.options import parse
 from rewardsr.rewards import build
 from rewardsr.rewards.vgg import GROUPS, VGG19
@@ -163,7 +164,7 @@ def _training(device: FakeCuda, case: Case, folder: Path) -> tuple[Callable[[], 
     with device.weights():
         adapter = make_adapter(case)
         # Quantised weights are told by their type, which here is that of all weights.
-        with mock.patch.object(lora.layers, "Tensor", FakeTensor):
+        with mock.patch.object(targets, "Tensor", FakeTensor):
             lora.attach(adapter)
         if case.checkpointing:
             adapter.enable_gradient_checkpointing()
@@ -311,7 +312,7 @@ def watched(device: FakeCuda, adapter: Any, method: Any = None, optimiser: Any =
     def prediction() -> str:
         if method is None or state["preparing"]:
             return "sampling"
-        return "policy forward" if torch.is_grad_enabled() else "reference"
+        return "policy forward" if lora.active(adapter) else "reference"
 
     def latents() -> str:
         return "LQ encode" if state["encoding"] else "re-encode"
