@@ -33,6 +33,7 @@ CUDA, CPU, META = torch.device("cuda", 0), torch.device("cpu"), torch.device("me
 HALF_RATE, FLOAT32_RATE, TF32_RATE, BANDWIDTH, LAUNCH = 600e12, 45e12, 300e12, 2.7e12, 2e-6
 
 aten = torch.ops.aten
+_FORMS: dict[Any, list[Any]] = {}  # of results, by operation and forms of arguments
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "resize_"}
 CERTAIN = {"arange", "eye", "full", "linspace", "ones", "scalar_tensor", "zeros"}  # made of arguments alone
 FALSE = {"any", "bitwise_not", "isinf", "isnan", "logical_not"}  # where all is well; other unknown truths are true
@@ -118,7 +119,6 @@ class FakeCuda(TorchDispatchMode):
         self._blocks: dict[int, _Block] = {}
         self._pinned: dict[int, Any] = {}
         self._parts = [REST]
-        self._forms: dict[Any, list[Any]] = {}
         self._random = torch.Generator().manual_seed(0)
         self.reset()
 
@@ -229,7 +229,7 @@ class FakeCuda(TorchDispatchMode):
                 return FakeTensor(self.shapes, bare, args[0].fake_device)
             return [FakeTensor(self.shapes, one, args[0].fake_device) for one in bare]
         key = func, _form(args), _form(tuple(kwargs.items()))
-        forms = self._forms.get(key)
+        forms = _FORMS.get(key)
         if forms is None:
             result = func(*args, **kwargs)
             if "group_norm" in func._opname and result[0] is not None:  # CUDA's works on contiguous images alone
@@ -255,7 +255,7 @@ class FakeCuda(TorchDispatchMode):
                 return
             else:
                 forms.append(None)
-        self._forms[key] = forms
+        _FORMS[key] = forms
 
     def _values(self, func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> list[Tensor] | None:
         """What comes out, where all that goes in is known: masks, indices and times decide what a step does."""
