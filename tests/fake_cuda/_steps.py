@@ -25,6 +25,7 @@ from rewardsr.adapters.stablesr import StableSR
 from rewardsr.batch import Batch
 from rewardsr.draws import Draws
 from rewardsr.evaluation.upscale import upscale_tensor
+from rewardsr.lora import targets
 from rewardsr.options import parse
 from rewardsr.rewards import build
 from rewardsr.rewards.vgg import GROUPS, VGG19
@@ -121,10 +122,11 @@ class Measured:
 
 
 def measure(case: Case) -> Measured:
-    """The second of two steps, when the optimiser has its state; of upscaling the second image."""
+    """A step when the optimiser has its state, and an image; with `fixed_prompt` the second of two."""
     with fake_cuda() as device, TemporaryDirectory() as folder:
         work, watched = (_upscaling if case.trainer == "upscale" else _training)(device, case, Path(folder))
-        work()
+        if case.fixed_prompt:
+            work()
         device.reset()
         resident = device.allocated
         with watched:
@@ -163,7 +165,7 @@ def _training(device: FakeCuda, case: Case, folder: Path) -> tuple[Callable[[], 
     with device.weights():
         adapter = make_adapter(case)
         # Quantised weights are told by their type, which here is that of all weights.
-        with mock.patch.object(lora.targets, "Tensor", FakeTensor):
+        with mock.patch.object(targets, "Tensor", FakeTensor):
             lora.attach(adapter)
         if case.checkpointing:
             adapter.enable_gradient_checkpointing()
@@ -195,7 +197,11 @@ def _training(device: FakeCuda, case: Case, folder: Path) -> tuple[Callable[[], 
             metrics=method.rewards,
             notes=(),
         )
-    optimiser, state = make_optimiser(setup), State()
+        optimiser, state = make_optimiser(setup), State()
+        for parameter in method.trained_weights().values():
+            parameter.grad = torch.zeros_like(parameter)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
     return lambda: loop.step(setup, optimiser, state), watched(device, adapter, method, optimiser)
 
 
