@@ -9,7 +9,7 @@ from _support import picked
 from rewardsr import load_adapter, lora
 from rewardsr.draws import Replay
 
-# A weight or a value in bf16 is off by up to 0.4 %; what autocast kept in float32 on the way made these no smaller.
+# A weight or a value in bf16 is off by up to 0.4 %. Under the CPU's autocast these come out the same.
 TOLERANCE = {"latent": 0.02, "model_pred": 0.02, "image_raw": 0.02}
 
 
@@ -48,7 +48,7 @@ def test_gdpo_policy_and_reference(tiny, data, golden, record_property) -> None:
                 reference = adapter.predict(z_t, 100, condition)
         found.append((z_t, policy, reference, policy - reference))
     for name, ours, theirs, tolerance in zip(
-        ("policy", "reference", "difference"), found[0][1:], found[1][1:], (0.02, 0.02, 0.05), strict=True
+        ("policy", "reference", "difference"), found[0][1:], found[1][1:], (0.03, 0.03, 0.06), strict=True
     ):
         error = share(ours, theirs)
         record_property(f"{name} ({tolerance:g})", f"{error:.2e}")
