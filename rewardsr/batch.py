@@ -131,8 +131,9 @@ class Condition:
 
 
 def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
-    cuda = torch.device(device).type == "cuda" and tensor.device.type == "cpu" and torch.cuda.is_available()
-    return (tensor.pin_memory() if cuda else tensor).to(device, non_blocking=cuda)
+    """On the device; through pinned memory where CUDA is in use, so that the copy runs beside what follows."""
+    to_cuda = tensor.device.type == "cpu" and torch.device(device).type == "cuda" and torch.cuda.is_initialized()
+    return tensor.pin_memory().to(device, non_blocking=True) if to_cuda else tensor.to(device)
 
 
 def cut(images: Tensor, corners: Tensor, side: int) -> Tensor:
