@@ -46,6 +46,7 @@ Tile = Annotated[
     int | None, Field(le=65_536, description="latents larger than tile x tile are sampled in tiles; null: never")
 ]
 TileOverlap = Annotated[int, Field(le=65_536, description="of neighbouring tiles, in latents")]
+TileBatch = Annotated[int, Field(ge=1, le=65_536, description="tiles of an image in one network call, at most")]
 
 
 @dataclass
@@ -232,11 +233,12 @@ class StableDiffusion(ISRAdapter):
         prompt: str = Field("", description="text for images that bring none")
         tile: Tile = None
         tile_overlap: TileOverlap = 32
+        tile_batch: TileBatch = 4
         revision: str | None = Field(None, description="branch, tag or commit of a Hub base")
 
         def tiling(self) -> Tiling | None:
             """How latents are cut."""
-            return None if self.tile is None else Tiling(self.tile, self.tile_overlap)
+            return None if self.tile is None else Tiling(self.tile, self.tile_overlap, self.tile_batch)
 
         @model_validator(mode="after")
         def _tiles_fit(self) -> Self:
@@ -294,6 +296,11 @@ class StableDiffusion(ISRAdapter):
             except ValueError:
                 refused.append(name)
         return refused
+
+    def compiled(self) -> list[nn.Module]:
+        """The networks; of the autoencoder its two halves, for it is called by other methods than `forward`."""
+        others = [network for name, network in self.networks.items() if name != "vae"]
+        return [*others, self.vae.encoder, self.vae.decoder]
 
     def _text(self, prompts: Sequence[str | None] | None, count: int) -> Tensor:
         """(count, L, D) float32 embeddings; the new ones among the prompts are encoded together, and each once."""
@@ -362,7 +369,7 @@ class Ancestral(StableDiffusion):
             """How latents are cut."""
             if self.tile is None:
                 return None
-            return Tiling(self.tile, self.tile_overlap, off_centre=self.tile_weights == "original")
+            return Tiling(self.tile, self.tile_overlap, self.tile_batch, off_centre=self.tile_weights == "original")
 
     noisy_condition = True
     eta = 1.0

@@ -23,13 +23,13 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from rewardsr.batch import Batch, Condition
+from rewardsr.batch import Batch, Condition, parts, pick
 from rewardsr.checks import check
 from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError
 from rewardsr.options import Options
 from rewardsr.schedule import Coefficient, Schedule, Time
-from rewardsr.tiling import Tiling
+from rewardsr.tiling import Tiling, Window
 from rewardsr.transfer import to_device
 
 RANGE_SLACK = 1e-3  # resampling and half precision overshoot [0, 1] a little; more than this is another convention
@@ -218,6 +218,10 @@ class ISRAdapter(ABC):
         """Trade time for memory where the networks can; returns the components that cannot."""
         return sorted(self.trainable)
 
+    def compiled(self) -> list[nn.Module]:
+        """The modules that hooks call and `torch.compile` can take; by default the networks."""
+        return list(self.networks.values())
+
     def import_lora(self, path: str) -> tuple[dict[str, Tensor], int, float] | None:
         """A LoRA in the family's released format: (tensors by our key names, rank, alpha); None if it is not one."""
         return None
@@ -250,11 +254,10 @@ class ISRAdapter(ABC):
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Self:
         """Move the networks to a device and a precision; what is trained (a LoRA) goes along unrounded, in float32."""
         self.device, self.dtype = torch.device(device), dtype
-        layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         for network in self.networks.values():
             trained = {name: p.data for name, p in network.named_parameters() if p.requires_grad}
             # Past diffusers' own `to`, which warns of float32 modules that these networks do not have.
-            nn.Module.to(network, device=self.device, dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
+            nn.Module.to(network, device=self.device, dtype=dtype)
             for name, exact in trained.items():
                 network.get_parameter(name).data = exact.to(self.device, torch.float32)
         return self
@@ -283,27 +286,33 @@ class ISRAdapter(ABC):
             generator: source of the start noise, and of the sampler's where it draws some.
             steps: times to call the network at; the pipeline's own by default.
             guidance: classifier-free guidance scale; the pipeline's own by default.
-            until: (B,) int64, how many steps each row takes; all by default. A row that stops early is noisy still.
-            rows: at most so many in a network call.
+            until: (B,) int64 on the CPU, how many steps each row takes; all by default. A row that stops early is noisy
+                still.
+            rows: at most so many in a network call, those of guidance and of tiles included.
 
         Raises:
             ValueError: the sampler draws noise and there is no generator.
         """
         times = tuple(steps) if steps is not None else self.steps
         z = self.start(condition, generator)
+        last = [len(times)] * len(z) if until is None else until.tolist()
         for taken, (t, t_next) in enumerate(zip(times, (*times[1:], self.schedule.end), strict=True)):
-            going = torch.arange(len(z), device=z.device) if until is None else (until > taken).nonzero().flatten()
-            if not len(going):
+            going = [row for row, stop in enumerate(last) if stop > taken]
+            if not going:
                 break
-            chunks = going.split(rows or len(going))
-            predictions = torch.cat([self._guided(z[c], t, condition.rows(c), guidance) for c in chunks])
-            # The sampler draws for every row, so that a row's noise does not depend on how far the others go.
-            moved, std = self.transition(z, torch.zeros_like(z).index_copy(0, going, predictions), t, t_next)
+            whole = len(going) == len(z)
+            now, where = (z, condition) if whole else (pick(z, going), condition.rows(going))
+            moved, std = self.transition(now, self._guided(now, t, where, guidance, rows), t, t_next)
             if isinstance(std, Tensor) or std > 0:
                 if generator is None:
                     raise ValueError("sample: this sampler draws noise; pass a generator (rewardsr.Draws)")
-                moved = moved + std * draw(z.shape, generator, device=z.device)
-            z = moved if len(going) == len(z) else z.index_copy(0, going, moved[going])
+                # Drawn for every row, so that a row's noise does not depend on how far the others go.
+                noise = draw(z.shape, generator, device=z.device)
+                moved = moved + std * (noise if whole else pick(noise, going))
+            if not whole:
+                ahead = dict(zip(going, moved, strict=True))
+                moved = torch.stack([ahead.get(row, z[row]) for row in range(len(z))])
+            z = moved
         return z
 
     def decode(self, z0: Tensor, condition: Condition) -> Tensor:
@@ -333,22 +342,34 @@ class ISRAdapter(ABC):
         right, bottom = -image.shape[-1] % self.size_multiple, -image.shape[-2] % self.size_multiple
         return nn.functional.pad(image, (0, right, 0, bottom), mode="replicate") if right or bottom else image
 
-    def _guided(self, z: Tensor, t: float, condition: Condition, guidance: float | None) -> Tensor:
-        """Prediction of the sampler, u + w (c - u): tiles are stitched first, then guidance is applied, as in SeeSR."""
+    def _guided(
+        self, z: Tensor, t: float, condition: Condition, guidance: float | None, rows: int | None = None
+    ) -> Tensor:
+        """Prediction of the sampler, u + w (c - u): tiles are stitched first, then guidance is applied, as in SeeSR.
+
+        What is conditioned on the prompt and what on the negative one are rows of one batch.
+        """
         weight = self.guidance if guidance is None else guidance
-        prediction = self._stitched(z, t, condition)
         if weight == 1 or condition.negative is None:
-            return prediction
+            return self._stitched(z, t, condition, rows)
         negative = replace(condition, text=condition.negative, pooled=condition.negative_pooled)
-        unconditional = self._stitched(z, t, negative)
+        both = self._stitched(torch.cat([z, z]), t, condition.beside(negative), rows)
+        prediction, unconditional = both.chunk(2)
         return unconditional + weight * (prediction - unconditional)
 
-    def _stitched(self, z: Tensor, t: float, condition: Condition) -> Tensor:
+    def _stitched(self, z: Tensor, t: float, condition: Condition, rows: int | None = None) -> Tensor:
+        """Prediction for latents of any size, in network calls of at most `rows` rows."""
+
+        def predict(z: Tensor, condition: Condition) -> Tensor:
+            return torch.cat([self.predict(z[part], t, condition.rows(part)) for part in parts(len(z), rows)])
+
+        def tiles(windows: Sequence[Window]) -> Tensor:
+            first, *others = (condition.window(*window) for window in windows)
+            return predict(torch.cat([z[..., rows, columns] for rows, columns in windows]), first.beside(*others))
+
         if self.tiling is None or not self.tiling.cuts(z):
-            return self.predict(z, t, condition)
-        return self.tiling.apply(
-            lambda rows, columns: self.predict(z[..., rows, columns], t, condition.window(rows, columns)), z
-        )
+            return predict(z, condition)
+        return self.tiling.apply(tiles, z)
 
 
 def _check_image(what: str, image: Tensor) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rewardsr.rewards.precision import computing
 from rewardsr.transfer import to_device
 
 CELL = 10  # pixels
@@ -34,7 +35,7 @@ def texture_share(hq: Tensor) -> Tensor:
     height, width = hq.shape[-2:]
     textured = (complexity_map(hq) > THRESHOLD).float()
     rows, columns = _sizes(height, hq.device), _sizes(width, hq.device)
-    return torch.einsum("bij,i,j->b", textured, rows, columns) / (height * width)
+    return (textured * torch.outer(rows, columns)).sum((1, 2)) / (height * width)
 
 
 @torch.no_grad()
@@ -52,7 +53,7 @@ def complexity_map(hq: Tensor) -> Tensor:
     """
     if hq.ndim != 4 or hq.shape[1] != 3:
         raise ValueError(f"complexity_map: expected (B, 3, H, W), got {tuple(hq.shape)}")
-    with torch.autocast(hq.device.type, enabled=False):
+    with computing(hq.device):
         gray = _gray_levels(hq)
         height, width = gray.shape[-2:]
         bands = [torch.cat([_entropies(part) for part in row], -1) for row in _parts(gray)]

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,6 +34,7 @@ from rewardsr.storage import write_text
 from rewardsr.together import any_process
 from rewardsr.train import checkpoint
 from rewardsr.train.checkpoint import State
+from rewardsr.train.compiled import check_one_path, compile_networks, eager
 from rewardsr.train.log import RunLog
 from rewardsr.train.memory import choose_micro_batch, lower_micro_batch, memory_advice
 from rewardsr.train.optimiser import learning_rate, make_optimiser
@@ -87,6 +89,9 @@ def train(setup: Setup, run: Path, resume: bool, earlier: Recipe | None = None) 
     state = checkpoint.resume(run, setup.method, optimiser) if resume else State()
     check_goes_on(state, setup)
     choose_micro_batch(setup, state)
+    if recipe.compile:
+        compile_networks(setup.adapter)
+        check_one_path(setup)
     if accelerator.is_main_process:
         write_text(run / RECIPE, to_yaml(recipe))
     for note in (*setup.notes, *_other_end(state, recipe, earlier)):
@@ -99,7 +104,7 @@ def train(setup: Setup, run: Path, resume: bool, earlier: Recipe | None = None) 
     def validate() -> None:
         nonlocal validation
         if held_out is not None and (state.step % recipe.validate_every == 0 or state.step == recipe.steps):
-            with setup.method.shipped():
+            with setup.method.shipped(), eager():
                 found = held_out.score(state.step)
             validation = {name: comparison.summary() for name, comparison in found.rewards.items()}
             log.write(state.step, {"validation": validation})
@@ -232,7 +237,7 @@ def _groups(setup: Setup, at: int) -> Iterator[tuple[Prepared, list[int]]]:
     whole = per_pass * recipe.accumulate
     for turn in range(recipe.accumulate):
         batch = setup.data.batch(recipe.seed, stream(turn))
-        setup.data.prefetch(recipe.seed, stream(turn + 1))
+        setup.data.prefetch(recipe.seed, map(stream, count(turn + 1)))
         indices = [index - at * whole for index in stream(turn)]
         draws = Draws(recipe.seed, at, indices, "group")
         yield setup.method.prepare(batch.to(accelerator.device), draws), indices

@@ -13,12 +13,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rewardsr.batch import Batch, Condition
+from rewardsr.batch import Batch, Condition, parts
 from rewardsr.checks import check
 from rewardsr.draws import Replay, Source, draw
 from rewardsr.errors import TrainingError, UserError
 from rewardsr.options import Options
 from rewardsr.rewards.attribute import texture_share
+from rewardsr.rewards.base import Reward
 from rewardsr.schedule import fewer
 from rewardsr.trainers.base import Method, MicroBatch, Scalar
 from rewardsr.trainers.preferences import group_advantages
@@ -26,7 +27,10 @@ from rewardsr.transfer import to_device
 
 logger = logging.getLogger(__name__)
 
-PASS_PIXELS = 512 * 512  # of a pass of the autoencoder without gradients
+# Of a pass of the autoencoder without gradients. Norms of a single image leave most of a card idle (measured: decoding
+# six of 512 px one by one takes about twice as long as together), and more at once only take memory.
+PASS_PIXELS = 6 * 512 * 512
+REWARD_IMAGES, REWARD_PIXELS = 4, 2**19  # that a reward sees at once: 9 GB with MANIQA, 4.6 GB at 512x512
 FLAT = 1e-3  # a quarter of an 8-bit level: a group that differs by less has nothing to choose from
 
 
@@ -50,6 +54,13 @@ class GroupOptions(Options):
         "auto",
         description="rows in a network pass; auto: as many as fit the card, on a CPU all; null: the whole batch of "
         "groups at once",
+    )
+    reward_batch: int | None = Field(
+        None,
+        ge=1,
+        le=10**6,
+        description="images that a reward sees at once; None: at most 4 and 2^19 pixels (two of 512x512), and no more "
+        "than micro_batch",
     )
     shuffle_advantages: bool = Field(False, description="control run: rewards are dealt out at random in each group")
 
@@ -153,7 +164,22 @@ class Groups:
 
     def _score(self, sr: Tensor, batch: Batch) -> dict[str, Tensor]:
         """(B, G) scores by reward."""
-        return {name: reward(sr, batch).float().unflatten(0, (-1, self.size)) for name, reward in self.rewards.items()}
+        return {name: self._scored(r, sr, batch).unflatten(0, (-1, self.size)) for name, r in self.rewards.items()}
+
+    def _scored(self, reward: Reward, sr: Tensor, batch: Batch) -> Tensor:
+        """(B*G,) scores, `reward_batch` images at a time: a network may take gigabytes an image (MANIQA: 2.3).
+
+        What a reward draws it draws alike for every part, so that the members of a group are judged alike.
+        """
+        most = self.options.reward_batch or max(1, min(REWARD_IMAGES, REWARD_PIXELS // sr[0, 0].numel()))
+        if self.options.reward_batch is None:
+            most = min(most, self._method.micro_batch or most)
+        cards = [sr.device] if sr.is_cuda and torch.cuda.is_initialized() else []
+        scores = []
+        for rows in parts(len(sr), None if getattr(reward, "light", False) else most):
+            with torch.random.fork_rng(cards, enabled=rows.stop < len(sr)):
+                scores.append(reward(sr[rows], batch.rows(rows)).float())
+        return torch.cat(scores)
 
     def _reward_weights(self, batch: Batch) -> dict[str, Tensor]:
         """(B,) weight of each reward: as configured, or shared out by the texture share of HQ between the two kinds."""
@@ -185,14 +211,15 @@ class Groups:
             )
 
     def _by_pixels(self, function: Callable[[slice], Tensor], members: Condition) -> Tensor:
-        """Passes of the autoencoder: a few large images fill a device, and more at once only take memory."""
+        """Passes of the autoencoder, as many images at once as make `PASS_PIXELS`."""
         fitting = max(1, PASS_PIXELS // (members.size[0] * members.size[1]))
         most = min(fitting, self._method.micro_batch or fitting)
-        return torch.cat([function(rows) for rows in chunks(0, len(members), most)])
+        return torch.cat([function(rows) for rows in parts(len(members), most)])
 
     def chunks(self, first: int, last: int) -> Iterator[slice]:
         """Rows first .. last-1, at most `micro_batch` at a time."""
-        return chunks(first, last, self._method.micro_batch or last - first)
+        step = self._method.micro_batch or last - first
+        return (slice(start, min(start + step, last)) for start in range(first, last, step))
 
     # ---- tasks ----
 
@@ -247,8 +274,3 @@ class Groups:
         # Without its LoRA no other network keeps anything for gradients.
         with self.reference():
             return self.errors(task, rows).detach()
-
-
-def chunks(first: int, last: int, most: int) -> Iterator[slice]:
-    """Rows first .. last-1, at most so many at a time."""
-    return (slice(start, min(start + most, last)) for start in range(first, last, most))

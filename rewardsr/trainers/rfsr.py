@@ -142,7 +142,7 @@ class RFSR(Method):
                 condition,
                 draws,
                 guidance=self.options.guidance,
-                until=step.to(adapter.device),
+                until=step,
                 rows=self.micro_batch,
             )
         metrics: dict[str, Scalar] = {f"share/{name}": self._inside(name, step).mean() for name in self.windows}

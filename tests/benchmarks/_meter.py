@@ -1,4 +1,4 @@
-"""Measuring the parts of a real GDPO step: its own calls are wrapped, nothing of it is written again."""
+"""Measuring the parts of a real step: its own calls are wrapped, nothing of it is written again."""
 
 import statistics
 import time
@@ -10,13 +10,28 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from rewardsr.trainers.gdpo import GDPO
+from rewardsr import lora
 
-PARTS = (
-    *("text", "LQ encode", "group sampling", "decode", "re-encode"),
-    *("policy forward", "backward", "reference forward"),
-)
 REWARDS, REST = "rewards", "all else"
+
+
+def now(device: torch.device) -> float:
+    """Seconds of a clock, when the device has done what it was told.
+
+    On one CPU thread they are those that this process has had, whatever else runs on the machine.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif torch.get_num_threads() == 1:
+        return time.process_time()
+    return time.perf_counter()
+
+
+def timed(step: Callable[[], None], device: torch.device) -> float:
+    """Seconds of one step."""
+    began = now(device)
+    step()
+    return now(device) - began
 
 
 class Meter:
@@ -43,7 +58,7 @@ class Meter:
         """Start the clock of a step; everything outside of the parts is "all else"."""
         self.seconds, self.calls = {}, {}
         self._open = [REST]
-        self._since = self._now()
+        self._since = now(self._device)
 
     def end(self) -> dict[str, float]:
         """Stop it; seconds by part."""
@@ -68,31 +83,41 @@ class Meter:
             self._open.pop()
 
     def _charge(self) -> None:
-        now, name = self._now(), self._open[-1]
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        name = self._open[-1]
+        self.seconds[name] = self.seconds.get(name, 0.0) + now(self._device) - self._since
         if self._cuda:
             self.peak[name] = max(self.peak.get(name, 0), torch.cuda.max_memory_allocated(self._device))
             torch.cuda.reset_peak_memory_stats(self._device)
-        self._since = self._now()
+        self._since = now(self._device)
 
-    def _now(self) -> float:
-        if self._cuda:
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+
+class _Timed:
+    """A callable that reports to the meter; it has the attributes of what it calls."""
+
+    def __init__(self, function: Any, meter: Meter, part: Callable[[], str]) -> None:
+        self._function, self._meter, self._part = function, meter, part
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        with self._meter.part(self._part()):
+            return self._function(*arguments, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._function, name)
 
 
 @contextmanager
-def watched(adapter: Any, method: GDPO, meter: Meter, around: Callable[[Any], Any] | None = None) -> Iterator[None]:
+def watched(adapter: Any, method: Any, meter: Meter, around: Callable[[Any], Any] | None = None) -> Iterator[None]:
     """Inside, every network pass of the method reports to the meter.
 
     Args:
         adapter: of the Stable Diffusion family.
-        method: GDPO on that adapter.
+        method: GDPO or RFSR on that adapter.
         meter: where to report.
-        around: changes each of the wrapped hooks once more, from inside (`on_meta`).
+        around: changes each of the wrapped calls once more, from inside (`on_meta`).
     """
     state = {"preparing": False, "encoding": False}
     change = around or (lambda hook: hook)
+    back_propagates = method.differentiates
 
     def flagged(function: Any, flag: str) -> Any:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -104,62 +129,50 @@ def watched(adapter: Any, method: GDPO, meter: Meter, around: Callable[[Any], An
 
         return call
 
-    def timed(function: Any, name: Callable[[], str]) -> Any:
-        def call(*arguments: Any, **options: Any) -> Any:
-            with meter.part(name()):
-                return function(*arguments, **options)
-
-        return call
-
     def prediction() -> str:
         if state["preparing"]:
-            return "group sampling"
-        return "policy forward" if torch.is_grad_enabled() else "reference forward"
+            return "rollout" if back_propagates else "group sampling"
+        return "policy forward" if lora.active(adapter) else "reference forward"
 
     hooks = {
         "_text": lambda: "text",
         "_to_latents": lambda: "LQ encode" if state["encoding"] else "re-encode",
-        "_to_image": lambda: "decode",
+        "_to_image": lambda: "reference decode" if back_propagates and not lora.active(adapter) else "decode",
         "_predict": prediction,
     }
     for name, part in hooks.items():
-        setattr(adapter, name, timed(change(getattr(adapter, name)), part))
+        setattr(adapter, name, _Timed(change(getattr(adapter, name)), meter, part))
     adapter._encode = flagged(adapter._encode, "encoding")
-    method.prepare = flagged(method.prepare, "preparing")  # type: ignore[method-assign]
-    rewards = dict(method.groups.rewards)
-    method.groups.rewards = {name: timed(reward, lambda: REWARDS) for name, reward in rewards.items()}
-    for name, reward in rewards.items():  # what GDPO looks at besides calling them
-        method.groups.rewards[name].kind = reward.kind
+    method.prepare = flagged(method.prepare, "preparing")
+    rewards, style = dict(method.rewards), getattr(method, "_vgg", None)
+    method.rewards.update({name: _Timed(reward, meter, lambda: REWARDS) for name, reward in rewards.items()})
+    if style is not None:
+        method._vgg = _Timed(change(style), meter, lambda: "style")
     backward, gradients = Tensor.backward, torch.autograd.grad
-    Tensor.backward = timed(backward, lambda: "backward")  # type: ignore[method-assign]
-    torch.autograd.grad = timed(gradients, lambda: "backward")
+
+    def timed_backward(*arguments: Any, **options: Any) -> Any:
+        with meter.part("backward"):
+            return backward(*arguments, **options)
+
+    Tensor.backward = timed_backward  # type: ignore[method-assign]
+    torch.autograd.grad = _Timed(gradients, meter, lambda: "backward")
     try:
         yield
     finally:
         Tensor.backward, torch.autograd.grad = backward, gradients  # type: ignore[method-assign]
-        method.groups.rewards = rewards
+        method.rewards.update(rewards)
+        if style is not None:
+            method._vgg = style
         for name in (*hooks, "_encode"):
             delattr(adapter, name)
-        del method.prepare  # type: ignore[method-assign]
+        del method.prepare
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """TFLOP/s of a large square matrix product, the best of several: what a device can do at most."""
     side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(10):
-        if device.type == "cuda":
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            a @ b
-            stop.record()
-            stop.synchronize()
-            seconds.append(start.elapsed_time(stop) / 1000)
-        else:
-            began = time.perf_counter()
-            a @ b
-            seconds.append(time.perf_counter() - began)
+    seconds = [timed(lambda: a @ b, device) for _ in range(10)]
     return 2 * side**3 / min(seconds) / 1e12
 
 

@@ -6,8 +6,9 @@ arithmetic (taggers, files, logs) is left out, and so are the rewards, which are
 known, the cheaper reading is taken: networks in `adapter.dtype`, no gradients towards weights that are not trained.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,13 @@ from torch import Tensor
 
 from rewardsr.batch import Batch
 from rewardsr.draws import Source, draw
+from rewardsr.rewards.distances import STYLE_WEIGHTS, gram, haar_low
+from rewardsr.rewards.vgg import LAYERS
+from rewardsr.trainers.preferences import group_advantages
+from rewardsr.trainers.rfsr import FINE
 
 NEGATIVE = "dotted, noise, blur, lowres, smooth"  # encoded beside every prompt, and never used
+DECAY = 0.999  # of RFSR's moving average
 Part = Callable[[str], AbstractContextManager[Any]]
 
 
@@ -25,14 +31,32 @@ class Released:
     """The network calls of a released step.
 
     Args:
-        adapter: of the Stable Diffusion family, one-step, with our LoRA on its UNet.
-        second: the reference, a UNet without a LoRA and with weights of its own.
+        method: ours, on an adapter of the Stable Diffusion family with our LoRA: its rewards and options are used.
+        second: the reference, a plain UNet with weights of its own.
         part: told which part of the step begins (`_meter.Meter.part`).
+
+    Attributes:
+        trained: the weights that are.
+        averages: pairs of a moving average and what it follows.
     """
 
-    def __init__(self, adapter: Any, second: Any, part: Part | None = None) -> None:
-        self.adapter, self.second = adapter, second
+    def __init__(self, method: Any, second: Any, part: Part | None = None) -> None:
+        self.method, self.adapter, self.second = method, method.adapter, second
         self.part = part or (lambda name: nullcontext())
+        self.trained: list[Tensor] = list(method.trained_weights().values())
+        self.averages: list[tuple[Tensor, Tensor]] = []
+
+    def holds(self) -> Iterator[Tensor]:
+        """What stays between steps, beside the adapter's networks."""
+        yield from self.second.parameters()
+        yield from (average for average, _ in self.averages)
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        """The moving averages."""
+        if self.averages:
+            averages, values = zip(*self.averages, strict=True)
+            torch._foreach_lerp_(averages, values, 1 - DECAY)
 
     def step(self, batch: Batch, sampling: Source, update: Source) -> Tensor:
         """Loss of a batch, back-propagated; what the forward pass made is alive until then."""
@@ -71,32 +95,22 @@ class Released:
 
 
 class GDPOSR(Released):
-    """The step of GDPO-SR: 6 outputs of each image under the second UNet, judged, and compared on noised outputs.
+    """GDPO-SR's step: outputs of each image under the second UNet, judged, and compared after noise was added to them.
 
-    Args:
+    Attributes:
         judge: advantages (B, G) of outputs (B*G, 3, H, W) of a batch.
-        group: outputs of an image.
-        beta: strength of the preference.
     """
 
-    def __init__(
-        self,
-        adapter: Any,
-        second: Any,
-        judge: Callable[[Tensor, Batch], Tensor],
-        group: int,
-        beta: float,
-        part: Part | None = None,
-    ) -> None:
-        super().__init__(adapter, second, part)
-        self._judge, self._group, self._beta = judge, group, beta
+    def __init__(self, method: Any, second: Any, part: Part | None = None) -> None:
+        super().__init__(method, second, part)
+        self.judge = partial(_advantages, method)
 
     def _forward(self, batch: Batch, sampling: Source, update: Source) -> tuple[Tensor, tuple[Tensor, ...]]:
-        adapter, device, rows = self.adapter, batch.lq.device, len(batch) * self._group
+        adapter, options, device = self.adapter, self.method.options, batch.lq.device
         sr, shape = self._sample(batch, sampling)
         with self.part("rewards"):
-            advantages = self._judge(sr, batch)
-        prompts = batch.repeat(self._group).prompts or (None,) * rows
+            advantages = self.judge(sr, batch)
+        prompts = batch.repeat(options.group_size).prompts or (None,) * len(sr)
         text = torch.cat([self._text(prompt, device) for prompt in prompts])
         for _ in prompts:
             self._text(NEGATIVE, device)
@@ -114,13 +128,13 @@ class GDPOSR(Released):
             with self.part("unused decodes"):
                 also_kept = self._decode(adapter.schedule.x0(z_t, reference, adapter.net_t))
         ours, theirs = ((p - noise).square().mean((1, 2, 3)).view_as(advantages) for p in (policy, reference))
-        inside = -self._beta / 2 * ((advantages * ours).sum(1) - (advantages * theirs).sum(1))
+        inside = -options.beta / 2 * ((advantages * ours).sum(1) - (advantages * theirs).sum(1))
         return -F.logsigmoid(inside).mean(), (kept, also_kept)
 
     @torch.no_grad()
     def _sample(self, batch: Batch, source: Source) -> tuple[Tensor, tuple[int, ...]]:
         """Outputs (B*G, 3, H, W) one after the other, and the shape of their latents."""
-        adapter = self.adapter
+        adapter, group = self.adapter, self.method.options.group_size
         prompts = batch.prompts or (None,) * len(batch)
         texts = [self._text(prompt, batch.lq.device) for prompt in prompts]
         image = adapter.upsample(batch.lq)
@@ -128,14 +142,140 @@ class GDPOSR(Released):
         one = (adapter.vae.config.latent_channels, image.shape[-2] // side, image.shape[-1] // side)
         with self.part("LQ encode"):
             latents = self._encode(image, self._noise((len(batch), *one), source, image))
-        shape = (len(batch) * self._group, *one)
+        shape = (len(batch) * group, *one)
         noise = self._noise(shape, source, image)
         outputs = []
         for row in range(len(noise)):
-            z, text = latents[row // self._group][None], texts[row // self._group]
+            z, text = latents[row // group][None], texts[row // group]
             z_t = adapter.schedule.add_noise(z, noise[row][None], adapter.noise_t)
             with self.part("group sampling"):
                 prediction = self.second(z_t, adapter.net_t, text).sample.float()
             with self.part("decode"):
                 outputs.append(self._decode(adapter.schedule.x0(z_t, prediction, adapter.net_t)))
         return torch.cat(outputs), shape
+
+
+def _advantages(method: Any, sr: Tensor, batch: Batch) -> Tensor:
+    group, ones = method.options.group_size, torch.ones(len(batch), device=sr.device)
+    members = batch.repeat(group)
+    scores = {name: reward(sr, members).float().unflatten(0, (-1, group)) for name, reward in method.rewards.items()}
+    return group_advantages(scores, {name: ones * method.weights[name] for name in scores})
+
+
+class RFSRStep(Released):
+    """RFSR's step on a one-step pipeline: HQ is encoded, too, and thrown away; a second UNet sets the style.
+
+    All terms that the method has a window for act on all images.
+    """
+
+    def __init__(self, method: Any, second: Any, part: Part | None = None) -> None:
+        super().__init__(method, second, part)
+        self.averages = [(value.detach().clone(), value) for value in self.trained]
+
+    def _forward(self, batch: Batch, sampling: Source, update: Source) -> tuple[Tensor, tuple[Tensor, ...]]:
+        adapter, method, device, count = self.adapter, self.method, batch.lq.device, len(batch)
+        assert batch.hq is not None
+        place = draw((count, 1), sampling, high=len(method._enabled)).flatten()
+        t = adapter.schedule.times(adapter.steps)[method._enabled[place]].to(device)
+        dropped = draw((count, 1), sampling, high=FINE).flatten() < method.options.text_dropout * FINE
+        prompts = batch.prompts or (None,) * count
+        text = torch.cat(
+            [self._text("" if drop else prompt, device) for prompt, drop in zip(prompts, dropped, strict=True)]
+        )
+        image = adapter.upsample(batch.lq)
+        one = (adapter.vae.config.latent_channels, *(side // adapter.compression for side in image.shape[-2:]))
+        with self.part("HQ encode"):
+            self._encode(batch.hq, torch.zeros(count, *one, device=device))
+        with self.part("LQ encode"):
+            latents = self._encode(image, self._noise((count, *one), sampling, image))
+        z_t = self._start(latents, sampling)
+        sr, judged = self._policy(z_t, t, text, image, batch)
+        terms = []
+        if "structure" in method.windows:
+            bands = [haar_low(image, method.options.structure_level) for image in (sr, batch.hq)]
+            terms.append(method.options.structure_weight * (bands[0] - bands[1]).abs().mean())
+        if "reward" in method.windows:
+            with self.part("rewards"):
+                for name, reward in method.rewards.items():
+                    terms.append(method.weights[name] * (method.options.margin - reward(sr, batch)).relu().mean())
+        if "kl" in method.windows:
+            with torch.no_grad():
+                with self.part("reference forward"):
+                    prediction = judged()
+                with self.part("reference decode"):
+                    reference = self._decode(adapter.schedule.x0(z_t, prediction, t))
+                with self.part("style"):
+                    target = features(method._vgg, reference)
+            with self.part("style"):
+                made = features(method._vgg, sr)
+            gaps = (w * (gram(made[n]) - gram(target[n])).abs().mean() for n, w in STYLE_WEIGHTS.items())
+            terms.append(method.options.kl_weight * torch.stack(list(gaps)).sum())
+        return torch.stack(terms).sum(), ()
+
+    def _start(self, latents: Tensor, source: Source) -> Tensor:
+        """Latents that enter the one step that is taken, whichever it is."""
+        if self.adapter.noise_t is None:
+            return latents
+        noise = self._noise(tuple(latents.shape), source, latents)
+        return self.adapter.schedule.add_noise(latents, noise, self.adapter.noise_t)
+
+    def _policy(
+        self, z_t: Tensor, t: Tensor, text: Tensor, image: Tensor, batch: Batch
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
+        """`sr` of one step, with gradients, and what gives the reference's prediction of it."""
+        with self.part("policy forward"):
+            prediction = self.adapter.unet(z_t, t, text).sample.float()
+        with self.part("decode"):
+            sr = self._decode(self.adapter.schedule.x0(z_t, prediction, t))
+        return sr, lambda: self.second(z_t, t, text).sample.float()
+
+
+class SeeSRStep(RFSRStep):
+    """RFSR's step on SeeSR, whose ControlNet and image attentions are trained in full, from float32 weights.
+
+    No rollout: the start latents go in at every step. The reference is plain Stable Diffusion, with what the
+    ControlNet gave the policy.
+
+    Args:
+        unet, controlnet: SeeSR's, float32; frozen here as far as they are not trained.
+    """
+
+    def __init__(self, method: Any, second: Any, unet: Any, controlnet: Any, part: Part | None = None) -> None:
+        super().__init__(method, second, part)
+        self.unet, self.controlnet = unet.requires_grad_(False).eval(), controlnet.requires_grad_(True).eval()
+        for name, parameter in unet.named_parameters():
+            parameter.requires_grad_(".image_attentions." in name)
+        values = [*controlnet.parameters(), *unet.parameters()]
+        self.trained = [value for value in values if value.requires_grad]
+        self.averages = [(value.detach().clone(), value) for value in values]
+
+    def holds(self) -> Iterator[Tensor]:
+        """Also the two networks."""
+        yield from super().holds()
+        yield from (value for _, value in self.averages)
+
+    def _start(self, latents: Tensor, source: Source) -> Tensor:
+        noise = self._noise(tuple(latents.shape), source, latents)
+        return self.adapter.schedule.add_noise(latents, noise, self.adapter.schedule.last)
+
+    def _policy(
+        self, z_t: Tensor, t: Tensor, text: Tensor, image: Tensor, batch: Batch
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
+        self.unet.image_tokens = self.controlnet.image_tokens = batch.extras["ram"]
+        with self.part("policy forward"):
+            down, middle = self.controlnet(z_t, t, text, image, return_dict=False)
+            added = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+            prediction = self.unet(z_t, t, text, **added).sample.float()
+        with self.part("decode"):
+            sr = self._decode(self.adapter.schedule.x0(z_t, prediction, t))
+        return sr, lambda: self.second(z_t, t, text, **added).sample.float()
+
+
+def features(vgg: Any, image: Tensor) -> dict[str, Tensor]:
+    """VGG19's, as `rewardsr.rewards.vgg` has them, but under autocast where that is on."""
+    x, found = (image - vgg.mean) / vgg.std, {}
+    for place, module in enumerate(vgg.features[: max(LAYERS) + 1]):
+        x = module(x)
+        if place in LAYERS:
+            found[LAYERS[place]] = x
+    return found

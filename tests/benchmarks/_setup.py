@@ -1,16 +1,19 @@
 """A run's set-up as `rewardsr.train.prepare` would make it, on networks and images that were never in a file."""
 
+import copy
 import itertools
-from argparse import Namespace
-from collections.abc import Callable, Iterator
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from _released import Released
-from _sizes import images
+from _released import GDPOSR, Released, RFSRStep, SeeSRStep
+from _sizes import CROPS, SIZES, TOKENS, WIDTH, images, pipeline, plain_unet, seesr_networks
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
+from rewardsr import lora
 from rewardsr.batch import Batch
 from rewardsr.draws import Draws
 from rewardsr.options import parse
@@ -18,14 +21,43 @@ from rewardsr.rewards import build
 from rewardsr.train import loop
 from rewardsr.train import recipe as recipes
 from rewardsr.train.checkpoint import State
+from rewardsr.train.optimiser import make_optimiser
 from rewardsr.train.prepare import Setup
 from rewardsr.trainers.base import Method
 from rewardsr.trainers.gdpo import GDPO, GDPOOptions
-from rewardsr.trainers.preferences import group_advantages
+from rewardsr.trainers.rfsr import RFSR, RFSROptions
 
 SCALE = 4
 _SEEDS = itertools.count()
-FORMS = ("paper", "conditional", "shared")
+FORMS = {"gdpo": ("paper", "conditional", "shared"), "rfsr": ("whole", "early", "late")}
+
+
+def common_arguments(parser: ArgumentParser) -> None:
+    """What every benchmark of a step can be told."""
+    parser.add_argument("--size", choices=list(SIZES), default="tiny")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on CUDA")
+    parser.add_argument("--trainer", choices=list(FORMS), default="gdpo")
+    parser.add_argument("--adapter", choices=["osediff", "seesr"], default="osediff")
+    parser.add_argument("--group", type=int, default=6)
+    parser.add_argument("--crop", type=int, help="HQ pixels a side; default 512, middle: 128, tiny: 64")
+    parser.add_argument("--rewards", help="comma-separated; psnr,detail, for rfsr detail; pyiqa's need their weights")
+    parser.add_argument("--rollout", choices=["denoise", "none"], default="denoise", help="rfsr; none: as released")
+    parser.add_argument("--sampler-steps", type=int, default=50, help="of seesr")
+    parser.add_argument("--fixed-prompt", action="store_true", help="one prompt for all images: encoded once, ever")
+    parser.add_argument("--micro-batch", type=int)
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--output", type=Path, help="append what is printed to this file")
+
+
+def complete(chosen: Namespace) -> list[str]:
+    """Fill in what depends on other options; returns the forms that are usual."""
+    chosen.crop = chosen.crop or CROPS[chosen.size]
+    chosen.rewards = chosen.rewards or ("psnr,detail" if chosen.trainer == "gdpo" else "detail")
+    if chosen.trainer == "gdpo":
+        return ["paper"]
+    return ["whole"] if chosen.adapter == "osediff" else ["early", "late"]
 
 
 class Images:
@@ -38,8 +70,9 @@ class Images:
         """The crops of these indices."""
         hq = images(len(indices), self._crop, seed + indices[0])
         lq = torch.nn.functional.interpolate(hq, scale_factor=1 / SCALE, mode="area")
+        tokens = torch.randn(len(indices), TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed))
         prompts = tuple("a photo" if self._fixed else f"photo {index} of {seed}" for index in indices)
-        return Batch(lq=lq, hq=hq, prompts=prompts)
+        return Batch(lq=lq, hq=hq, prompts=prompts, extras={"ram": tokens})
 
     def prefetch(self, seed: int, indices: list[int]) -> None:
         """Nothing to load."""
@@ -51,23 +84,74 @@ def precision(chosen: Namespace) -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def compile_networks(adapter: Any) -> None:
-    """`--compile`: UNet and autoencoder, in place."""
-    torch._dynamo.config.cache_size_limit = 64  # policy and reference, one image and a group: variants of a graph
-    for module in (adapter.unet, adapter.vae.encoder, adapter.vae.decoder):
-        module.compile()
+def make_adapter(chosen: Namespace, device: torch.device, dtype: torch.dtype) -> Any:
+    """The pipeline that is asked for, without a LoRA: OSEDiff's for RFSR, the noise-aware one of GDPO-SR for GDPO."""
+    if chosen.adapter == "osediff" and chosen.trainer == "gdpo":
+        return pipeline(chosen.size, device, dtype, noise_t=250, net_t=100)
+    more = {"steps": chosen.sampler_steps, "template": "{tags}"} if chosen.adapter == "seesr" else {}
+    return pipeline(chosen.size, device, dtype, chosen.adapter, **more)
+
+
+def prepare_adapter(adapter: Any, chosen: Namespace) -> None:
+    """A LoRA, and what else the command line asks for."""
+    lora.attach(adapter)
+    if chosen.gradient_checkpointing:
+        adapter.enable_gradient_checkpointing()
+    if chosen.compile:
+        torch._dynamo.config.cache_size_limit = 64  # policy and reference, one image and a group: variants of a graph
+        for module in (adapter.unet, adapter.vae.encoder, adapter.vae.decoder):
+            module.compile()
 
 
 def method_of(adapter: Any, chosen: Namespace, form: str) -> Method:
-    """GDPO in one of `FORMS`; "shared" is the conditional one with one noise for a group."""
-    options = GDPOOptions(
-        group_size=chosen.group,
-        preference="paper" if form == "paper" else "conditional",
-        shared_noise=form == "shared",
-        micro_batch=chosen.micro_batch,
-    )
+    """The trainer in one of its `FORMS`.
+
+    GDPO's "shared" is the conditional one with one noise for a group. RFSR's "early" and "late" take one step of the
+    sampler each, inside the windows of structure and of rewards; "whole" is a one-step pipeline's, with all terms.
+    """
     names = [name for name in chosen.rewards.split(",") if name]
-    return GDPO(adapter, {name: build(name) for name in names}, dict.fromkeys(names, 1.0), options)
+    rewards, weights = {name: build(name) for name in names}, dict.fromkeys(names, 1.0)
+    if chosen.trainer == "gdpo":
+        options = GDPOOptions(
+            group_size=chosen.group,
+            preference="paper" if form == "paper" else "conditional",
+            shared_noise=form == "shared",
+            micro_batch=chosen.micro_batch,
+        )
+        return GDPO(adapter, rewards, weights, options)
+    own: dict[str, Any] = {"vgg": chosen.vgg, "rollout": chosen.rollout, "micro_batch": chosen.micro_batch}
+    at = rfsr_step(form, len(adapter.steps))
+    if form == "early":
+        own |= {"structure_window": (at, at), "kl_weight": 0}
+        rewards, weights = {}, {}
+    elif form == "late":
+        own |= {"reward_window": (at, at), "structure_weight": 0}
+    return RFSR(adapter, rewards, weights, RFSROptions(text_dropout=0, **own))
+
+
+def rfsr_step(form: str, steps: int) -> int:
+    """Which step of the sampler RFSR takes with gradients."""
+    return {"whole": 0, "early": steps // 5, "late": steps * 9 // 10}[form]
+
+
+def released_of(method: Method, chosen: Namespace, second: Any) -> Released:
+    """The released step that belongs to the trainer; `second` is a plain UNet, and for SeeSR also SeeSR's networks."""
+    if chosen.trainer == "gdpo":
+        return GDPOSR(method, second[0])
+    return RFSRStep(method, *second) if chosen.adapter == "osediff" else SeeSRStep(method, *second)
+
+
+def seconds_of(adapter: Any, chosen: Namespace, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    """The networks that the released step holds beside the adapter's, of the same weights where they can be.
+
+    To be taken before there is a LoRA.
+    """
+    if chosen.adapter == "osediff":
+        return (copy.deepcopy(adapter.unet),)
+    own = seesr_networks(chosen.size, device)
+    for network, ours in zip(own, (adapter.unet, adapter.controlnet), strict=True):
+        network.load_state_dict(ours.state_dict())
+    return nn.Module.to(plain_unet(chosen.size, device), dtype=dtype).requires_grad_(False), *own
 
 
 def set_up(adapter: Any, method: Method, chosen: Namespace, batch: int) -> Setup:
@@ -76,7 +160,8 @@ def set_up(adapter: Any, method: Method, chosen: Namespace, batch: int) -> Setup
         "base": "random",
         "output": "nowhere",
         "data": {"train": "random", "crop": chosen.crop},
-        "rewards": [{"name": name} for name in method.rewards],
+        "trainer": chosen.trainer,
+        "rewards": [{"name": name} for name in chosen.rewards.split(",")],
         "trainer_options": method.options.model_dump(),
         "steps": 1_000_000,
         "seed": next(_SEEDS),
@@ -100,7 +185,7 @@ class Ours:
 
     def __init__(self, setup: Setup) -> None:
         self._setup, self._state = setup, State()
-        self._optimiser = loop.make_optimiser(setup)
+        self._optimiser = make_optimiser(setup)
 
     def step(self) -> None:
         """The run's next step."""
@@ -118,31 +203,31 @@ class Theirs:
     Args:
         setup: of our run; its weights are trained, by an optimiser of their own.
         released: the step.
-        second: the reference network that it keeps.
     """
 
-    def __init__(self, setup: Setup, released: Released, second: Any) -> None:
-        self._setup, self._released, self._second, self._taken = setup, released, second, 0
-        self._trained = list(setup.method.trained_weights().values())
-        self._optimiser = torch.optim.AdamW(self._trained, lr=setup.recipe.optimiser.learning_rate)
+    def __init__(self, setup: Setup, released: Released) -> None:
+        self._setup, self._released, self._taken = setup, released, 0
+        self._optimiser = torch.optim.AdamW(released.trained, lr=setup.recipe.optimiser.learning_rate)
 
     def step(self) -> None:
         """The next step."""
         size, device = self._setup.recipe.batch_size, self._setup.accelerator.device
         indices = [self._taken * size + place for place in range(size)]
         batch = self._setup.data.batch(self._setup.recipe.seed, indices).to(device)
-        self._optimiser.zero_grad(set_to_none=True)
         sources = (Draws(0, self._taken, list(range(size)), stream) for stream in ("group", "update-0"))
-        loss = self._released.step(batch, *sources)
-        torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
+        with torch.compiler.set_stance("force_eager"):  # `--compile` is for our step
+            loss = self._released.step(batch, *sources)
+        torch.nn.utils.clip_grad_norm_(self._released.trained, 1.0)
         self._optimiser.step()
+        self._optimiser.zero_grad(set_to_none=True)
+        self._released.after_update()
         self._taken += 1
         assert loss.isfinite()
 
     def holds(self) -> Iterator[Tensor]:
         """What stays between steps."""
         yield from weights(self._setup.adapter)
-        yield from self._second.parameters()
+        yield from self._released.holds()
         yield from moments(self._optimiser)
 
 
@@ -156,17 +241,3 @@ def moments(optimiser: torch.optim.Optimizer) -> Iterator[Tensor]:
     """What an optimiser remembers."""
     for state in optimiser.state.values():
         yield from (value for value in state.values() if isinstance(value, Tensor))
-
-
-def judge(method: Any) -> Callable[[Tensor, Batch], Tensor]:
-    """Advantages (B, G) of outputs as GDPO-SR has them, of our method's rewards."""
-
-    def advantages(sr: Tensor, batch: Batch) -> Tensor:
-        group, ones = method.options.group_size, torch.ones(len(batch), device=sr.device)
-        members = batch.repeat(group)
-        scores = {
-            name: reward(sr, members).float().unflatten(0, (-1, group)) for name, reward in method.rewards.items()
-        }
-        return group_advantages(scores, {name: ones * method.weights[name] for name in scores})
-
-    return advantages

@@ -1,15 +1,19 @@
 """Pipelines of random weights, made in memory where they are to run: tiny, a quarter as wide as SD 2.1, and SD 2.1."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from rewardsr.adapters import stable_diffusion as family
 from rewardsr.adapters.osediff import OSEDiff
+from rewardsr.adapters.seesr import SeeSR, add_image_attentions
 
 PARAMETERS = {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840}  # of SD 2.1-base
 LENGTH = 77  # tokens of a prompt
@@ -86,6 +90,9 @@ _MIDDLE: dict[str, dict[str, Any]] = {
     },
 }
 SIZES = {"tiny": _TINY, "middle": _MIDDLE, "sd21": _SD21}
+TOKENS, WIDTH = 145, 512  # of SeeSR's image embeddings
+_VGG_PLACES = (0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28, 30, 32, 34)  # among torchvision's layers
+_VGG_WIDTHS = (*[64] * 2, *[128] * 2, *[256] * 4, *[512] * 8)
 CROPS = {"tiny": 64, "middle": 128, "sd21": 512}  # HQ pixels a side, unless another number is asked for
 
 
@@ -102,31 +109,77 @@ class _Tokenizer:
         return SimpleNamespace(input_ids=torch.tensor(rows))
 
 
-def pipeline(size: str, device: torch.device, dtype: torch.dtype) -> OSEDiff:
-    """GDPO-SR's noise-aware one-step pipeline (`noise_t=250, net_t=100`, scale 4) with random weights.
+def pipeline(size: str, device: torch.device, dtype: torch.dtype, adapter: str = "osediff", **options: Any) -> Any:
+    """A pipeline with random weights, scale 4.
 
     Args:
         size: one of `SIZES`.
         device: where the networks are made, and stay.
-        dtype: of UNet and autoencoder.
+        dtype: of the base.
+        adapter: "osediff", or "seesr".
+        options: of the adapter.
     """
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    config = SIZES[size]
+    config, name = SIZES[size], f"random weights of size {size}"
+    unet, controlnet = seesr_networks(size, device) if adapter == "seesr" else (plain_unet(size, device), None)
     with torch.device(device):
         text = CLIPTextModel(CLIPTextConfig(**config["text_encoder"]))
         parts = family.Parts(
-            unet=diffusers.UNet2DConditionModel(**config["unet"]),
+            unet=unet,
             vae=diffusers.AutoencoderKL(**config["vae"]),
             text_encoder=text,
             tokenizer=_Tokenizer(text.config.vocab_size),
-            scheduler={"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+            scheduler={
+                "beta_schedule": "scaled_linear",
+                "beta_start": 0.00085,
+                "beta_end": 0.012,
+                "steps_offset": 1,
+            },
             revision="random",
         )
     with _unread():
-        adapter = OSEDiff(parts, f"random weights of size {size}", OSEDiff.Options(noise_t=250, net_t=100))
-    return adapter if device.type == "meta" else adapter.to(device, dtype)
+        if adapter == "seesr":
+            made: Any = SeeSR(parts, name, SeeSR.Options(**options), controlnet)
+        else:
+            made = OSEDiff(parts, name, OSEDiff.Options(**options))
+    return made if device.type == "meta" else made.to(device, dtype)
+
+
+def plain_unet(size: str, device: torch.device) -> Any:
+    """Stable Diffusion's, float32, of random weights."""
+    import diffusers
+
+    with torch.device(device):
+        return diffusers.UNet2DConditionModel(**SIZES[size]["unet"])
+
+
+def seesr_networks(size: str, device: torch.device) -> tuple[Any, Any]:
+    """SeeSR's UNet and ControlNet, float32, of random weights."""
+    import diffusers
+
+    unet = plain_unet(size, device)
+    taken = inspect.signature(diffusers.ControlNetModel.__init__).parameters
+    config = {name: value for name, value in SIZES[size]["unet"].items() if name in taken}
+    with torch.device(device):
+        controlnet = diffusers.ControlNetModel(**config)
+        for network in (unet, controlnet):
+            add_image_attentions(network, WIDTH)
+    return unet, controlnet
+
+
+def vgg_file(folder: Path, size: str) -> str:
+    """VGG19's convolutions in a file, of random weights; as wide as they are, but for "tiny"."""
+    narrow = 16 if size == "tiny" else 1
+    state, channels = {}, 3
+    for place, width in zip(_VGG_PLACES, _VGG_WIDTHS, strict=True):
+        out = width // narrow
+        state[f"features.{place}.weight"] = torch.randn(out, channels, 3, 3) * (2 / (9 * channels)) ** 0.5
+        state[f"features.{place}.bias"], channels = torch.zeros(out), out
+    path = folder / "vgg19.safetensors"
+    save_file(state, path)
+    return str(path)
 
 
 @contextmanager
@@ -140,7 +193,7 @@ def _unread() -> Iterator[None]:
         family.fingerprint = original
 
 
-def parameter_counts(adapter: OSEDiff) -> dict[str, int]:
+def parameter_counts(adapter: Any) -> dict[str, int]:
     """Number of weights of each network, without a LoRA."""
     networks = {**adapter.networks, "text_encoder": adapter._text_encoder}
     return {

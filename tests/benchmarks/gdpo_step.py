@@ -13,50 +13,65 @@ CPU it is followed tensor by tensor.
 """
 
 import argparse
-import copy
 import statistics
-import time
-from collections.abc import Callable
+import tempfile
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import torch
-from _count import META, count_gdpo, gdpo_needs, gdpo_released, unit_flops
+from _count import (
+    META,
+    Counts,
+    count_ours,
+    count_released,
+    gdpo_needs,
+    gdpo_released,
+    rfsr_needs,
+    unit_flops,
+)
 from _memory import held, working
-from _meter import PARTS, REST, REWARDS, Meter, matmul_rate, medians, watched
-from _released import GDPOSR
+from _meter import Meter, matmul_rate, medians, timed, watched
 from _rows import Rows
-from _setup import FORMS, Ours, Theirs, compile_networks, judge, method_of, precision, set_up
-from _sizes import CROPS, PARAMETERS, SIZES, parameter_counts, pipeline
+from _setup import (
+    FORMS,
+    Ours,
+    Theirs,
+    common_arguments,
+    complete,
+    make_adapter,
+    method_of,
+    precision,
+    prepare_adapter,
+    released_of,
+    rfsr_step,
+    seconds_of,
+    set_up,
+)
+from _sizes import PARAMETERS, parameter_counts, vgg_file
 
-from rewardsr import lora
-
-Counts = dict[str, int]
+from rewardsr.errors import TrainingError, is_out_of_memory
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=list(SIZES), default="tiny")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on CUDA")
-    parser.add_argument("--form", choices=FORMS, nargs="+", default=["paper"], help="of the preference, one or several")
+    common_arguments(parser)
+    parser.add_argument("--form", choices=sum(FORMS.values(), ()), nargs="+", help="one or several, see _setup.py")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="one or several")
-    parser.add_argument("--group", type=int, default=6)
-    parser.add_argument("--crop", type=int, help="HQ pixels a side; default 512, middle: 128, tiny: 64")
-    parser.add_argument("--rewards", default="psnr,detail", help="comma-separated; pyiqa's need their weights")
-    parser.add_argument("--fixed-prompt", action="store_true", help="one prompt for all images: encoded once, ever")
-    parser.add_argument("--micro-batch", type=int)
-    parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--against", choices=["released"], help="measure the released step in turn with ours")
     parser.add_argument("--steps", type=int, default=5, help="measured, after two that warm up")
     parser.add_argument("--no-parts", action="store_true", help="whole steps only")
     parser.add_argument("--no-count", action="store_true", help="no operations: starts a few seconds earlier")
     parser.add_argument("--count-only", action="store_true", help="operations only, on the meta device")
-    parser.add_argument("--output", type=Path, help="append what is printed to this file")
     chosen = parser.parse_args()
-    chosen.crop = chosen.crop or CROPS[chosen.size]
+    usual = complete(chosen)
+    chosen.form = chosen.form or usual
+    if chosen.adapter == "seesr" and chosen.trainer == "gdpo":
+        parser.error("GDPO-SR is of one-step pipelines: leave --adapter out")
+    fitting = FORMS["gdpo"] if chosen.trainer == "gdpo" else usual
+    if not set(chosen.form) <= set(fitting):
+        parser.error(f"--form of {chosen.trainer} on {chosen.adapter}: {', '.join(fitting)}")
     return chosen
 
 
@@ -65,36 +80,50 @@ def total(counts: Counts) -> float:
     return sum(counts.values()) / 1e9
 
 
-def report_counts(chosen: argparse.Namespace, rows: Rows) -> None:
-    """What each real step does, counted call by call, and what its maths needs."""
-    adapter = pipeline(chosen.size, META, torch.float32)
-    parameters = parameter_counts(adapter)
-    rows.say(f"parameters: {', '.join(f'{name} {number:,}' for name, number in parameters.items())}")
-    if chosen.size == "sd21" and parameters != PARAMETERS:
-        raise SystemExit(f"these are not Stable Diffusion 2.1's sizes: {PARAMETERS}")
-    lora.attach(adapter)
-    units = unit_flops(adapter, chosen.crop)
+def needs(chosen: argparse.Namespace, units: Counts, form: str, batch: int, method: Any) -> Counts:
+    """What the maths of our step needs."""
+    if chosen.trainer == "gdpo":
+        return gdpo_needs(units, form, batch, chosen.group)
+    passes = 1 if method.adapter.guidance == 1 else 2
+    taken = 0 if chosen.rollout == "none" else rfsr_step(form, len(method.adapter.steps)) * passes
+    return rfsr_needs(units, form, batch, taken)
+
+
+def released_counts(chosen: argparse.Namespace, units: Counts, batch: int, released: Any) -> Counts:
+    """What the released step does."""
+    if chosen.trainer == "gdpo":  # equal to the count, and there at once
+        return gdpo_released(units, batch, chosen.group)
+    return count_released(released, chosen, batch)
+
+
+def counted(chosen: argparse.Namespace, call_by_call: bool) -> dict[tuple[str, int], dict[str, Counts]]:
+    """Operations by form and batch: of "ours" as needed and of "released"; "counted" of ours only where asked for."""
+    adapter = make_adapter(chosen, META, torch.float32)
+    if chosen.size == "sd21" and chosen.adapter == "osediff":
+        assert parameter_counts(adapter) == PARAMETERS, "these are not Stable Diffusion 2.1's sizes"
+    second = seconds_of(adapter, chosen, META, torch.float32)
+    prepare_adapter(adapter, Namespace(**{**vars(chosen), "gradient_checkpointing": False, "compile": False}))
+    units = unit_flops(adapter, chosen.crop, method_of(adapter, chosen, chosen.form[-1]))
+    found: dict[tuple[str, int], dict[str, Counts]] = {}
     for form in chosen.form:
+        method = method_of(adapter, chosen, form)
         for batch in chosen.batch:
-            needed = gdpo_needs(units, form, batch, chosen.group)
-            counted = count_gdpo(adapter, chosen, form, batch)
-            adapter.device = META
-            released = gdpo_released(units, batch, chosen.group)
-            rows.head(f"{form}, batch {batch}: GFLOP", "ours", "needed", "released")
-            for part in dict.fromkeys([*needed, *counted, *released]):
-                rows.row(part, *(f"{counts.get(part, 0) / 1e9:,.2f}" for counts in (counted, needed, released)))
-            rows.row("**step, rewards apart**", *(f"{total(counts):,.2f}" for counts in (counted, needed, released)))
+            mine = {"ours": needs(chosen, units, form, batch, method)}
+            theirs = released_of(method_of(adapter, chosen, form), chosen, second)
+            mine["released"] = released_counts(chosen, units, batch, theirs)
+            if call_by_call:
+                mine["counted"] = count_ours(method, chosen, batch)
+            found[form, batch] = mine
+    return found
 
 
-def timed(step: Callable[[], None], device: torch.device) -> float:
-    """Seconds of one step."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+def report_counts(chosen: argparse.Namespace, rows: Rows) -> None:
+    """What each real step does, counted call by call, what its maths needs, and what the released step does."""
+    for (form, batch), counts in counted(chosen, True).items():
+        rows.head(f"{chosen.trainer}, {form}, batch {batch}: GFLOP", *counts)
+        for part in dict.fromkeys(part for parts in counts.values() for part in parts):
+            rows.row(part, *(f"{parts.get(part, 0) / 1e9:,.2f}" for parts in counts.values()))
+        rows.row("**step, rewards apart**", *(f"{total(parts):,.2f}" for parts in counts.values()))
 
 
 def report_steps(
@@ -137,9 +166,7 @@ def report_parts(chosen: argparse.Namespace, rows: Rows, setup: Any, run: Ours, 
             found.append(meter.end())
     seconds = medians(found)
     rows.head("ours, by part", "GFLOP", "seconds", "TFLOP/s", "of matmul", "peak GiB")
-    for part in (*PARTS, REWARDS, REST):
-        if part not in seconds:
-            continue
+    for part in seconds:
         cells = ["", f"{seconds[part]:.4f}", "", ""]
         if part in counts:
             speed = counts[part] / seconds[part] / 1e12
@@ -147,45 +174,42 @@ def report_parts(chosen: argparse.Namespace, rows: Rows, setup: Any, run: Ours, 
         rows.row(part, *cells, f"{meter.peak[part] / 2**30:.2f}" if part in meter.peak else "")
 
 
-def main() -> None:
-    """Count, or measure."""
+def main(folder: Path) -> None:
+    """Count, or measure; the folder is for files of random weights."""
     chosen = arguments()
+    chosen.vgg = vgg_file(folder, chosen.size) if chosen.trainer == "rfsr" else None
     rows = Rows(chosen.output)
     if chosen.count_only:
         report_counts(chosen, rows)
         return
     device, dtype = torch.device(chosen.device), precision(chosen)
-    units: Counts = {}
-    if not chosen.no_count:
-        bare = pipeline(chosen.size, META, torch.float32)
-        lora.attach(bare)
-        units = unit_flops(bare, chosen.crop)
-    adapter = pipeline(chosen.size, device, dtype)
-    second = copy.deepcopy(adapter.unet) if chosen.against else None
-    lora.attach(adapter)
-    if chosen.gradient_checkpointing:
-        adapter.enable_gradient_checkpointing()
-    if chosen.compile:
-        compile_networks(adapter)
+    counts = {} if chosen.no_count else counted(chosen, False)
+    adapter = make_adapter(chosen, device, dtype)
+    second = seconds_of(adapter, chosen, device, dtype) if chosen.against else ()
+    prepare_adapter(adapter, chosen)
     rate = matmul_rate(device, dtype)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     rows.say(f"\n{name}, torch {torch.__version__}, {torch.get_num_threads()} threads, {dtype}: {rate:.3f} TFLOP/s")
     for batch in chosen.batch:
         for form in chosen.form:
-            about = f"{chosen.size}, crop {chosen.crop}, batch {batch}, group {chosen.group}"
-            rows.say(f"\n### gdpo, {form}: {about}{', compiled' if chosen.compile else ''}")
+            about = f"{chosen.size}, crop {chosen.crop}, batch {batch}"
+            about += f", group {chosen.group}" if chosen.trainer == "gdpo" else f", rollout {chosen.rollout}"
+            rows.say(f"\n### {chosen.trainer} on {chosen.adapter}, {form}: {about}{', compiled' * chosen.compile}")
             setup = set_up(adapter, method_of(adapter, chosen, form), chosen, batch)
             runs: dict[str, Any] = {"ours": Ours(setup)}
-            counts = {"ours": gdpo_needs(units, form, batch, chosen.group)} if units else {}
-            if second is not None:
-                released = GDPOSR(adapter, second, judge(setup.method), chosen.group, setup.method.options.beta)
-                runs["released"] = Theirs(setup, released, second)
-                if units:
-                    counts["released"] = gdpo_released(units, batch, chosen.group)
-            report_steps(chosen, rows, runs, counts, rate)
-            if not chosen.no_parts:
-                report_parts(chosen, rows, setup, runs["ours"], counts.get("ours", {}), rate)
+            if second:
+                runs["released"] = Theirs(setup, released_of(setup.method, chosen, second))
+            mine = counts.get((form, batch), {})
+            try:
+                report_steps(chosen, rows, runs, mine, rate)
+                if not chosen.no_parts:
+                    report_parts(chosen, rows, setup, runs["ours"], mine.get("ours", {}), rate)
+            except (TrainingError, RuntimeError) as error:
+                if not is_out_of_memory(error.__cause__ or error):
+                    raise
+                rows.say("out of memory")
 
 
 if __name__ == "__main__":
-    main()
+    with tempfile.TemporaryDirectory() as folder:
+        main(Path(folder))

@@ -222,7 +222,7 @@ class FakeCuda(TorchDispatchMode):
         return result
 
     def _shaped(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What FakeTensorMode gives; what it gave before for such arguments is made again, which is quicker."""
+        """What FakeTensorMode gives; what it gave before for such arguments is made again, in less time."""
         if func.is_view:
             with in_kernel_invocation_manager(self.shapes):
                 bare = func(*args, **kwargs)

@@ -36,6 +36,7 @@ from rewardsr.rewards.vgg import GROUPS, VGG19
 from rewardsr.train import loop
 from rewardsr.train import recipe as recipes
 from rewardsr.train.checkpoint import State
+from rewardsr.train.optimiser import make_optimiser
 from rewardsr.train.prepare import Setup, method_class
 from rewardsr.trainers import rfsr
 
@@ -200,7 +201,7 @@ def _training(device: FakeCuda, case: Case, folder: Path) -> tuple[Callable[[], 
             metrics=method.rewards,
             notes=(),
         )
-        optimiser, state = loop.make_optimiser(setup), State()
+        optimiser, state = make_optimiser(setup), State()
         for parameter in method.trained_weights().values():
             parameter.grad = torch.zeros_like(parameter)
         optimiser.step()

@@ -195,9 +195,49 @@ def test_every_row_has_the_text_and_the_image_that_it_was_made_from(base) -> Non
     assert len(seen) == 3
     for condition in seen:
         assert torch.equal(condition.text, texts[[0, 0, 0, 1, 1, 1]])
-    (scored,) = reward.batches
-    assert scored.prompts == ("a cat",) * 3 + ("a much longer text",) * 3
-    assert torch.equal(scored.hq, batch.hq[[0, 0, 0, 1, 1, 1]])
+    assert sum((scored.prompts for scored in reward.batches), ()) == ("a cat",) * 3 + ("a much longer text",) * 3
+    assert torch.equal(torch.cat([scored.hq for scored in reward.batches]), batch.hq[[0, 0, 0, 1, 1, 1]])
+
+
+@pytest.mark.parametrize(
+    ("options", "pixels", "seen"),
+    [
+        ({}, 2**19, [3, 3]),
+        ({}, 2 * 16 * 16, [2, 2, 2]),
+        ({}, 10, [1] * 6),
+        ({"micro_batch": 2}, 2**19, [2, 2, 2]),
+        ({"micro_batch": 100}, 2**19, [3, 3]),
+        ({"reward_batch": 5}, 10, [3, 3]),
+        ({"reward_batch": 6, "micro_batch": 1}, 10, [6]),
+    ],
+    ids=str,
+)
+def test_a_reward_sees_so_many_images_at_once(options, pixels, seen, base, monkeypatch) -> None:
+    monkeypatch.setattr(groups, "REWARD_PIXELS", pixels)
+    reward, light = Score(), Score(name="light")
+    light.light = True
+    group = make(base, rewards=[reward, light], **options).prepare(images(2), Draws(0, 0, [0, 1]))
+    assert [len(batch) for batch in reward.batches] == seen
+    assert [len(batch) for batch in light.batches] == [6]
+    whole = make(base, reward_batch=6).prepare(images(2), Draws(0, 0, [0, 1]))
+    assert torch.allclose(group.advantages, whole.advantages, atol=1e-4)
+
+
+def test_a_reward_that_draws_judges_all_members_alike(base) -> None:
+    """Its scores are those of one call, and torch's generator goes on as after one."""
+    drawn = []
+
+    def noisy(sr: torch.Tensor) -> torch.Tensor:
+        drawn.append(torch.rand(1))
+        return sr.mean((1, 2, 3)) * drawn[-1]
+
+    after = []
+    for reward_batch in (1, 2, 6):
+        torch.manual_seed(4)
+        make(base, rewards=[Score(noisy)], reward_batch=reward_batch).prepare(images(2), Draws(0, 0, [0, 1]))
+        after.append(torch.rand(1))
+    assert len(drawn) == 6 + 3 + 1
+    assert len(set(map(float, drawn))) == len(set(map(float, after))) == 1
 
 
 def count_rows(adapter) -> list[int]:
@@ -310,7 +350,7 @@ def test_ties_teach_nothing_and_are_counted(base) -> None:
 
 def test_one_tied_group_does_not_hide_the_other(base) -> None:
     scores = torch.tensor([1.0, 1, 1, 0, 1, 2])
-    method = make(base, rewards=[Score(lambda sr: scores)])
+    method = make(base, rewards=[Score(lambda sr: scores)], reward_batch=6)
     group = method.prepare(images(2), Draws(0, 0, [0, 1]))
     assert group.metrics["group/tied"] == 0.5
     assert group.advantages.tolist() == [[0, 0, 0], pytest.approx([-1, 0, 1])]

@@ -89,7 +89,7 @@ def run_step(case: str, tiny, data, golden, micro_batch: int | None):
         order.append(sr)
         return v["rewards"].flatten()  # already standardised: min-max and z-score leave a z-score as it is
 
-    recorded_scores.kind = "fidelity"
+    recorded_scores.kind, recorded_scores.light = "fidelity", True  # all at once
     method = GDPO(adapter, {"recorded": recorded_scores}, {"recorded": 1.0}, GDPOOptions(micro_batch=micro_batch))
     d = golden("gdpo_step_b1")  # all cases were recorded on one image with the same draws
     draws = Replay([d["ref.posterior_eps"], d["ref.noise"].flatten(0, 1), d["fwd.posterior_eps"], d["fwd.noise"]])
