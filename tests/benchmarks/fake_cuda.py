@@ -117,12 +117,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--size", choices=sorted(SIDES), default="tiny")
     parser.add_argument("--adapter", choices=ADAPTERS, action="append", help="all that are named; default osediff")
     parser.add_argument("--trainer", choices=TRAINERS, action="append", help="all that are named; default gdpo")
-    parser.add_argument("--label", action="append", help="only the rows of these names")
+    parser.add_argument("--label", action="append", help="only the rows of these names, say paper")
     parser.add_argument("--all", action="store_true", help="every adapter and trainer")
-    parser.add_argument("--parts", action="store_true", help="each row by part; with --all the first")
-    parser.add_argument(
-        "--sites", action="store_true", help="each row's copies and waits by line; with --all the first's"
-    )
+    parser.add_argument("--parts", action="store_true", help="the first row of each table by part")
+    parser.add_argument("--sites", action="store_true", help="its copies and waits by line")
     return parser.parse_args()
 
 
@@ -137,7 +135,7 @@ def main() -> None:
         table(
             ["trainer", "adapter", "case", *ROW], [[trainer, adapter, label, *row(of)] for label, of in found.items()]
         )
-        for label, of in list(found.items())[: 1 if chosen.all else None]:
+        for label, of in list(found.items())[:1]:
             if chosen.parts or chosen.sites:
                 print(f"{trainer}, {adapter}, {label}:\n")
             if chosen.parts:

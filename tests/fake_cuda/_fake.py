@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = tuple(str(ROOT / folder) + "/" for folder in ("rewardsr", "adapters"))
+HELPERS = tuple(f"rewardsr/{name}.py" for name in ("checks", "draws", "transfer"))  # they copy and read for others
 REST = "all else"
 GRAIN = 512  # bytes: CUDA's allocator rounds up to it
 SMALL = 4096  # elements: smaller tensors keep their values where they are known
@@ -50,7 +51,7 @@ class Event:
     Attributes:
         kind: "H2D" and "D2H" (copies), "read" (one value), "shape" (a shape that depends on values) or "wait".
         operation: what asked for it.
-        site: file and line of the package, the innermost; "elsewhere" where there is none.
+        site: file and line of the package, the innermost but for `HELPERS`; "elsewhere" where there is none.
         part: of the step.
         bytes: that travel.
         pinned: whether the host's side is page-locked.
@@ -274,7 +275,7 @@ class FakeCuda(TorchDispatchMode):
 
     def value(self, tensor: Any) -> Tensor | None:
         """What a tensor of the device holds, if that is known."""
-        return tensor._value if _here(tensor) and self._block(tensor).known else None
+        return getattr(tensor, "_value", None) if _here(tensor) and self._block(tensor).known else None
 
     def _charge(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         formula = flop_registry.get(func._overloadpacket)
@@ -418,7 +419,7 @@ class FakeCuda(TorchDispatchMode):
             if index is not None and not isinstance(index, FakeTensor):
                 index = self._upload(func, index)
             if index is not None and index.dtype == torch.bool:
-                places += self._nonzero(func, index).unbind(1)
+                places += self._on_device(aten.unbind.int, (self._nonzero(func, index), 1), {})
                 continue
             places.append(index)
         return self._on_device(func, (source, places, *more), options)
@@ -524,10 +525,13 @@ def _rate(func: Any, tensors: Iterable[Tensor]) -> float:
 
 
 def _site() -> str:
-    frame = sys._getframe(1)
+    frame: Any = sys._getframe(1)
+    found = "elsewhere"
     while frame is not None:
         name = frame.f_code.co_filename
         if name.startswith(PACKAGE):
-            return f"{Path(name).relative_to(ROOT)}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return "elsewhere"
+            found = f"{Path(name).relative_to(ROOT)}:{frame.f_lineno}"
+            if not found.startswith(HELPERS):
+                break
+        frame = frame.f_back
+    return found

@@ -1,5 +1,6 @@
 """Real steps on the fake device: every adapter with random weights of a size, every trainer, and upscaling."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -9,12 +10,15 @@ from typing import Any
 from unittest import mock
 
 import torch
-from _fake import CUDA, Cost, Event, FakeCuda, fake_cuda
-from _sizes import SIZES, _Tokenizer, images
+from _fake import CUDA, ROOT, Cost, Event, FakeCuda, fake_cuda
 from accelerate import Accelerator
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._mode_utils import no_dispatch
+
+sys.path.append(str(ROOT / "tests" / "benchmarks"))
+
+from _sizes import SIZES, _Tokenizer, images
 
 from rewardsr import lora
 from rewardsr.adapters import stable_diffusion as family
