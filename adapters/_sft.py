@@ -32,8 +32,7 @@ class Modulation(nn.Module):
     def forward(self, residual: Tensor, features: Tensor) -> Tensor:
         """(B, C, h, w) from a residual (B, C, h, w) and features (B, F, h, w)."""
         shared = self.mlp_shared(features)
-        modulated = self.param_free_norm(residual) * (1 + self.mlp_gamma(shared)) + self.mlp_beta(shared)
-        return modulated.to(residual.dtype)  # autocast normalises in float32
+        return self.param_free_norm(residual) * (1 + self.mlp_gamma(shared)) + self.mlp_beta(shared)
 
 
 class ModulatedBlock(ResnetBlock2D):

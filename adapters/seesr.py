@@ -16,11 +16,13 @@ from rewardsr.adapters._live import live_network
 from rewardsr.adapters._networks import load_changed
 from rewardsr.adapters.stable_diffusion import Ancestral, Guidance, Parts, Steps, Tile, load_parts, parts_of, times
 from rewardsr.batch import Batch, Condition
+from rewardsr.checks import check
 from rewardsr.draws import Source
 from rewardsr.errors import UserError
 from rewardsr.hub.fetch import fetch
 from rewardsr.options import FOR_LORA
 from rewardsr.plugins import named, resolve
+from rewardsr.transfer import to_device
 
 EMBEDDING = "ram"  # its name in Batch.extras, and in the files beside the images
 ALIKE = ("in_channels", "block_out_channels", "layers_per_block", "down_block_types", "attention_head_dim")
@@ -158,9 +160,11 @@ class SeeSR(Ancestral):
                 f"image embeddings '{EMBEDDING}' are {tuple(tokens.shape)}, but the networks attend to "
                 f"({len(batch)}, tokens, {self._width})"
             )
-        if not tokens.isfinite().all():
-            raise UserError(f"image embeddings '{EMBEDDING}' hold values that are not finite")
-        return tokens.to(self.device, torch.float32), tags
+        check(
+            tokens.isfinite().all(),
+            lambda: UserError(f"image embeddings '{EMBEDDING}' hold values that are not finite"),
+        )
+        return to_device(tokens.float(), self.device), tags
 
     def _prompt(self, tags: str | None) -> str:
         if tags == "":

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from rewardsr import options
-from rewardsr.adapter import BaseModel, ISRAdapter
+from rewardsr.adapter import BaseModel, ISRAdapter, precision_of
 from rewardsr.adapters._live import check_together, live_network
 from rewardsr.adapters._networks import check_tokenizer, load_network, read_part, read_tokenizer
 from rewardsr.batch import Batch, Condition
@@ -23,6 +23,7 @@ from rewardsr.json_object import read_object
 from rewardsr.lora.fingerprint import fingerprint
 from rewardsr.schedule import VP
 from rewardsr.tiling import Tiling
+from rewardsr.transfer import to_device
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 CACHED_PROMPTS = 512  # embeddings kept on the device: 160 MB at the width of SD 2.1
@@ -45,6 +46,7 @@ Tile = Annotated[
     int | None, Field(le=65_536, description="latents larger than tile x tile are sampled in tiles; null: never")
 ]
 TileOverlap = Annotated[int, Field(le=65_536, description="of neighbouring tiles, in latents")]
+TileBatch = Annotated[int, Field(ge=1, le=65_536, description="tiles of an image in one network call, at most")]
 
 
 @dataclass
@@ -231,11 +233,12 @@ class StableDiffusion(ISRAdapter):
         prompt: str = Field("", description="text for images that bring none")
         tile: Tile = None
         tile_overlap: TileOverlap = 32
+        tile_batch: TileBatch = 4
         revision: str | None = Field(None, description="branch, tag or commit of a Hub base")
 
         def tiling(self) -> Tiling | None:
             """How latents are cut."""
-            return None if self.tile is None else Tiling(self.tile, self.tile_overlap)
+            return None if self.tile is None else Tiling(self.tile, self.tile_overlap, self.tile_batch)
 
         @model_validator(mode="after")
         def _tiles_fit(self) -> Self:
@@ -277,6 +280,12 @@ class StableDiffusion(ISRAdapter):
         """How many pixels a latent is wide."""
         return compression(self.vae)
 
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Self:
+        """Move networks and text encoder to a device and a precision; what is trained goes along in float32."""
+        self._text_encoder.to(device=device, dtype=dtype)
+        self._embeddings.clear()
+        return super().to(device, dtype)
+
     def enable_gradient_checkpointing(self) -> list[str]:
         """Checkpoint UNet and autoencoder; returns those whose class cannot (AutoencoderDC cannot)."""
         refused = []
@@ -288,8 +297,13 @@ class StableDiffusion(ISRAdapter):
                 refused.append(name)
         return refused
 
+    def compiled(self) -> list[nn.Module]:
+        """The networks; of the autoencoder its two halves, for it is called by other methods than `forward`."""
+        others = [network for name, network in self.networks.items() if name != "vae"]
+        return [*others, self.vae.encoder, self.vae.decoder]
+
     def _text(self, prompts: Sequence[str | None] | None, count: int) -> Tensor:
-        """(count, L, D) float32 embeddings; each prompt is encoded once; the text encoder then goes back."""
+        """(count, L, D) float32 embeddings; the new ones among the prompts are encoded together, and each once."""
         given = prompts if prompts is not None else (None,) * count
         wanted = [self.options.prompt if prompt is None else prompt for prompt in given]
         new = [prompt for prompt in dict.fromkeys(wanted) if prompt not in self._embeddings]
@@ -299,13 +313,10 @@ class StableDiffusion(ISRAdapter):
             ids = self._tokenizer(
                 new, max_length=length, padding="max_length", truncation=True, return_tensors="pt"
             ).input_ids
-            home = self._text_encoder.device
-            self._text_encoder.to(self.device)
             with torch.no_grad():
-                embedded = self._text_encoder(ids.to(self.device))[0].float()
-            self._text_encoder.to(home)
-            self._embeddings |= dict(zip(new, embedded, strict=True))
-        text = torch.stack([self._embeddings[prompt].to(self.device) for prompt in wanted])
+                embedded = self._text_encoder(to_device(ids, self._text_encoder.device))[0].float()
+            self._embeddings |= dict(zip(new, to_device(embedded, self.device), strict=True))
+        text = torch.stack([self._embeddings[prompt] for prompt in wanted])
         while len(self._embeddings) > CACHED_PROMPTS:  # one prompt an image, over a large set, would fill the card
             del self._embeddings[next(iter(self._embeddings))]
         return text
@@ -323,7 +334,7 @@ class StableDiffusion(ISRAdapter):
         return self.unet(z_t.to(self.dtype), t, condition.text.to(self.dtype)).sample
 
     def _to_latents(self, image: Tensor, generator: Source | None) -> Tensor:
-        encoded = self.vae.encode((image * 2 - 1).to(self.dtype))
+        encoded = self.vae.encode((image * 2 - 1).to(precision_of(self.vae)))
         if hasattr(encoded, "latent"):  # autoencoders without a posterior (AutoencoderDC)
             latents = encoded.latent.float()
         else:
@@ -334,7 +345,7 @@ class StableDiffusion(ISRAdapter):
         return latents * self.vae.config.scaling_factor
 
     def _to_image(self, z0: Tensor) -> Tensor:
-        image = self.vae.decode((z0 / self.vae.config.scaling_factor).to(self.dtype)).sample
+        image = self.vae.decode((z0 / self.vae.config.scaling_factor).to(precision_of(self.vae))).sample
         return image.float() / 2 + 0.5
 
 
@@ -358,7 +369,7 @@ class Ancestral(StableDiffusion):
             """How latents are cut."""
             if self.tile is None:
                 return None
-            return Tiling(self.tile, self.tile_overlap, off_centre=self.tile_weights == "original")
+            return Tiling(self.tile, self.tile_overlap, self.tile_batch, off_centre=self.tile_weights == "original")
 
     noisy_condition = True
     eta = 1.0

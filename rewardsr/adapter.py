@@ -10,8 +10,9 @@ Tensors at every public boundary:
 `rewardsr.batch` has what goes in (`Batch`) and what denoising is conditioned on (`Condition`).
 
 An adapter declares its `Options`, says how to `load`, and writes five hooks (`_encode`, `_start`, `_predict`,
-`_to_latents`, `_to_image`); their public namesakes check what they are given, call them in the adapter's precision, and
-give float32 back.
+`_to_latents`, `_to_image`); their public namesakes check what they are given and give float32 back. A hook casts what
+it hands to a network to that network's precision (`precision_of`): no autocast is on, which would turn every norm of a
+bf16 network into float32 and back.
 """
 
 from abc import ABC, abstractmethod
@@ -22,12 +23,14 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from rewardsr.batch import Batch, Condition
+from rewardsr.batch import Batch, Condition, parts, pick
+from rewardsr.checks import check
 from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError
 from rewardsr.options import Options
 from rewardsr.schedule import Coefficient, Schedule, Time
-from rewardsr.tiling import Tiling
+from rewardsr.tiling import Tiling, Window
+from rewardsr.transfer import to_device
 
 RANGE_SLACK = 1e-3  # resampling and half precision overshoot [0, 1] a little; more than this is another convention
 
@@ -151,22 +154,22 @@ class ISRAdapter(ABC):
             raise ValueError(
                 f"predict: expected float32 latents ({len(condition)}, C, h, w), got {z_t.dtype} {tuple(z_t.shape)}"
             )
-        times = torch.as_tensor(t, dtype=self.schedule.dtype, device=z_t.device).expand(z_t.shape[0])
-        with self.autocast():
-            return self._predict(z_t, times, condition).float()
+        if isinstance(t, Tensor):
+            times = to_device(t.to(self.schedule.dtype), z_t.device).expand(len(z_t))
+        else:
+            times = torch.full((len(z_t),), t, dtype=self.schedule.dtype, device=z_t.device)
+        return self._predict(z_t, times, condition).float()
 
     def to_latents(self, image: Tensor, generator: Source | None = None) -> Tensor:
         """Encode an image at output size, (B, 3, H, W) in [0, 1], to latents (B, C, h, w); no generator: the mode."""
         _check_image("to_latents: image", image)
-        with self.autocast():
-            return self._to_latents(self.pad(image.to(self.device)), generator).float()
+        return self._to_latents(self.pad(to_device(image, self.device)), generator).float()
 
     def to_image(self, z0: Tensor) -> Tensor:
         """Decode latents (B, C, h, w) to an image (B, 3, H', W') of the padded size, unclamped: callers clamp."""
         if z0.ndim != 4 or z0.dtype != torch.float32:
             raise ValueError(f"to_image: expected float32 latents (B, C, h, w), got {z0.dtype} {tuple(z0.shape)}")
-        with self.autocast():
-            return self._to_image(z0).float()
+        return self._to_image(z0).float()
 
     # ---- the five hooks, what an adapter writes; gradients must follow ----
 
@@ -215,6 +218,10 @@ class ISRAdapter(ABC):
         """Trade time for memory where the networks can; returns the components that cannot."""
         return sorted(self.trainable)
 
+    def compiled(self) -> list[nn.Module]:
+        """The modules that hooks call and `torch.compile` can take; by default the networks."""
+        return list(self.networks.values())
+
     def import_lora(self, path: str) -> tuple[dict[str, Tensor], int, float] | None:
         """A LoRA in the family's released format: (tensors by our key names, rank, alpha); None if it is not one."""
         return None
@@ -247,18 +254,13 @@ class ISRAdapter(ABC):
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Self:
         """Move the networks to a device and a precision; what is trained (a LoRA) goes along unrounded, in float32."""
         self.device, self.dtype = torch.device(device), dtype
-        layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         for network in self.networks.values():
             trained = {name: p.data for name, p in network.named_parameters() if p.requires_grad}
             # Past diffusers' own `to`, which warns of float32 modules that these networks do not have.
-            nn.Module.to(network, device=self.device, dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
+            nn.Module.to(network, device=self.device, dtype=dtype)
             for name, exact in trained.items():
                 network.get_parameter(name).data = exact.to(self.device, torch.float32)
         return self
-
-    def autocast(self) -> torch.autocast:
-        """The one numeric path of training and inference: base weights in `dtype`, a float32 LoRA computing in it."""
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def transition(self, z: Tensor, prediction: Tensor, t: float, t_next: float) -> tuple[Tensor, Coefficient]:
         """One step of the sampler from `t` to `t_next` (`schedule.end`: to z0).
@@ -284,27 +286,33 @@ class ISRAdapter(ABC):
             generator: source of the start noise, and of the sampler's where it draws some.
             steps: times to call the network at; the pipeline's own by default.
             guidance: classifier-free guidance scale; the pipeline's own by default.
-            until: (B,) int64, how many steps each row takes; all by default. A row that stops early is noisy still.
-            rows: at most so many in a network call.
+            until: (B,) int64 on the CPU, how many steps each row takes; all by default. A row that stops early is noisy
+                still.
+            rows: at most so many in a network call, those of guidance and of tiles included.
 
         Raises:
             ValueError: the sampler draws noise and there is no generator.
         """
         times = tuple(steps) if steps is not None else self.steps
         z = self.start(condition, generator)
+        last = [len(times)] * len(z) if until is None else until.tolist()
         for taken, (t, t_next) in enumerate(zip(times, (*times[1:], self.schedule.end), strict=True)):
-            going = torch.arange(len(z), device=z.device) if until is None else (until > taken).nonzero().flatten()
-            if not len(going):
+            going = [row for row, stop in enumerate(last) if stop > taken]
+            if not going:
                 break
-            chunks = going.split(rows or len(going))
-            predictions = torch.cat([self._guided(z[c], t, condition.rows(c), guidance) for c in chunks])
-            # The sampler draws for every row, so that a row's noise does not depend on how far the others go.
-            moved, std = self.transition(z, torch.zeros_like(z).index_copy(0, going, predictions), t, t_next)
+            whole = len(going) == len(z)
+            now, where = (z, condition) if whole else (pick(z, going), condition.rows(going))
+            moved, std = self.transition(now, self._guided(now, t, where, guidance, rows), t, t_next)
             if isinstance(std, Tensor) or std > 0:
                 if generator is None:
                     raise ValueError("sample: this sampler draws noise; pass a generator (rewardsr.Draws)")
-                moved = moved + std * draw(z.shape, generator, device=z.device)
-            z = moved if len(going) == len(z) else z.index_copy(0, going, moved[going])
+                # Drawn for every row, so that a row's noise does not depend on how far the others go.
+                noise = draw(z.shape, generator, device=z.device)
+                moved = moved + std * (noise if whole else pick(noise, going))
+            if not whole:
+                ahead = dict(zip(going, moved, strict=True))
+                moved = torch.stack([ahead.get(row, z[row]) for row in range(len(z))])
+            z = moved
         return z
 
     def decode(self, z0: Tensor, condition: Condition) -> Tensor:
@@ -334,27 +342,46 @@ class ISRAdapter(ABC):
         right, bottom = -image.shape[-1] % self.size_multiple, -image.shape[-2] % self.size_multiple
         return nn.functional.pad(image, (0, right, 0, bottom), mode="replicate") if right or bottom else image
 
-    def _guided(self, z: Tensor, t: float, condition: Condition, guidance: float | None) -> Tensor:
-        """Prediction of the sampler, u + w (c - u): tiles are stitched first, then guidance is applied, as in SeeSR."""
+    def _guided(
+        self, z: Tensor, t: float, condition: Condition, guidance: float | None, rows: int | None = None
+    ) -> Tensor:
+        """Prediction of the sampler, u + w (c - u): tiles are stitched first, then guidance is applied, as in SeeSR.
+
+        What is conditioned on the prompt and what on the negative one are rows of one batch.
+        """
         weight = self.guidance if guidance is None else guidance
-        prediction = self._stitched(z, t, condition)
         if weight == 1 or condition.negative is None:
-            return prediction
+            return self._stitched(z, t, condition, rows)
         negative = replace(condition, text=condition.negative, pooled=condition.negative_pooled)
-        unconditional = self._stitched(z, t, negative)
+        both = self._stitched(torch.cat([z, z]), t, condition.beside(negative), rows)
+        prediction, unconditional = both.chunk(2)
         return unconditional + weight * (prediction - unconditional)
 
-    def _stitched(self, z: Tensor, t: float, condition: Condition) -> Tensor:
+    def _stitched(self, z: Tensor, t: float, condition: Condition, rows: int | None = None) -> Tensor:
+        """Prediction for latents of any size, in network calls of at most `rows` rows."""
+
+        def predict(z: Tensor, condition: Condition) -> Tensor:
+            return torch.cat([self.predict(z[part], t, condition.rows(part)) for part in parts(len(z), rows)])
+
+        def tiles(windows: Sequence[Window]) -> Tensor:
+            first, *others = (condition.window(*window) for window in windows)
+            return predict(torch.cat([z[..., rows, columns] for rows, columns in windows]), first.beside(*others))
+
         if self.tiling is None or not self.tiling.cuts(z):
-            return self.predict(z, t, condition)
-        return self.tiling.apply(
-            lambda rows, columns: self.predict(z[..., rows, columns], t, condition.window(rows, columns)), z
-        )
+            return predict(z, condition)
+        return self.tiling.apply(tiles, z)
 
 
 def _check_image(what: str, image: Tensor) -> None:
     if image.ndim != 4 or image.shape[1] != 3 or image.dtype != torch.float32 or not image.numel():
         raise ValueError(f"{what}: expected float32 (B, 3, H, W), got {image.dtype} {tuple(image.shape)}")
-    low, high = (float(value) for value in image.detach().aminmax())
-    if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):  # also false for NaN
-        raise ValueError(f"{what}: expected values in [0, 1], got [{low:.3g}, {high:.3g}]")
+    low, high = image.detach().aminmax()
+    check(
+        (low >= -RANGE_SLACK) & (high <= 1 + RANGE_SLACK),
+        lambda: ValueError(f"{what}: expected values in [0, 1], got [{float(low):.3g}, {float(high):.3g}]"),
+    )
+
+
+def precision_of(network: nn.Module) -> torch.dtype:
+    """What a network computes in: the dtype of its first weight, a LoRA's aside."""
+    return next(network.parameters()).dtype

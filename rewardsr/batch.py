@@ -4,12 +4,15 @@ Images are (B, 3, H, W) float32 RGB in [0, 1]; latents (B, C, h, w) float32. Mem
 b0g1, ..., b1g0, ...), made by `repeat` and nowhere else.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from rewardsr.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -44,16 +47,20 @@ class Batch:
             extras={name: value.repeat_interleave(group, 0) for name, value in self.extras.items()},
         )
 
-    def rows(self, index: Tensor) -> "Batch":
-        """The rows of an index (R,) int64."""
-        places = index.tolist()
+    def rows(self, rows: slice | Tensor) -> "Batch":
+        """Some rows, as a slice or an index (R,) int64 on the CPU."""
+        places = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
+
+        def some(tensor: Tensor) -> Tensor:
+            return tensor[rows] if isinstance(rows, slice) else pick(tensor, places)
+
         return replace(
             self,
-            lq=self.lq[index.to(self.lq.device)],
-            hq=None if self.hq is None else self.hq[index.to(self.hq.device)],
+            lq=some(self.lq),
+            hq=None if self.hq is None else some(self.hq),
             prompts=None if self.prompts is None else tuple(self.prompts[place] for place in places),
             paths=tuple(self.paths[place] for place in places) if self.paths else (),
-            extras={name: value[index.to(value.device)] for name, value in self.extras.items()},
+            extras={name: some(value) for name, value in self.extras.items()},
         )
 
     def crop(self, corners: Tensor, side: int, scale: int) -> "Batch":
@@ -68,12 +75,12 @@ class Batch:
         return replace(self, lq=cut(self.lq, corners // scale, side // scale), hq=hq)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch with its tensors on another device."""
+        """The batch with its tensors on another device; what goes from the CPU to CUDA is not waited for."""
         return replace(
             self,
-            lq=self.lq.to(device),
-            hq=None if self.hq is None else self.hq.to(device),
-            extras={name: value.to(device) for name, value in self.extras.items()},
+            lq=to_device(self.lq, device),
+            hq=None if self.hq is None else to_device(self.hq, device),
+            extras={name: to_device(value, device) for name, value in self.extras.items()},
         )
 
 
@@ -107,9 +114,17 @@ class Condition:
         """Every row `group` times, adjacent: the one place where groups are made."""
         return self._map(lambda tensor: tensor.repeat_interleave(group, 0))
 
-    def rows(self, rows: slice | Tensor) -> "Condition":
-        """Some rows, as a slice or an index (R,) int64: a chunk of a batch that does not fit at once, say."""
-        return self._map(lambda tensor: tensor[rows])
+    def rows(self, rows: slice | Tensor | Sequence[int]) -> "Condition":
+        """Some rows: a chunk of a batch that does not fit at once, say.
+
+        Args:
+            rows: a slice, an index (R,) int64, or numbers, for which a card need not wait (`pick`).
+        """
+        return self._map(lambda tensor: tensor[rows] if isinstance(rows, slice | Tensor) else pick(tensor, rows))
+
+    def beside(self, *others: "Condition") -> "Condition":
+        """The rows of several conditions of one kind and size, one condition after another."""
+        return self._map(lambda *tensors: torch.cat(tensors), *others)
 
     def window(self, rows: slice, columns: slice) -> "Condition":
         """What conditions a part of the latents; `size` stays that of the whole image."""
@@ -119,15 +134,27 @@ class Condition:
             control = control[..., rows.start * k : rows.stop * k, columns.start * k : columns.stop * k]
         return replace(self, latents=self.latents[..., rows, columns], control=control)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "Condition":
+    def _map(self, change: Callable[..., Tensor], *others: "Condition") -> "Condition":
         changed: dict[str, Any] = {}
         for entry in fields(self):
-            value = getattr(self, entry.name)
-            if isinstance(value, Tensor):
-                changed[entry.name] = change(value)
-            elif isinstance(value, Mapping):
-                changed[entry.name] = {name: change(tensor) for name, tensor in value.items()}
+            values = [getattr(condition, entry.name) for condition in (self, *others)]
+            if isinstance(values[0], Tensor):
+                changed[entry.name] = change(*values)
+            elif isinstance(values[0], Mapping):
+                changed[entry.name] = {name: change(*(value[name] for value in values)) for name in values[0]}
         return replace(self, **changed)
+
+
+def parts(count: int, most: int | None) -> list[slice]:
+    """Rows 0 .. count-1 in as few parts as have at most `most` rows (None: in one), all as long, or one row shorter."""
+    number = 1 if most is None else -(-count // most)
+    edges = [count * part // number for part in range(number + 1)]
+    return [slice(first, last) for first, last in pairwise(edges)]
+
+
+def pick(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """Rows of a tensor (B, ...) by their numbers: views put together, where an index would be copied to the device."""
+    return torch.stack([tensor[row] for row in rows])
 
 
 def cut(images: Tensor, corners: Tensor, side: int) -> Tensor:

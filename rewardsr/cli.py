@@ -38,7 +38,8 @@ Loras = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
 Precision = Annotated[
-    str | None, typer.Option(help="of the base: auto (bf16 on CUDA), fp32 or bf16; by default the run's, else auto")
+    str | None,
+    typer.Option(help="of the base: auto (bf16 where CUDA has it), fp32 or bf16; by default the run's, else auto"),
 ]
 Prompts = Annotated[
     str | None,
@@ -84,7 +85,9 @@ def finetune(
     batch_size: Annotated[int | None, typer.Option(help="images per process and pass")] = None,
     seed: Annotated[int | None, typer.Option(help="of everything that is drawn")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps")] = None,
-    precision: Annotated[str | None, typer.Option(help="of the base: auto (bf16 on CUDA), fp32 or bf16")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="of the base: auto (bf16 where CUDA has it), fp32 or bf16")
+    ] = None,
     reward_crop: Annotated[
         int | None, typer.Option(help="judge a random window of so many pixels a side (trainer rfsr): less memory")
     ] = None,

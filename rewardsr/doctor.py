@@ -23,6 +23,8 @@ OPTIONAL = {
     "pyiqa": "pyiqa metrics as rewards (its licence is non-commercial)",
     "tensorboard": "log_with: [tensorboard]",
     "wandb": "log_with: [wandb]",
+    "bitsandbytes": "optimiser.name: adamw8bit",
+    "prodigyopt": "optimiser.name: prodigy",
 }
 
 
@@ -40,7 +42,7 @@ def examine() -> Iterator[str]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(index)
-            bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
+            bf16 = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16"
             yield f"{f'cuda:{index}':<16} {card.name}, {card.total_memory / 2**30:.0f} GiB, {bf16}"
     else:
         yield f"{'cuda':<16} none: training at full size needs a GPU; the demo and tests run on the CPU"

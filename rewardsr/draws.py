@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rewardsr.transfer import to_device
+
 
 class Source(Protocol):
     """Where random numbers come from: `Draws` in training, `Replay` in tests."""
@@ -86,7 +88,7 @@ def draw(
 ) -> Tensor:
     """Random numbers: the only place where the project makes them.
 
-    Drawn on the CPU and then moved, so that a CPU and a CUDA run see the same noise.
+    Drawn on the CPU and then moved without waiting, so that a CPU and a CUDA run see the same noise.
 
     Args:
         shape: (rows, ...); with `Draws`, rows is a multiple of its number of samples.
@@ -101,7 +103,7 @@ def draw(
         numbers = torch.randn(size, generator=generator, device=generator.device)
     else:
         numbers = torch.randint(high, size, generator=generator, device=generator.device)
-    return numbers if device is None else numbers.to(device)
+    return numbers if device is None else to_device(numbers, device)
 
 
 def generator(seed: int, step: int, stream: str, index: int) -> torch.Generator:

@@ -1,9 +1,11 @@
 """Where every command and the Python API get a pipeline: loaded, taken from memory, or as a run left it."""
 
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from rewardsr.run_folder import RECIPE
 from rewardsr.storage import expand
 from rewardsr.train import recipe as recipes
 from rewardsr.train.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 LOADING = {"weights", "revision"}  # options of adapters that a live pipeline has no use for
 
@@ -158,6 +162,9 @@ def options_table(name: str) -> str:
 def choose_device(device: str, precision: str) -> tuple[torch.device, torch.dtype]:
     """The device, and the precision that the base computes in there.
 
+    "auto" is bf16 on a CUDA card that computes in it, which those before compute capability 8.0 (V100, T4, RTX 20) only
+    emulate; everywhere else it is fp32.
+
     Raises:
         UserError: a device that this machine or this build of torch does not have.
     """
@@ -177,8 +184,22 @@ def choose_device(device: str, precision: str) -> tuple[torch.device, torch.dtyp
         chosen = torch.device("cuda", _local_rank(torch.cuda.device_count()))
         torch.cuda.set_device(chosen)
     if precision == "auto":
-        precision = "bf16" if device == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        precision = "bf16" if device == "cuda" and _has_bf16(chosen) else "fp32"
     return chosen, torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+@cache
+def _has_bf16(device: torch.device) -> bool:
+    """Whether a CUDA device, the current one, computes in bfloat16; the note that it does not is given once."""
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return True
+    logger.warning(
+        "%s (%s) does not compute in bf16: the base is in fp32, which takes about twice the memory and is slower; "
+        "precision bf16 would be emulated: it saves memory alone",
+        device,
+        torch.cuda.get_device_name(device),
+    )
+    return False
 
 
 def _local_rank(devices: int) -> int:

@@ -16,6 +16,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from rewardsr.transfer import to_device
+
 Time = Tensor | float  # (B,), or a number for all rows
 Coefficient = Tensor | float  # (B, 1, 1, 1), or a number for all rows
 
@@ -87,7 +89,8 @@ class Schedule(ABC):
 
     def times(self, values: Sequence[float], device: torch.device | str | None = None) -> Tensor:
         """Times as a tensor, in the schedule's dtype."""
-        return torch.tensor(values, dtype=self.dtype, device=device)
+        made = torch.tensor(values, dtype=self.dtype)
+        return made if device is None else to_device(made, device)
 
 
 class VP(Schedule):

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 # From low to high; an entry stands for the module or package and what is in it, unless a longer entry names that.
 # A module imports from its own floor or lower ones only.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "run_folder", "options", "places"),
-    ("plugins", "storage", "json_object", "draws", "hub.connection", "console"),
+    ("errors", "run_folder", "options", "places", "checks", "transfer"),
+    ("plugins", "storage", "json_object", "draws", "hub.connection", "console", "together"),
     ("weights", "schedule", "tiling", "batch", "hub.fetch", "train.recipe"),
     ("adapter",),
     ("lora", "data", "rewards"),
@@ -29,6 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 LAZY = {
     "cli": "answers --help without importing what the commands need",
     "__init__": "`import rewardsr` is light; public names are imported when they are first used",
+    "lora.layers": "peft takes a second to import, and commands of the Hub need it not",
     "adapters.stablesr": "its networks import those of diffusers, which takes seconds: listing adapters need not",
     "adapters._stablesr_checkpoint": "as adapters.stablesr",
 }

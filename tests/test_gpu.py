@@ -16,6 +16,7 @@ from rewardsr.run_folder import LORA
 from rewardsr.testing import tiny_pipeline
 from rewardsr.train import loop
 from rewardsr.train import recipe as recipes
+from rewardsr.train.optimiser import make_optimiser
 from rewardsr.train.prepare import set_up
 from rewardsr.trainers.gdpo import GDPO, GDPOOptions, preference_logit
 from rewardsr.trainers.rfsr import RFSR, RFSROptions
@@ -140,7 +141,7 @@ def fresh(base: Path) -> dict[str, torch.Tensor]:
 def test_the_optimiser_is_fused_and_keeps_float32(tiny_base, hq_folder, tmp_path) -> None:
     content = settings(tiny_base, hq_folder, tmp_path / "run", precision="bf16")
     setup = set_up(parse(recipes.Recipe, content, "test"))
-    optimiser = loop.make_optimiser(setup)
+    optimiser = make_optimiser(setup)
     assert optimiser.defaults["fused"]
     metrics, _ = loop.step(setup, optimiser, loop.State())
     assert metrics["skipped"] == 0

@@ -1,25 +1,28 @@
 """Tiles: which latents are cut, into how many, and what becomes of the predictions."""
 
+import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
 import torch
 
 from rewardsr.errors import UserError
-from rewardsr.tiling import Tiling
+from rewardsr.tiling import Tiling, Window
 
 
-def tiles(tiling: Tiling, height: int, width: int) -> list[tuple[int, int, int, int]]:
-    """Top, bottom, left and right of each tile that is predicted."""
-    seen = []
+def tiles(tiling: Tiling, height: int, width: int) -> tuple[list[tuple[int, int, int, int]], list[int]]:
+    """Top, bottom, left and right of each tile that is predicted, and how many were predicted in each call."""
+    seen, calls = [], []
 
-    def predict(rows: slice, columns: slice) -> torch.Tensor:
-        seen.append((rows.start, rows.stop, columns.start, columns.stop))
-        return z[..., rows, columns]
+    def predict(windows: Sequence[Window]) -> torch.Tensor:
+        seen.extend((rows.start, rows.stop, columns.start, columns.stop) for rows, columns in windows)
+        calls.append(len(windows))
+        return torch.cat([z[..., rows, columns] for rows, columns in windows])
 
     z = torch.rand((2, 4, height, width), generator=torch.Generator().manual_seed(0))
     assert torch.allclose(tiling.apply(predict, z), z, atol=1e-5), "what depends on its place alone stays as it is"
-    return seen
+    return seen, calls
 
 
 @pytest.mark.parametrize(
@@ -40,8 +43,9 @@ def tiles(tiling: Tiling, height: int, width: int) -> list[tuple[int, int, int, 
         (96, 32, 4, 2400, 800),
     ],
 )
-def test_how_many_calls(side, overlap, height, width, count) -> None:
-    seen = tiles(Tiling(side, overlap), height, width)
+def test_how_many_tiles(side, overlap, height, width, count) -> None:
+    seen, calls = tiles(Tiling(side, overlap), height, width)
+    assert len(calls) == math.ceil(count / 4) and max(calls) - min(calls) <= 1
     assert len(seen) == len(set(seen)) == count
     across = min(side, height, width)
     assert all(bottom - top == right - left == across for top, bottom, left, right in seen)
@@ -49,6 +53,13 @@ def test_how_many_calls(side, overlap, height, width, count) -> None:
     for begin in (0, 2):
         starts = sorted({tile[begin] for tile in seen})
         assert all(second - first <= across - least for first, second in pairwise(starts))
+
+
+@pytest.mark.parametrize(
+    ("at_once", "calls"), [(1, [1] * 9), (2, [1, 2, 2, 2, 2]), (4, [3, 3, 3]), (8, [4, 5]), (9, [9]), (100, [9])]
+)
+def test_tiles_go_together_and_the_sum_stays_as_it_is(at_once, calls) -> None:
+    assert tiles(Tiling(64, 32, at_once), 128, 128) == (tiles(Tiling(64, 32, 1), 128, 128)[0], calls)
 
 
 @pytest.mark.parametrize(

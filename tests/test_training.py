@@ -24,7 +24,7 @@ from rewardsr.testing import tiny_pipeline, write_images
 from rewardsr.train import checkpoint
 from rewardsr.train.dry_run import DryRun
 from rewardsr.train.log import RunLog
-from rewardsr.train.loop import learning_rate
+from rewardsr.train.optimiser import learning_rate
 from rewardsr.train.recipe import Recipe, to_yaml
 from rewardsr.trainers import gdpo
 

@@ -41,7 +41,7 @@ class Captions:
             raise UserError(f"captioner '{name}': expected a function of images, got {type(self._captioner).__name__}")
         self._name = name
         self._texts: dict[bytes, str] = {}
-        self._lock = Lock()  # the prefetching thread asks, too
+        self._lock = Lock()  # threads that work ahead ask, too
 
     def __call__(self, lq: Tensor) -> tuple[str, ...]:
         """One text for each of the images (B, 3, h, w) in [0, 1].

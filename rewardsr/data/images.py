@@ -5,14 +5,11 @@ Files come in every shape that PIL reads; inside there is one: (3, H, W) float32
 
 import io
 import logging
-import os
 import struct
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
-from threading import RLock
 from typing import BinaryIO
 
 import numpy as np
@@ -20,7 +17,8 @@ import torch
 from PIL import ExifTags, Image, ImageFile
 from torch import Tensor
 
-from rewardsr.errors import UserError, is_out_of_memory
+from rewardsr.data.strict import check_pixels, reading, without_remarks
+from rewardsr.errors import UserError
 from rewardsr.storage import expand, write_bytes
 
 logger = logging.getLogger(__name__)
@@ -42,11 +40,9 @@ _JPEG_WORK = 2 * 10**10  # scans times pixels: some ten seconds; an everyday fil
 _ODD_MODES = {"F": "floating-point values", "LAB": "Lab colours"}
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_PLANAR = 258, 262, 284
 
-_global_state = RLock()
-
 
 def read_image(path: Path | str) -> Tensor:
-    """Read one image file.
+    """Read one image file; any number of threads may at a time.
 
     Gray and palette images become RGB, CMYK by PIL's plain conversion (colour profiles and gamma are not applied). What
     is transparent is laid on white. The orientation is applied wherever PIL finds it. Of an animation the first frame
@@ -61,6 +57,18 @@ def read_image(path: Path | str) -> Tensor:
     Raises:
         UserError: missing, damaged, truncated, more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, or not an image.
     """
+    return _floats(read_pixels(path))
+
+
+def read_pixels(path: Path | str) -> Tensor:
+    """What `read_image` reads, as uint8 where the file has no more than 8 bits and nothing transparent.
+
+    Returns:
+        (3, H, W) RGB: uint8, or float32 in [0, 1]; in any order in memory.
+
+    Raises:
+        UserError: as `read_image`.
+    """
     with _opened(path) as (image, file):
         return _decode(image, file)
 
@@ -71,8 +79,8 @@ def from_pil(image: Image.Image) -> Tensor:
     Raises:
         UserError: its file is damaged or truncated, or the mode has no such form.
     """
-    with _reading(f"PIL image of mode {image.mode}"):
-        return _decode(image)
+    with reading(f"PIL image of mode {image.mode}"):
+        return _floats(_decode(image))
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -204,65 +212,14 @@ def _extensions() -> frozenset[str]:
 def _opened(path: Path | str) -> Iterator[tuple[Image.Image, BinaryIO]]:
     """The image, not decoded yet, and its file."""
     path = Path(path)
-    with _reading(path):
+    with reading(path):
         if not path.is_file():
             what = "a folder" if path.is_dir() else "no regular file"
             raise UserError(f"no image file '{path}'" + (f": it is {what}" if path.exists() else ""))
         # Not by name: PIL 13 maps uncompressed files into memory as of their turned size, and mixes up their pixels.
         with path.open("rb") as file, Image.open(file, formats=_formats()) as image:
+            check_pixels(image)
             yield image, file
-
-
-@contextmanager
-def _reading(what: Path | str) -> Iterator[None]:
-    """Turns what goes wrong while `what` is read into one line, and refuses truncated and huge files."""
-    with _global_state, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PIL's remarks on metadata
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        before = ImageFile.LOAD_TRUNCATED_IMAGES
-        ImageFile.LOAD_TRUNCATED_IMAGES = False  # a global switch that some packages turn on when they are imported
-        try:
-            yield
-        except UserError:
-            raise
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            limit = f"{Image.MAX_IMAGE_PIXELS or 0:,}"
-            raise UserError(
-                f"cannot read '{what}': more than {limit} pixels, PIL's safety limit; cut it into parts"
-            ) from error
-        except PermissionError as error:
-            raise UserError(f"cannot read '{what}': no permission") from error
-        except Image.UnidentifiedImageError as error:
-            raise UserError(f"cannot read '{what}': not an image, or damaged at its beginning") from error
-        except Exception as error:  # decoders raise whatever they stumble over in a damaged file
-            if is_out_of_memory(error):
-                raise
-            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-            raise UserError(f"cannot read '{what}': damaged, truncated or of an unknown kind ({reason})") from error
-        finally:
-            ImageFile.LOAD_TRUNCATED_IMAGES = before
-
-
-@contextmanager
-def _without_remarks() -> Iterator[None]:
-    """Keeps what libtiff and libpng print of a file that cannot be read off stderr: one line says it all."""
-    try:
-        stderr, kept = os.dup(2), os.memfd_create("remarks")
-    except (OSError, AttributeError):  # there is no stderr, or no such file in memory on this system
-        yield
-        return
-    os.dup2(kept, 2)
-    try:
-        yield
-    except BaseException:
-        os.ftruncate(kept, 0)
-        raise
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        with os.fdopen(kept, "rb") as file:
-            file.seek(0)
-            os.write(2, file.read())  # of a file that is read; and another thread may have said something
 
 
 def _orientation(image: Image.Image) -> int:
@@ -287,7 +244,12 @@ def _is_turned_late(image: Image.Image, file: BinaryIO) -> bool:
 
 
 def _decode(image: Image.Image, file: BinaryIO | None = None) -> Tensor:
-    """(3, H, W) float32 in [0, 1], upright and on white; `file` gives the deep pixels that PIL has no mode for."""
+    """(3, H, W), uint8 or float32 in [0, 1], upright and on white, in any order in memory.
+
+    Args:
+        image: not decoded yet.
+        file: where it is in; gives the deep pixels that PIL has no mode for.
+    """
     stored = str(image.tile[0][3]) if isinstance(image, ImageFile.ImageFile) and image.tile else ""
     deep = file is not None and image.format == "PNG" and stored in _DEEP_PNG
     if file is not None and image.format in ("JPEG", "MPO"):
@@ -295,18 +257,24 @@ def _decode(image: Image.Image, file: BinaryIO | None = None) -> Tensor:
         scans = file.read().count(b"\xff\xda")  # marks the beginning of each, and stands nowhere inside of one
         if scans * image.width * image.height > _JPEG_WORK:
             raise ValueError(f"{scans} scans of {image.height}x{image.width} pixels take minutes; save it anew")
-    with _without_remarks() if deep or image.format == "TIFF" else nullcontext():
+    with without_remarks() if deep or image.format == "TIFF" else nullcontext():
         image.load()
+        check_pixels(image)  # of an icon, now that its size is known
         pixels = _deep_png(file) if deep and file is not None else _pixels(image, stored)
     if pixels.shape[0] in (2, 4):
         alpha = pixels[-1:]
         pixels = (pixels[:-1] * alpha + (1 - alpha)).clamp(0, 1)
     # Only now: PIL finds what stands behind the pixels, and has turned a TIFF by itself.
-    return _upright(pixels.expand(3, -1, -1), _orientation(image)).contiguous()
+    return _upright(pixels.expand(3, -1, -1), _orientation(image))
+
+
+def _floats(pixels: Tensor) -> Tensor:
+    """(3, H, W) float32 in [0, 1], in this order in memory."""
+    return pixels.contiguous().float().div_(255) if pixels.dtype == torch.uint8 else pixels.contiguous()
 
 
 def _pixels(image: Image.Image, stored: str) -> Tensor:
-    """(1 or 3, H, W), or one channel more for alpha: float32 in [0, 1], as stored."""
+    """(1 or 3, H, W), or one channel more for alpha: uint8 of 8-bit colour without alpha, else float32 in [0, 1]."""
     tiff = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
     if image.mode.startswith("I"):  # 16-bit gray; older versions of PIL widen it to 32 bit
         gray = np.array(image).astype(np.int64)
@@ -327,7 +295,8 @@ def _pixels(image: Image.Image, stored: str) -> Tensor:
     if image.mode == "La":
         image = image.convert("LA")
     array = np.array(image.convert("RGBA" if image.has_transparency_data else "RGB"))
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous().float().div_(255)
+    pixels = torch.from_numpy(array).permute(2, 0, 1)
+    return pixels.contiguous().float().div_(255) if len(pixels) == 4 else pixels
 
 
 def _deep_png(file: BinaryIO) -> Tensor:

@@ -17,6 +17,7 @@ def open_images(
     *,
     crop: int | None = None,
     flips: bool = False,
+    workers: int = 0,
 ) -> Data:
     """Images of a folder with degradation and prompts as the protocol has them; pairs are taken as they are.
 
@@ -25,7 +26,7 @@ def open_images(
         folder: of HQ images, or of pairs.
         scale: HQ is this many times LQ.
         extras: names of the tensors beside the images that the adapter takes.
-        crop, flips: see `rewardsr.data.folder.open_data`.
+        crop, flips, workers: see `rewardsr.data.folder.open_data`.
 
     Raises:
         UserError: anything that is wrong with the folder or the protocol.
@@ -39,4 +40,5 @@ def open_images(
         captions=None if protocol.captioner is None else Captions(protocol.captioner),
         extras=extras,
         flips=flips,
+        workers=workers,
     )

@@ -15,7 +15,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from scipy.special import stdtrit
 from torch import Tensor
 
@@ -33,6 +32,7 @@ from rewardsr.rewards import build
 from rewardsr.rewards.base import Reward
 from rewardsr.run_folder import VALIDATION
 from rewardsr.storage import write_text
+from rewardsr.together import everywhere
 from rewardsr.train.recipe import ProtocolRecipe
 
 Images = Callable[[int, int], Iterable[Batch]]
@@ -190,7 +190,7 @@ class HeldOut:
             ValueError: a batch of several images, or a reward that breaks the contract.
         """
         scored: dict[int, _Scored] = {}
-        for share in self._everywhere(self._score_share):
+        for share in everywhere(self._accelerator, self._score_share):
             scored |= share
         if not scored:
             raise UserError("nothing to evaluate: there are no images")
@@ -202,7 +202,7 @@ class HeldOut:
             differences = (after - before for before, after in zip(base, tuned, strict=True))
             rewards[name] = Comparison(base, tuned, *interval(differences))
         evaluation = Evaluation(tuple(image.name for image in found), rewards, self._seed, self._draws, self._color_fix)
-        self._everywhere(lambda: self._write(step, evaluation))
+        everywhere(self._accelerator, lambda: self._write(step, evaluation))
         return evaluation
 
     @torch.no_grad()
@@ -264,25 +264,6 @@ class HeldOut:
         folder = self._run / VALIDATION
         write_grid(self.rows, folder / f"step-{step:08d}.png")
         write_text(folder / f"step-{step:08d}.json", evaluation.to_json())
-
-    def _everywhere(self, work: Callable[[], T]) -> list[T]:
-        """What `work` returns in every process; where it fails in one, all of them raise, and none waits for ever."""
-        if self._accelerator is None or self._accelerator.num_processes == 1:
-            return [work()]
-        result: T | None = None
-        failure: Exception | None = None
-        try:
-            result = work()
-        except Exception as error:
-            failure = error
-        told = failure
-        if failure is not None and not isinstance(failure, UserError | TrainingError):
-            told = TrainingError(f"{type(failure).__name__}: {failure}")  # others may not survive pickling
-        gathered: list[tuple[T, Exception | None]] = gather_object([(result, told)])
-        for raised in (failure, *(told for _, told in gathered)):
-            if raised is not None:
-                raise raised
-        return [result for result, _ in gathered]
 
 
 def _score(name: str, reward: Reward, sr: Tensor, batch: Batch, where: str) -> float:

@@ -10,6 +10,7 @@ from rewardsr.lora import layers
 from rewardsr.lora.file import described, held, put, save
 from rewardsr.lora.formats import FORMATS
 from rewardsr.lora.layers import NAME
+from rewardsr.lora.targets import tensor_shapes
 from rewardsr.run_folder import DIFFUSERS_HEADER
 from rewardsr.storage import expand, write_folder
 from rewardsr.weights import read_safetensors
@@ -103,7 +104,7 @@ def load_component(network: nn.Module, path: Path | str) -> None:
     targets = (given.targets or {}).get(component, [])
     own = {name.removeprefix(f"{component}."): value for name, value in tensors.items()}
     try:
-        layers.checked(layers.tensor_shapes(network, given.rank, targets), own)
+        layers.checked(tensor_shapes(network, given.rank, targets), own)
     except UserError as error:
         raise UserError(f"'{path}' does not fit {type(network).__name__}: {error}") from error
     layers.inject(network, NAME, given.rank, given.alpha, 0, targets)

@@ -20,6 +20,7 @@ from rewardsr.lora.fingerprint import differing, is_early, matches_early, same_b
 from rewardsr.lora.foreign import VARIATIONS, check_settings
 from rewardsr.lora.layers import NAME
 from rewardsr.lora.pairs import Lora, alpha_of, even, rank_of, side_by_side
+from rewardsr.lora.targets import target_shapes, tensor_shapes
 from rewardsr.options import Options, marked_for_lora
 from rewardsr.run_folder import DIFFUSERS_HEADER, OUR_HEADER
 from rewardsr.storage import expand
@@ -151,11 +152,11 @@ def _fitted(adapter: ISRAdapter, given: Lora, source: str) -> Lora:
     try:
         targets = adapter.lora_targets if given.targets is None else given.targets
         for component, modules in targets.items():
-            layers.target_shapes(adapter, component, modules)
+            target_shapes(adapter, component, modules)
         shapes = {
             f"{component}.{key}": shape
             for component, modules in targets.items()
-            for key, shape in layers.tensor_shapes(adapter.networks[component], given.rank, modules).items()
+            for key, shape in tensor_shapes(adapter.networks[component], given.rank, modules).items()
         }
         return replace(given, tensors=layers.checked(shapes, given.tensors))
     except UserError as error:

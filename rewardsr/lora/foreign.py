@@ -9,9 +9,9 @@ from torch import Tensor
 
 from rewardsr.adapter import ISRAdapter
 from rewardsr.errors import UserError, one_line, shown
-from rewardsr.lora import layers
 from rewardsr.lora.original import original_names
 from rewardsr.lora.pairs import Lora, Pair, Place, Shape, alpha_of, even, floats, rank_of
+from rewardsr.lora.targets import target_shapes
 
 # How programs end the name of a tensor: peft (with or without the name of the LoRA), kohya, diffusers' training
 # scripts, and diffusers' attention processors of old (`processor.to_q_lora.down.weight`).
@@ -174,7 +174,7 @@ def _read(adapter: ISRAdapter, tensors: Mapping[str, Tensor], settings: Mapping[
     shapes = {
         (component, module): shape
         for component in adapter.lora_targets
-        for module, shape in layers.target_shapes(adapter, component).items()
+        for module, shape in target_shapes(adapter, component).items()
     }
     for component in settings.keys() - adapter.lora_targets.keys():
         raise UserError(f"it has settings of '{component}', which adapter '{adapter.name}' does not adapt")

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from rewardsr.adapter import ISRAdapter
-from rewardsr.errors import UserError, nearest
+from rewardsr.errors import UserError
 from rewardsr.lora.pairs import LARGEST_RANK, floats
+from rewardsr.lora.targets import target_shapes
 
 NAME = "rewardsr"  # the LoRA that is trained and shipped, unless a method names others
 
@@ -66,9 +67,6 @@ def attach(
     for layer in _layers(adapter):  # peft activates LoRAs by rules of its own
         own = [name] if active and name in layer.lora_A else []
         layer._active_adapter = sorted([*before.get(layer, []), *own])
-    for layer in _layers(adapter, name):
-        # Under autocast the LoRA computes in the base's precision; peft's own cast to float32 would only cost memory.
-        layer.cast_input_dtype_enabled = False
     for parameter in parameters(adapter, name).values():  # peft gives them the base's precision
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
@@ -77,6 +75,8 @@ def attach(
 def inject(network: nn.Module, name: str, rank: int, alpha: float, seed: int, targets: Sequence[str]) -> None:
     """peft's layers on the targets; what trained before on a network with LoRAs still does, and nothing else."""
     from peft import LoraConfig, inject_adapter_in_model  # slow to import, and commands of the Hub need it not
+
+    from rewardsr.lora.forward import compute_in_precision
 
     trained = {parameter: parameter.requires_grad for parameter in network.parameters()} if _layers_of(network) else {}
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
@@ -88,6 +88,8 @@ def inject(network: nn.Module, name: str, rank: int, alpha: float, seed: int, ta
     for parameter, flag in trained.items():  # peft changes those of the LoRAs that are off
         parameter.requires_grad_(flag)
     _CACHE.pop(network, None)
+    for layer in _layers_of(network).values():
+        compute_in_precision(layer)
 
 
 def names(adapter: ISRAdapter) -> list[str]:
@@ -154,11 +156,35 @@ def _switched(adapter: ISRAdapter, choose: Callable[[list[str]], list[str]]) -> 
     before = [(layer, layer.active_adapters) for layer in _layers(adapter)]
     for layer, on in before:
         layer._active_adapter = choose(on)
+    _set_gates(adapter)
     try:
         yield
     finally:
         for layer, on in before:
             layer._active_adapter = on
+        _set_gates(adapter)
+
+
+def add_gates(adapter: ISRAdapter) -> None:
+    """Give the LoRAs their gates, through which they are switched where networks are compiled (`lora.forward`)."""
+    for network in adapter.networks.values():
+        layers = _layers_of(network)
+        names = sorted({name for layer in layers.values() for name in layer.lora_A})
+        gates = {name: torch.ones((), device=adapter.device) for name in names}
+        for layer in layers.values():
+            layer.gates = {name: gates[name] for name in names if name in layer.lora_A}
+    _set_gates(adapter)
+
+
+def _set_gates(adapter: ISRAdapter) -> None:
+    # A LoRA is on or off on all layers of a pipeline; one gate a network serves them.
+    found = {
+        gate: float(name in layer.active_adapters)
+        for layer in _layers(adapter)
+        for name, gate in getattr(layer, "gates", {}).items()
+    }
+    for gate, value in found.items():
+        gate.fill_(value)
 
 
 def set_scale(adapter: ISRAdapter, scale: float, name: str = NAME) -> None:
@@ -299,66 +325,6 @@ def set_alpha(adapter: ISRAdapter, alpha: float, name: str = NAME) -> None:
         if name in configs:
             configs[name].lora_alpha = alpha
     set_scale(adapter, 1, name)
-
-
-def target_shapes(
-    adapter: ISRAdapter, component: str, targets: Sequence[str] | None = None
-) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """What `attach` would put a LoRA on: by module, its output channels and the shape of one output's weights.
-
-    Raises:
-        UserError: there is no such network, or targets (by default the adapter's) fit none of its modules, or one that
-            is neither a linear layer nor a convolution.
-    """
-    if component not in adapter.networks:
-        raise UserError(f"LoRA targets of '{component}', no network here: {nearest(component, adapter.networks)}")
-    wanted = adapter.lora_targets[component] if targets is None else targets
-    found = _targeted(adapter.networks[component], wanted)
-    if not found:
-        raise UserError(f"LoRA targets of '{component}' fit no module: {', '.join(wanted)}")
-    return {name: (int(module.weight.shape[0]), tuple(module.weight.shape[1:])) for name, module in found.items()}
-
-
-def tensor_shapes(network: nn.Module, rank: int, targets: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors that a LoRA on targets of a network has, by module and peft's key.
-
-    Raises:
-        UserError: a target fits a module of another kind.
-    """
-    made: dict[str, tuple[int, ...]] = {}
-    for name, module in _targeted(network, targets).items():
-        out, *kernel = module.weight.shape
-        made[f"{name}.lora_A.weight"], made[f"{name}.lora_B.weight"] = (
-            (rank, *kernel),
-            (out, rank, *[1] * len(kernel[1:])),
-        )
-    return made
-
-
-def _targeted(network: nn.Module, targets: Sequence[str]) -> dict[str, Any]:
-    """The linear layers and convolutions that targets fit, by module name.
-
-    Raises:
-        UserError: a target fits a module of another kind, or one that is quantised or no longer asked.
-    """
-    if any(getattr(module, "fused_projections", False) for module in network.modules()):
-        raise UserError(f"{type(network).__name__} has fused projections, which no LoRA reaches: unfuse them first")
-    fitting: dict[str, Any] = {
-        name: getattr(module, "base_layer", module)
-        for name, module in network.named_modules()
-        if name in targets or name.endswith(tuple(f".{target}" for target in targets))
-    }
-    for name, module in fitting.items():
-        if not isinstance(module, nn.Linear | nn.Conv2d):
-            raise UserError(f"LoRA target '{name}' is {type(module).__name__}, expected a Linear or a Conv2d")
-        weight = module.weight
-        if (
-            type(weight) not in (nn.Parameter, Tensor)
-            or type(weight.data) is not Tensor
-            or not weight.is_floating_point()
-        ):
-            raise UserError(f"LoRA target '{name}' is quantised ({type(module).__name__}): load it in floating point")
-    return fitting
 
 
 def _require(adapter: ISRAdapter, name: str) -> Any:

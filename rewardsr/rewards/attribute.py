@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rewardsr.rewards.precision import computing
+from rewardsr.transfer import to_device
+
 CELL = 10  # pixels
 SIDE = 64  # every cell is resized to this
 BINS, LIMIT = 512, 5.5  # of the histogram over [-LIMIT, LIMIT]; magnitudes fill the upper half only
@@ -32,7 +35,7 @@ def texture_share(hq: Tensor) -> Tensor:
     height, width = hq.shape[-2:]
     textured = (complexity_map(hq) > THRESHOLD).float()
     rows, columns = _sizes(height, hq.device), _sizes(width, hq.device)
-    return torch.einsum("bij,i,j->b", textured, rows, columns) / (height * width)
+    return (textured * torch.outer(rows, columns)).sum((1, 2)) / (height * width)
 
 
 @torch.no_grad()
@@ -50,7 +53,7 @@ def complexity_map(hq: Tensor) -> Tensor:
     """
     if hq.ndim != 4 or hq.shape[1] != 3:
         raise ValueError(f"complexity_map: expected (B, 3, H, W), got {tuple(hq.shape)}")
-    with torch.autocast(hq.device.type, enabled=False):
+    with computing(hq.device):
         gray = _gray_levels(hq)
         height, width = gray.shape[-2:]
         bands = [torch.cat([_entropies(part) for part in row], -1) for row in _parts(gray)]
@@ -66,7 +69,7 @@ def _gray_levels(image: Tensor) -> Tensor:
 def _sizes(length: int, device: torch.device) -> Tensor:
     """Lengths of the cells along one side, the remainder last: 512 gives 51 times 10, then 2."""
     whole, rest = divmod(length, CELL)
-    return torch.tensor([CELL] * whole + [rest] * (rest > 0), dtype=torch.float32, device=device)
+    return to_device(torch.tensor([CELL] * whole + [rest] * (rest > 0), dtype=torch.float32), device)
 
 
 def _parts(gray: Tensor) -> Iterator[list[Tensor]]:
@@ -99,8 +102,11 @@ def _entropy(cells: Tensor) -> Tensor:
     half = BINS // 2
     bins = (magnitude * (half / LIMIT)).long().clamp_(max=half)
     offset = torch.arange(len(cells), device=cells.device)[:, None] * (half + 1)
-    counts = torch.bincount((bins + offset).flatten(), minlength=len(cells) * (half + 1))
-    filled = counts.reshape(len(cells), half + 1)[:, :half].float()
+    # Not torch.bincount, which waits for the device to learn the largest bin. Whole numbers: any order gives the same.
+    places = (bins + offset).flatten()
+    counts = magnitude.new_zeros(len(cells) * (half + 1), dtype=torch.float32)
+    counts.index_add_(0, places, torch.ones_like(places, dtype=torch.float32))
+    filled = counts.reshape(len(cells), half + 1)[:, :half]
     share = filled / (filled.sum(1, keepdim=True) + 1e-5)
     return -torch.xlogy(share, share).sum(1) / torch.tensor(2.0).log().item()
 

@@ -18,6 +18,8 @@ class Reward(Protocol):
         licence: SPDX id or short name of the licence of the metric and its weights.
         Options: optional, on the class: subclass of `rewardsr.Options`. The class is then made as
             `Kind(options)`, one without as `Kind()`.
+        light: optional; True where the score takes next to no memory, so that a whole batch is scored at once whatever
+            `reward_batch` says.
         kind: "fidelity" (agrees with HQ) or "detail" (looks good): the side on which attribute weighting counts it.
     """
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rewardsr.batch import Batch
 from rewardsr.rewards.fidelity import target
+from rewardsr.rewards.precision import computing
 
 CELL = 8  # pixels: the neighbourhood in which energy is compared
 FLOOR = 0.01  # energy below this counts as flat; keeps the logarithm of noise-free areas apart from -inf
@@ -28,6 +29,7 @@ class Detail:
     differentiable = True
     needs_hq = True
     licence = "Apache-2.0"
+    light = True
     kind = "detail"
 
     def __call__(self, sr: Tensor, batch: Batch) -> Tensor:
@@ -37,7 +39,7 @@ class Detail:
             UserError: the batch has no HQ images.
             ValueError: shapes differ.
         """
-        with torch.autocast(sr.device.type, enabled=False):
+        with computing(sr.device):
             return -(_log_energy(sr) - _log_energy(target(self.name, sr, batch))).abs().mean((1, 2, 3))
 
 
@@ -51,11 +53,12 @@ class Sharpness:
     differentiable = True
     needs_hq = False
     licence = "Apache-2.0"
+    light = True
     kind = "detail"
 
     def __call__(self, sr: Tensor, batch: Batch) -> Tensor:
         """Score (B,) in [0, 4]; `sr` is (B, 3, H, W) in [0, 1]."""
-        with torch.autocast(sr.device.type, enabled=False):
+        with computing(sr.device):
             return _absolute_laplacian(sr).mean((1, 2, 3))
 
 
@@ -70,6 +73,7 @@ class LQConsistency:
     differentiable = True
     needs_hq = False
     licence = "Apache-2.0"
+    light = True
     kind = "fidelity"
 
     def __call__(self, sr: Tensor, batch: Batch) -> Tensor:
@@ -84,7 +88,7 @@ class LQConsistency:
                 f"{self.name}: expected lq of as many rows as sr and not larger, "
                 f"got sr {tuple(sr.shape)} and lq {tuple(lq.shape)}"
             )
-        with torch.autocast(sr.device.type, enabled=False):
+        with computing(sr.device):
             return -(F.interpolate(sr.float(), size=lq.shape[-2:], mode="area") - lq.float()).abs().mean((1, 2, 3))
 
 

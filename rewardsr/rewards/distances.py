@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rewardsr.rewards.precision import computing
+
 # Weights of VGG19's layers in the style distance, by the name of the convolution.
 STYLE_WEIGHTS = {"conv1_2": 0.1, "conv2_2": 0.1, "conv3_4": 1.0, "conv4_4": 1.0, "conv5_4": 1.0}
 
@@ -35,7 +37,7 @@ def structure(sr: Tensor, hq: Tensor, level: int = 3) -> Tensor:
 
     DWT is the Haar transform; the released code uses the low band of a dual-tree complex wavelet transform instead.
     """
-    with torch.autocast(sr.device.type, enabled=False):
+    with computing(sr.device):
         return (haar_low(sr.float(), level) - haar_low(hq.float(), level)).abs().mean((1, 2, 3))
 
 
@@ -55,7 +57,7 @@ def style_distance(features: Mapping[str, Tensor], target: Mapping[str, Tensor])
     Args:
         features, target: of `rewardsr.rewards.vgg.VGG19`, by layer, each (B, C, h, w).
     """
-    with torch.autocast(next(iter(features.values())).device.type, enabled=False):
+    with computing(next(iter(features.values())).device):
         return sum(
             (
                 weight * (gram(features[layer].float()) - gram(target[layer].detach().float())).abs().mean((1, 2))

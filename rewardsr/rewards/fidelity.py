@@ -12,6 +12,7 @@ from torch import Tensor
 from rewardsr.batch import Batch
 from rewardsr.errors import UserError
 from rewardsr.rewards.distances import structure
+from rewardsr.rewards.precision import computing
 
 
 def luma(image: Tensor) -> Tensor:
@@ -44,6 +45,7 @@ class PSNR:
     differentiable = True
     needs_hq = True
     licence = "Apache-2.0"
+    light = True
     kind = "fidelity"
 
     def __call__(self, sr: Tensor, batch: Batch) -> Tensor:
@@ -53,7 +55,7 @@ class PSNR:
             UserError: the batch has no HQ images.
             ValueError: shapes differ.
         """
-        with torch.autocast(sr.device.type, enabled=False):
+        with computing(sr.device):
             error = luma(sr) - luma(target(self.name, sr, batch))
             return -10 * torch.log10(error.square().mean((1, 2, 3)) + 1e-8)
 
@@ -71,6 +73,7 @@ class SSIM:
     differentiable = True
     needs_hq = True
     licence = "Apache-2.0"
+    light = True
     kind = "fidelity"
 
     def __call__(self, sr: Tensor, batch: Batch) -> Tensor:
@@ -80,7 +83,7 @@ class SSIM:
             UserError: the batch has no HQ images.
             ValueError: shapes differ.
         """
-        with torch.autocast(sr.device.type, enabled=False):
+        with computing(sr.device):
             return _ssim(_levels(luma(sr)), _levels(luma(target(self.name, sr, batch))))
 
 
@@ -94,6 +97,7 @@ class Structure:
     differentiable = True
     needs_hq = True
     licence = "Apache-2.0"
+    light = True
     kind = "fidelity"
 
     def __call__(self, sr: Tensor, batch: Batch) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rewardsr.batch import Batch
 from rewardsr.errors import UserError, one_line
 from rewardsr.options import Options
+from rewardsr.rewards.precision import Wanted, chosen, computing
 from rewardsr.rewards.pretrained import Checkpoint, from_hub, local_file
 from rewardsr.storage import expand
 
@@ -80,6 +81,9 @@ class ImageRewardOptions(Options):
         description="smooth images that are made smaller, as the original does on PIL images; RFSR trained without "
         "(torchvision before 0.17 on tensors)",
     )
+    precision: Wanted = Field(
+        "auto", description="of the network: fp32; tf32 (of CUDA; elsewhere fp32); bf16; auto: tf32"
+    )
 
 
 class ImageReward:
@@ -122,11 +126,12 @@ class ImageReward:
             )
         self._side = VISION_SIZES["image_size"]
         self._antialias = options.antialias
+        self._precision = chosen(OWNER, self._network, options.precision)
         self._device = torch.device("cpu")
         self._tokens = lru_cache(maxsize=4096)(self._tokenise)
 
     def __call__(self, sr: Tensor, batch: Batch) -> Tensor:
-        """Score images against their texts, in float32 whatever autocast says; gradients reach `sr`.
+        """Score images against their texts, in the reward's own precision whatever autocast says; gradients reach `sr`.
 
         Args:
             sr: (B, 3, H, W) RGB in [0, 1].
@@ -150,9 +155,10 @@ class ImageReward:
             self._network.to(sr.device)
             self._device = sr.device
         ids, mask = torch.stack([self._tokens(text) for text in prompts]).to(sr.device).unbind(1)
-        with torch.autocast(sr.device.type, enabled=False):
-            raw = self._network(preprocess(sr, self._side, self._antialias), ids, mask)
-            return (raw - RAW_MEAN) / RAW_STD
+        with computing(sr.device):
+            pixels = preprocess(sr, self._side, self._antialias)
+        with computing(sr.device, self._precision):
+            return (self._network(pixels, ids, mask).float() - RAW_MEAN) / RAW_STD
 
     def _tokenise(self, text: str) -> Tensor:
         """Token ids and the mask that marks padding with 0, as (2, LENGTH) int64 on the CPU."""

@@ -29,6 +29,7 @@ from rewardsr.batch import Batch
 from rewardsr.errors import UserError, nearest, one_line
 from rewardsr.options import Options
 from rewardsr.rewards.fidelity import target
+from rewardsr.rewards.precision import Wanted, chosen, computing
 from rewardsr.rewards.pretrained import Checkpoint, NotCachedError, cached_or_fetched, local_file
 
 LICENCE = "PolyForm-Noncommercial-1.0.0 (pyiqa)"
@@ -68,14 +69,19 @@ class IQAOptions(Options):
         description="over how many crops a network averages that does (maniqa: 20). They lie on a square grid from the "
         "top left, and only square numbers fill it",
     )
+    precision: Wanted = Field(
+        "auto",
+        description="of a metric that is a network: fp32; tf32 (of CUDA; elsewhere fp32); bf16; auto: tf32. Formulas "
+        "are always computed in fp32",
+    )
 
 
 class IQA:
     """A pyiqa metric as a reward.
 
-    Metrics where lower is better are negated, images are clamped to [0, 1] and scored in float32 whatever autocast
-    says, and metrics that give one number for a whole batch are called image by image. Full-reference metrics compare
-    with HQ and count as fidelity, no-reference ones as detail. Attributes are those of `Reward`.
+    Metrics where lower is better are negated, images are clamped to [0, 1] and scored in the metric's own precision
+    whatever autocast says, and metrics that give one number for a whole batch are called image by image. Full-reference
+    metrics compare with HQ and count as fidelity, no-reference ones as detail. Attributes are those of `Reward`.
     """
 
     Options = IQAOptions
@@ -100,7 +106,8 @@ class IQA:
         self.differentiable = self._type not in _NO_GRADIENT and "-face" not in metric
         self._one_by_one = self._type in _ONE_BY_ONE or "-face" in metric
         self._sign = -1.0 if _lower_better(entry) else 1.0
-        self._metric = _build(metric, self._type, options)
+        self._network = _build(metric, self._type, options)
+        self._precision = chosen(_owner(metric), self._network, options.precision)
         self._device = torch.device("cpu")
 
     def __call__(self, sr: Tensor, batch: Batch) -> Tensor:
@@ -123,12 +130,11 @@ class IQA:
             size = f"{sr.shape[-1]}x{sr.shape[-2]}"
             raise UserError(f"metric '{self.name}' needs images of at least {smallest} pixels a side, not {size}")
         if sr.device != self._device:
-            self._metric.to(sr.device)
+            self._network.to(sr.device)
             self._device = sr.device
-        # With as_loss pyiqa switches gradients on, without it off, whatever the caller has set.
-        self._metric.as_loss = self.differentiable and torch.is_grad_enabled() and sr.requires_grad
+        gradients = self.differentiable and torch.is_grad_enabled()
         try:
-            with torch.autocast(sr.device.type, enabled=False):
+            with computing(sr.device, self._precision), torch.set_grad_enabled(gradients):
                 return self._sign * self._scores(sr, hq).float()
         except (RuntimeError, AssertionError) as error:
             error.add_note(f"in metric '{self.name}' on images {tuple(sr.shape)}")
@@ -148,7 +154,7 @@ class IQA:
     def _run(self, sr: Tensor, hq: Tensor | None) -> Tensor:
         # clamp makes copies, and must: some networks normalise their input in place.
         images = [image.float().clamp(0, 1) for image in (sr, hq) if image is not None]
-        scores = self._metric(*images)
+        scores = self._network(*images)
         return scores[0] if isinstance(scores, tuple) else scores
 
 
@@ -191,7 +197,8 @@ def _lower_better(entry: dict[str, Any]) -> bool:
 # ---- building a metric: options, then weights ----
 
 
-def _build(metric: str, kind: str, options: IQAOptions) -> Any:
+def _build(metric: str, kind: str, options: IQAOptions) -> torch.nn.Module:
+    """The network of a metric without pyiqa's wrapper, which has TF32 and gradients of its own mind."""
     weights = None if options.weights is None else local_file(_owner(metric), options.weights)
     parameters = _network_parameters(metric, kind)
     given = _checked(metric, options.model_extra or {}, parameters) | _crop_option(metric, options.crops, parameters)
@@ -200,7 +207,8 @@ def _build(metric: str, kind: str, options: IQAOptions) -> Any:
             built = _cached_or_fetched(metric, given)
         else:
             built = _from_file(metric, kind, weights, given, parameters)
-    return built.eval().requires_grad_(False)
+    network: torch.nn.Module = built.net
+    return network.eval().requires_grad_(False)
 
 
 def _owner(metric: str) -> str:
@@ -226,7 +234,7 @@ def _network_parameters(metric: str, kind: str) -> set[str]:
 
 def _checked(metric: str, options: dict[str, Any], parameters: set[str]) -> dict[str, Any]:
     # Files named that way would be read as pickles that may run code; `weights` is the way to give one.
-    allowed = ["weights", "crops", *sorted(parameters - {"pretrained_model_path"})]
+    allowed = [*IQAOptions.model_fields, *sorted(parameters - {"pretrained_model_path"})]
     for name in options:
         if name not in allowed:
             raise UserError(f"{_owner(metric)} has no option '{name}': {nearest(name, allowed)}")

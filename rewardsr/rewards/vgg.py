@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchvision.models import VGG19_Weights
 from torchvision.models.vgg import make_layers
 
+from rewardsr.rewards.precision import computing
 from rewardsr.rewards.pretrained import Checkpoint, from_url, local_file
 
 GROUPS = (2, 2, 4, 4, 4)  # convolutions of VGG19 between its poolings
@@ -44,7 +45,7 @@ class VGG19(nn.Module):
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """Features (B, C, h, w) by layer, of images (B, 3, H, W) in [0, 1] of at least 16 pixels a side."""
         found: dict[str, Tensor] = {}
-        with torch.autocast(image.device.type, enabled=False):
+        with computing(image.device, "tf32"):
             x = (image.float() - self.mean) / self.std
             for place, module in enumerate(self.features[: max(LAYERS) + 1]):
                 x = module(x)

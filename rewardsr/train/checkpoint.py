@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from rewardsr.run_folder import CHECKPOINTS, METHOD_STATE, MOMENTS, STATE, TRAIN
 from rewardsr.storage import write_folder, write_text
 from rewardsr.trainers.base import Method, copy_into
 from rewardsr.weights import read_safetensors, write_safetensors
+
+NUMBERS = "numbers"  # what an optimiser keeps beside its tensors, as JSON in the header of their file
 
 
 @dataclass
@@ -31,6 +34,7 @@ class State:
         skipped_in_a_row: the last ones of these without a finite one between.
         threads: CPU threads that torch used; part of a run's identity on the CPU, where sums depend on it.
         processes: how many there were; the order of the data depends on it.
+        micro_batch: rows of a pass that were found to fit; 0 where nobody has looked.
         data: identity of the images of training and validation (see `rewardsr.data.folder.Data.identity`).
     """
 
@@ -40,6 +44,7 @@ class State:
     skipped_in_a_row: int = 0
     threads: int = 0
     processes: int = 0
+    micro_batch: int = 0
     data: dict[str, str] = field(default_factory=dict)
 
 
@@ -59,7 +64,7 @@ def save(run: Path, method: Method, optimiser: torch.optim.Optimizer, state: Sta
         write_safetensors(folder / TRAINED, weights)
         if own := method.state_dict():
             write_safetensors(folder / METHOD_STATE, own)
-        write_safetensors(folder / MOMENTS, _moments(method, optimiser))
+        write_safetensors(folder / MOMENTS, *_moments(method, optimiser))
         write_text(folder / STATE, json.dumps(asdict(state)))
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +101,7 @@ def resume(run: Path, method: Method, optimiser: torch.optim.Optimizer) -> State
     _put(newest / TRAINED, lambda saved: copy_into(method.trained_weights(), saved))
     if method.state_dict():
         _put(newest / METHOD_STATE, method.load_state_dict)
-    _set_moments(method, optimiser, read_safetensors(newest / MOMENTS)[0], newest)
+    _set_moments(method, optimiser, *read_safetensors(newest / MOMENTS), newest)
     return state
 
 
@@ -118,22 +123,36 @@ def _complete(run: Path) -> list[Path]:
     return sorted((run / CHECKPOINTS).glob("step-*"))
 
 
-def _moments(method: Method, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}/{key}": torch.as_tensor(value).detach().cpu()
-        for name, parameter in method.trained_weights().items()
-        for key, value in optimiser.state.get(parameter, {}).items()
-    }
+def _moments(method: Method, optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """An optimiser's tensors by weight, and in the header its numbers: by weight, and of each group."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, int | float] = {}
+    for name, parameter in method.trained_weights().items():
+        for key, value in optimiser.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}/{key}"] = value.detach().to("cpu", copy=True)  # a table may be shared by all weights
+            else:
+                numbers[f"{name}/{key}"] = value
+    groups = [
+        {key: value for key, value in group.items() if type(value) in (int, float)} for group in optimiser.param_groups
+    ]
+    return tensors, {NUMBERS: json.dumps({"weights": numbers, "groups": groups})}
 
 
-def _set_moments(method: Method, optimiser: torch.optim.Optimizer, saved: dict[str, Tensor], where: Path) -> None:
-    by_name: dict[str, dict[str, Tensor]] = {}
-    for name, value in saved.items():
+def _set_moments(
+    method: Method, optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor], header: dict[str, str], where: Path
+) -> None:
+    numbers = json.loads(header.get(NUMBERS, "{}"))
+    by_name: dict[str, dict[str, Any]] = {}
+    for name, value in (tensors | numbers.get("weights", {})).items():
         parameter_name, _, key = name.rpartition("/")
         by_name.setdefault(parameter_name, {})[key] = value
     own = list(method.trained_weights())
-    if by_name and set(by_name) != set(own):
-        raise UserError(f"checkpoint '{where}': its optimiser belongs to another LoRA")
+    if not numbers or (by_name and set(by_name) != set(own)):
+        raise UserError(f"checkpoint '{where}': its optimiser belongs to another LoRA or version")
     packed = optimiser.state_dict()
     packed["state"] = {index: by_name[name] for index, name in enumerate(own)} if by_name else {}
+    packed["param_groups"] = [
+        group | found for group, found in zip(packed["param_groups"], numbers["groups"], strict=True)
+    ]
     optimiser.load_state_dict(packed)

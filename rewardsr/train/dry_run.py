@@ -8,7 +8,9 @@ import torch
 
 from rewardsr import run_folder
 from rewardsr.train.checkpoint import State
-from rewardsr.train.loop import make_optimiser, step
+from rewardsr.train.loop import step
+from rewardsr.train.memory import choose_micro_batch
+from rewardsr.train.optimiser import make_optimiser
 from rewardsr.train.prepare import Setup
 
 
@@ -38,13 +40,17 @@ class DryRun:
 
 def measure_step(setup: Setup) -> DryRun:
     """Take one step and measure it; nothing is written."""
-    metrics, _ = step(setup, make_optimiser(setup), State())
-    device = setup.accelerator.device
+    optimiser, state, device = make_optimiser(setup), State(), setup.accelerator.device
+    choose_micro_batch(setup, state)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    metrics, _ = step(setup, optimiser, state)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_resident()
     trainable = sum(parameter.numel() for parameter in setup.method.trained_weights().values())
     run = setup.recipe.output
-    # 16 bytes a weight: the LoRA, the weights being trained, and AdamW's two moments.
-    in_checkpoint = 16 * trainable + sum(value.nbytes for value in setup.method.state_dict().values())
+    kept = [value for state in optimiser.state.values() for value in state.values() if torch.is_tensor(value)]
+    # 8 bytes a weight: the LoRA, and the weights being trained.
+    in_checkpoint = 8 * trainable + sum(value.nbytes for value in (*kept, *setup.method.state_dict().values()))
     would_save = {f"{run}/{run_folder.LORA}": 4 * trainable, f"{run}/{run_folder.CHECKPOINTS}/step-*/": in_checkpoint}
     return DryRun(metrics["seconds"], peak / 2**30, trainable, would_save, metrics)
 

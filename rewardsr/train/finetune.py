@@ -1,6 +1,7 @@
 """`rewardsr finetune` as a function."""
 
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ def finetune(
         recipe = parse(Recipe, dict(recipe), "recipe")
     recipe = complete(recipe)
     if dry_run:
-        return measure_step(set_up(recipe))
+        setup = set_up(recipe, decode=False)
+        with closing(setup.data):
+            return measure_step(setup)
     run = Path(recipe.output)
     with held(run):
         earlier = check_output(recipe, resume)
@@ -41,4 +44,5 @@ def finetune(
         setup.accelerator.wait_for_everyone()  # until every process has looked into the folder, nothing may be written
         if setup.accelerator.is_main_process:
             remove_leftovers(run)
-        return train(setup, run, resume, earlier)
+        with closing(setup.data):
+            return train(setup, run, resume, earlier)

@@ -10,10 +10,11 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,25 +23,28 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
 
 from rewardsr import lora
+from rewardsr.checks import Gathered, gathered
 from rewardsr.draws import Draws, seed_of
 from rewardsr.errors import TrainingError, UserError, is_out_of_memory
 from rewardsr.evaluation.protocol import HeldOut
 from rewardsr.run_folder import LORA, RECIPE
 from rewardsr.storage import write_text
+from rewardsr.together import any_process
 from rewardsr.train import checkpoint
 from rewardsr.train.checkpoint import State
+from rewardsr.train.compiled import check_one_path, compile_networks, eager
 from rewardsr.train.log import RunLog
+from rewardsr.train.memory import choose_micro_batch, lower_micro_batch, memory_advice
+from rewardsr.train.optimiser import learning_rate, make_optimiser
 from rewardsr.train.prepare import Setup
 from rewardsr.train.recipe import Recipe, to_yaml
 from rewardsr.train.resume import check_goes_on
-from rewardsr.trainers.base import ParameterGroup, Prepared
+from rewardsr.train.update import Means, Samples, update
+from rewardsr.trainers.base import Prepared
 
 logger = logging.getLogger(__name__)
-
-MEMORY_OPTIONS = ("micro_batch", "reward_crop")  # of methods, where they have them; what helps most comes first
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,10 @@ def train(setup: Setup, run: Path, resume: bool, earlier: Recipe | None = None) 
     optimiser = make_optimiser(setup)
     state = checkpoint.resume(run, setup.method, optimiser) if resume else State()
     check_goes_on(state, setup)
+    choose_micro_batch(setup, state)
+    if recipe.compile:
+        compile_networks(setup.adapter)
+        check_one_path(setup)
     if accelerator.is_main_process:
         write_text(run / RECIPE, to_yaml(recipe))
     for note in (*setup.notes, *_other_end(state, recipe, earlier)):
@@ -96,7 +104,7 @@ def train(setup: Setup, run: Path, resume: bool, earlier: Recipe | None = None) 
     def validate() -> None:
         nonlocal validation
         if held_out is not None and (state.step % recipe.validate_every == 0 or state.step == recipe.steps):
-            with setup.method.shipped():
+            with setup.method.shipped(), eager():
                 found = held_out.score(state.step)
             validation = {name: comparison.summary() for name, comparison in found.rewards.items()}
             log.write(state.step, {"validation": validation})
@@ -156,50 +164,47 @@ def step(
     Returns:
         What to log, and whether any process was asked to stop.
     """
-    recipe, began = setup.recipe, time.perf_counter()
-    _seed_everything(recipe.seed, state.step, setup.accelerator.process_index)
-    means = Means()
-    try:
-        groups = list(_groups(setup, state.step))
-        for update in range(recipe.updates_per_group):
-            metrics = _update(setup, optimiser, state, groups, update)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise TrainingError(memory_advice(setup)) from error
-    for group, indices in groups:
-        means.add(group.metrics, len(indices))
+    began = time.perf_counter()
+    metrics = _with_less_at_once(setup, state, lambda: _step(setup, optimiser, state))
     state.step += 1
-    averaged, stop = _agree(setup.accelerator, metrics | means.result(), stopped())
+    averaged, stop = _agree(setup.accelerator, metrics, stopped())
     return averaged | {"skipped": state.skipped, "seconds": time.perf_counter() - began}, stop
 
 
-class Means:
-    """Weighted means by name, each over those that have it."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._weights: dict[str, float] = {}
-
-    def add(self, metrics: Mapping[str, float], weight: float = 1.0) -> None:
-        """Take in some numbers."""
-        for name, value in metrics.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value * weight
-            self._weights[name] = self._weights.get(name, 0.0) + weight
-
-    def result(self) -> dict[str, float]:
-        """The mean of each."""
-        return {name: total / self._weights[name] for name, total in self._sums.items()}
+def _with_less_at_once(setup: Setup, state: State, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a step gives, tried again with fewer rows at once where memory is short and that may help."""
+    while True:
+        try:
+            return work()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            shortage = str(error) if isinstance(error, TrainingError) else memory_advice(setup)
+        # Out of the handler: the error holds on to what the step had in memory.
+        if not lower_micro_batch(setup, state):
+            raise TrainingError(shortage)
 
 
-def memory_advice(setup: Setup, *first: str) -> str:
-    """What to change where memory ran out; `first` are keys of the recipe's `data` that help before all others."""
-    recipe = setup.recipe
-    options = [name for name in MEMORY_OPTIONS if name in setup.method.Options.model_fields]
-    levers = [f"data.{name} (now {getattr(recipe.data, name)})" for name in first]
-    levers += [f"trainer_options.{name} (now {recipe.trainer_options.get(name)})" for name in options]
-    levers += [f"gradient_checkpointing (now {recipe.gradient_checkpointing})", f"data.crop (now {recipe.data.crop})"]
-    return f"out of memory on {setup.accelerator.device}; what helps most, in this order: {', '.join(levers)}"
+def _step(setup: Setup, optimiser: torch.optim.Optimizer, state: State) -> dict[str, Any]:
+    _seed_everything(setup.recipe.seed, state.step, setup.accelerator.process_index)
+    metrics: dict[str, Any] = {}
+    with gathered() as checks:
+        samples = _sample(setup, state.step, checks)
+        for number in range(setup.recipe.updates_per_group):
+            metrics = update(setup, optimiser, state, samples, number)
+    return metrics
+
+
+def _sample(setup: Setup, at: int, checks: Gathered) -> Samples:
+    """The prepared batches of a step."""
+    samples = Samples([], Means(), checks)
+    try:
+        for group, indices in _groups(setup, at):
+            samples.groups.append((group, indices))
+            samples.means.add(group.metrics, len(indices))
+    except Exception as error:
+        samples.failure = error
+    return samples
 
 
 def _held_out(setup: Setup, run: Path) -> HeldOut | None:
@@ -219,30 +224,6 @@ def _held_out(setup: Setup, run: Path) -> HeldOut | None:
     )
 
 
-def make_optimiser(setup: Setup) -> torch.optim.Optimizer:
-    """AdamW over what the method trains, fused on CUDA."""
-    options = setup.recipe.optimiser
-    return torch.optim.AdamW(
-        [{"params": list(group.parameters.values()), "factor": group.learning_rate} for group in setup.method.trained],
-        lr=options.learning_rate,
-        betas=options.betas,
-        eps=options.eps,
-        weight_decay=options.weight_decay,
-        fused=setup.accelerator.device.type == "cuda",
-    )
-
-
-def learning_rate(recipe: Recipe, update: int) -> float:
-    """Learning rate of update number `update` (from 0): linear warm-up, then constant or cosine to 0."""
-    options, total = recipe.optimiser, recipe.steps * recipe.updates_per_group
-    if update < options.warmup:
-        return options.learning_rate * (update + 1) / options.warmup
-    if options.schedule == "constant":
-        return options.learning_rate
-    progress = (update - options.warmup) / max(1, total - options.warmup)
-    return options.learning_rate * 0.5 * (1 + float(np.cos(np.pi * progress)))
-
-
 def _groups(setup: Setup, at: int) -> Iterator[tuple[Prepared, list[int]]]:
     """The prepared batches of a step, each with the indices of its samples in the whole batch over all processes."""
     recipe, accelerator = setup.recipe, setup.accelerator
@@ -256,68 +237,10 @@ def _groups(setup: Setup, at: int) -> Iterator[tuple[Prepared, list[int]]]:
     whole = per_pass * recipe.accumulate
     for turn in range(recipe.accumulate):
         batch = setup.data.batch(recipe.seed, stream(turn))
-        setup.data.prefetch(recipe.seed, stream(turn + 1))
+        setup.data.prefetch(recipe.seed, map(stream, count(turn + 1)))
         indices = [index - at * whole for index in stream(turn)]
         draws = Draws(recipe.seed, at, indices, "group")
         yield setup.method.prepare(batch.to(accelerator.device), draws), indices
-
-
-def _update(
-    setup: Setup, optimiser: torch.optim.Optimizer, state: State, groups: list[tuple[Prepared, list[int]]], update: int
-) -> dict[str, Any]:
-    """Back-propagate the losses of the groups and take one optimiser step, unless something is not finite."""
-    recipe, parameters = setup.recipe, setup.method.trained_weights()
-    optimiser.zero_grad(set_to_none=True)
-    means, culprit = Means(), ""
-    for group, indices in groups:
-        draws = Draws(recipe.seed, state.step, indices, f"update-{update}")
-        for loss in setup.method.losses(group, draws):
-            assert torch.is_grad_enabled(), "a method yielded inside no_grad"
-            (loss.value / recipe.accumulate).backward()
-            means.add(loss.metrics, loss.weight)
-            culprit = culprit or next((name for name, value in loss.metrics.items() if not np.isfinite(value)), "")
-    without = [name for name, parameter in parameters.items() if parameter.grad is None]
-    assert not without, f"{without[0]} got no gradient: was the LoRA switched off?"
-    gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
-    if culprit:  # an infinite loss can have a finite gradient: let every process see that this update is void
-        gradients[0].fill_(torch.nan)
-    _average_gradients(setup.accelerator, gradients)
-    norms = _clip(setup.method.trained, recipe.optimiser.clip)
-    rate = learning_rate(recipe, state.updates)
-    metrics: dict[str, Any] = means.result() | norms | {"learning_rate": rate}
-    state.updates += 1
-    if np.isfinite(list(norms.values())).all():
-        for parameter_group in optimiser.param_groups:
-            parameter_group["lr"] = rate * parameter_group["factor"]
-        optimiser.step()
-        setup.method.after_update()
-        state.skipped_in_a_row = 0
-    else:
-        bad = (name for name, p in parameters.items() if p.grad is not None and not p.grad.isfinite().all())
-        tensor = next(bad, "").partition("/")[2]
-        metrics["not_finite"] = culprit or (f"gradient of {tensor}" if tensor else "norm of the gradient")
-        state.skipped += 1
-        state.skipped_in_a_row += 1
-    return metrics
-
-
-def _clip(groups: Sequence[ParameterGroup], default: float) -> dict[str, float]:
-    """Clip the gradients of each group; their norms before, "grad_norm" of the first group."""
-    norms = {}
-    for place, group in enumerate(groups):
-        clip = default if group.clip is None else group.clip
-        norm = torch.nn.utils.clip_grad_norm_(group.parameters.values(), clip)
-        norms[f"grad_norm/{group.name}" if place else "grad_norm"] = float(norm)
-    return norms
-
-
-def _average_gradients(accelerator: Accelerator, gradients: list[Tensor]) -> None:
-    """Average over the processes, in one call."""
-    if accelerator.num_processes == 1:
-        return
-    flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
-    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
 
 
 def _agree(accelerator: Accelerator, metrics: dict[str, Any], stop: bool) -> tuple[dict[str, Any], bool]:
@@ -330,11 +253,6 @@ def _agree(accelerator: Accelerator, metrics: dict[str, Any], stop: bool) -> tup
         means.add({name: value for name, value in theirs.items() if isinstance(value, float)})
         words |= {name: value for name, value in theirs.items() if not isinstance(value, float)}
     return words | means.result(), any(stops for _, stops in everyone)
-
-
-def any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether a flag is set in any process."""
-    return flag if accelerator.num_processes == 1 else any(gather_object([flag]))
 
 
 def _saver(setup: Setup, run: Path, optimiser: torch.optim.Optimizer, state: State) -> Callable[[], None]:

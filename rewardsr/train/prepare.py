@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -11,6 +12,7 @@ from rewardsr.adapter import ISRAdapter
 from rewardsr.batch import Batch
 from rewardsr.data.degradation import degradation_options
 from rewardsr.data.folder import Data
+from rewardsr.data.loader import default_workers
 from rewardsr.data.protocol import open_images
 from rewardsr.errors import UserError, is_out_of_memory, one_line
 from rewardsr.options import parse
@@ -19,7 +21,9 @@ from rewardsr.plugins import resolve_class
 from rewardsr.rewards import build
 from rewardsr.rewards.base import Reward
 from rewardsr.rewards.probe import probe_gradient
+from rewardsr.together import everywhere
 from rewardsr.train.log import check_trackers
+from rewardsr.train.optimiser import check_optimiser
 from rewardsr.train.processes import make_accelerator
 from rewardsr.train.recipe import DegradationRecipe, Recipe
 from rewardsr.trainers.base import Method
@@ -52,13 +56,18 @@ class Setup:
     notes: tuple[str, ...]
 
 
-def set_up(recipe: Recipe) -> Setup:
+def set_up(recipe: Recipe, *, decode: bool = True) -> Setup:
     """Load and check everything, in the order of what it costs.
+
+    Args:
+        recipe: of the run.
+        decode: every image once, shared by the processes; without that, only what is tried and what steps take.
 
     Raises:
         UserError: anything in the recipe that cannot be had or does not fit.
     """
     check_trackers(recipe.log_with)
+    check_optimiser(recipe.optimiser.name)
     if recipe.lora.init is not None:
         lora.locate(recipe.lora.init)
     device, dtype = choose_device(recipe.device, recipe.precision)
@@ -77,9 +86,11 @@ def set_up(recipe: Recipe) -> Setup:
     rewards = {entry.name: build(entry.name, **entry.options) for entry in recipe.rewards}
     guards = {name: build(name) for name in recipe.guards if name not in rewards}
     notes = [f"device {device}, base in {str(dtype).removeprefix('torch.')}, LoRA in float32"]
-    if len(train) <= DECODE_UP_TO:
-        train.check()
-    else:
+    together = partial(everywhere, accelerator)
+    share = accelerator.process_index, accelerator.num_processes
+    if decode and len(train) <= DECODE_UP_TO:
+        train.check(*share, together=together)
+    elif decode:
         notes.append(
             f"{len(train)} training images: headers were checked, a damaged file stops the run when its turn comes"
         )
@@ -87,7 +98,8 @@ def set_up(recipe: Recipe) -> Setup:
     sample = _judged(train.batch(recipe.seed, [0]).to(device), getattr(options, "reward_crop", None), scale)
     _try_metrics({name: rewards[name] for name in steering}, sample, "a training crop")
     if validation is not None:
-        validation.check()
+        if decode:
+            validation.check(*share, recipe.data.validation_limit, together)
         _try_metrics(rewards | guards, _smallest(validation, recipe).to(device), "the smallest held-out image")
     if method_kind.differentiates:
         for name in steering:
@@ -176,8 +188,10 @@ def open_folders(recipe: Recipe, scale: int, extras: Sequence[str] = ()) -> tupl
         extras: names of the tensors beside the images that the adapter takes.
     """
     data = recipe.data
-    train = open_images(data, data.train, scale, extras, crop=data.crop, flips=data.flip)
-    return train, None if data.validation is None else open_images(data, data.validation, scale, extras)
+    workers = default_workers() if data.workers is None else data.workers
+    train = open_images(data, data.train, scale, extras, crop=data.crop, flips=data.flip, workers=workers)
+    validation = None if data.validation is None else open_images(data, data.validation, scale, extras, workers=workers)
+    return train, validation
 
 
 def complete(recipe: Recipe) -> Recipe:

@@ -66,6 +66,12 @@ class DataRecipe(ProtocolRecipe):
     validation: _Place | None = Field(None, description="the same for held-out images; None: no validation")
     crop: int = Field(512, ge=1, le=16_384, description="side of the HQ crops in pixels")
     flip: bool = Field(True, description="mirror crops at random")
+    workers: int | None = Field(
+        None,
+        ge=0,
+        le=64,
+        description="threads a process that decode and degrade beside the step; 0: none; null: as many as cores allow",
+    )
     validation_limit: Count | None = Field(None, description="the first so many held-out images")
     validation_side: int | None = Field(
         None, ge=1, le=65_536, description="cut larger held-out images to this many HQ pixels a side"
@@ -89,18 +95,51 @@ class LoraRecipe(Options):
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class OptimiserRecipe(Options):
-    """AdamW, its learning rate over time, and gradient clipping."""
+LEARNING_RATES = {"adamw": 5e-5, "adamw8bit": 5e-5, "prodigy": 1.0, "adafactor": 1e-2}  # unless the recipe says one
 
-    learning_rate: float = Field(5e-5, gt=0, le=10, description="about what AdamW moves a weight by in an update")
-    betas: tuple[_Beta, _Beta] = Field((0.9, 0.999), description="of the moving averages; 1 would never learn")
+
+class OptimiserRecipe(Options):
+    """How weights follow their gradients, the learning rate over time, and gradient clipping."""
+
+    name: Literal["adamw", "adamw8bit", "prodigy", "adafactor"] = Field(
+        "adamw",
+        description="adamw8bit (bitsandbytes) keeps moments of 4096 weights and more in 8 bits; prodigy (prodigyopt) "
+        "finds the size of its steps; adafactor keeps row and column means instead of moments. These three wait for "
+        "the device at each tensor",
+    )
+    learning_rate: float = Field(
+        5e-5,
+        gt=0,
+        le=10,
+        description="about what AdamW moves a weight by in an update; prodigy: factor on what it finds, 1 by default; "
+        "adafactor: largest share of a tensor's root mean square, 0.01 by default",
+    )
+    betas: tuple[_Beta, _Beta] | None = Field(
+        (0.9, 0.999), description="of the moving averages; 1 would never learn; adafactor has none"
+    )
     weight_decay: float = Field(0.01, ge=0, le=10, description="times the learning rate: share taken from the weights")
-    eps: float = Field(1e-8, ge=1e-30, le=1, description="below 1e-38 it is 0 in float32")
+    eps: float = Field(1e-8, ge=1e-18, le=1, description="keeps the root of a second moment, which divides, off 0")
     warmup: int = Field(0, ge=0, le=10**9, description="updates over which the learning rate rises linearly")
     schedule: Literal["constant", "cosine"] = Field(
         "constant", description="after warm-up; cosine falls to 0 at the end"
     )
     clip: float = Field(1.0, gt=0, le=1e9, description="largest norm of the gradient")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, content: Any) -> Any:
+        """Defaults that depend on the optimiser."""
+        if not isinstance(content, dict):
+            return content
+        name = str(content.get("name", "adamw"))
+        own = {"learning_rate": LEARNING_RATES[name]} if name in LEARNING_RATES else {}
+        return own | ({"betas": None} if name == "adafactor" else {}) | content
+
+    @model_validator(mode="after")
+    def _betas_where_they_act(self) -> Self:
+        if (self.betas is None) != (self.name == "adafactor"):
+            raise ValueError("betas: adafactor has none, every other optimiser needs two")
+        return self
 
 
 class Recipe(Options):
@@ -125,8 +164,15 @@ class Recipe(Options):
     )
     seed: Seed = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of the base; auto: bf16 on CUDA, else fp32")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="of the base; auto: bf16 where CUDA has it, else fp32"
+    )
     gradient_checkpointing: bool = False
+    compile: bool = Field(
+        False,
+        description="compile the networks (torch.compile) for the steps; takes minutes at the start, and gcc. Held-out "
+        "images are scored uncompiled",
+    )
     validate_every: Count = 100
     checkpoint_every: Count = 100
     keep_checkpoints: Count = 2
@@ -203,10 +249,13 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def differences(one: Recipe, other: Recipe) -> list[str]:
-    """Top-level keys in which two recipes differ so that they are different runs; where images lie makes none."""
+    """Top-level keys in which two recipes differ so that they are different runs.
+
+    Where images lie makes none, nor in how many threads they are read.
+    """
     left, right = (recipe.model_dump(mode="json") for recipe in (one, other))
     for recipe in (left, right):
-        recipe["data"] |= {"train": "", "validation": bool(recipe["data"]["validation"])}
+        recipe["data"] |= {"train": "", "validation": bool(recipe["data"]["validation"]), "workers": None}
     return [key for key in left if key not in FREE_ON_RESUME and left[key] != right[key]]
 
 

@@ -5,9 +5,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from rewardsr import lora
@@ -16,6 +17,9 @@ from rewardsr.batch import Batch
 from rewardsr.draws import Source
 from rewardsr.options import Options
 from rewardsr.rewards.base import Reward
+
+Scalar = float | Tensor  # a number, or a tensor of one number
+MicroBatch = Annotated[int, Field(ge=1, le=10**6)] | Literal["auto"] | None  # of `trainer_options.micro_batch`
 
 
 @dataclass(frozen=True)
@@ -26,11 +30,12 @@ class Loss:
         value: scalar whose gradient is the method's; the loop back-propagates it at once and frees its graph.
             The gradients of all losses of a group add up to that of the method's loss.
         metrics: what to log; the loop averages each over the losses of a step that have it, weighted by `weight`.
+            Scalar tensors without gradient stay where they are: to look at one would wait for the device.
         weight: share of the group's images behind this loss.
     """
 
     value: Tensor
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, Scalar] = field(default_factory=dict)
     weight: float = 1.0
 
 
@@ -38,7 +43,7 @@ class Prepared(Protocol):
     """What `prepare` returns; the loop reads its metrics and hands it to `losses`."""
 
     @property
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> Mapping[str, Scalar]:
         """What to log of the preparation."""
         ...
 
@@ -69,6 +74,8 @@ class Method(ABC):
 
     Attributes:
         Options: its part of the recipe (`trainer_options`), a subclass of `rewardsr.Options`.
+        micro_batch: rows in a network pass; None: all at once. Where the option of that name is "auto", the loop finds
+            out how many fit, and changes it where memory runs out later.
         differentiates: whether it back-propagates through the rewards; each is then probed before training.
         trains_encoders: whether its losses send gradients through `encode`; if not, a LoRA on the components that
             encode (`ISRAdapter.encoders`) stays as it is.
@@ -91,6 +98,8 @@ class Method(ABC):
         self, adapter: ISRAdapter, rewards: dict[str, Reward], weights: dict[str, float], options: Any
     ) -> None:
         self.adapter, self.rewards, self.weights, self.options = adapter, rewards, weights, options
+        chosen: int | str | None = getattr(options, "micro_batch", None)
+        self.micro_batch = chosen if isinstance(chosen, int) else None
 
     @abstractmethod
     def prepare(self, batch: Batch, draws: Source) -> Prepared:
@@ -102,6 +111,10 @@ class Method(ABC):
 
         Never yields inside `no_grad` or `reference`.
         """
+
+    def rows(self, images: int) -> int:
+        """Rows of a network pass with gradients for so many images, where nothing bounds them."""
+        return images
 
     def parameters(self) -> list[ParameterGroup]:
         """What is trained; by default our LoRA, as far as the losses reach it."""

@@ -18,10 +18,9 @@ def decay_at(update: int, decay: float) -> float:
 
 
 @torch.no_grad()
-def average(target: Mapping[str, Tensor], source: Mapping[str, Tensor], decay: float) -> None:
-    """target = decay * target + (1 - decay) * source, in place."""
-    for name, value in target.items():
-        value.lerp_(source[name].to(value), 1 - decay)
+def average(target: list[Tensor], source: list[Tensor], decay: float) -> None:
+    """target = decay * target + (1 - decay) * source, in place; a few launches for all tensors together."""
+    torch._foreach_lerp_(target, source, 1 - decay)
 
 
 class EMA:
@@ -36,10 +35,11 @@ class EMA:
         self._parameters, self._decay = parameters, decay
         self._updates = 0
         self._average = {name: value.detach().clone() for name, value in parameters.items()}
+        self._lists: tuple[list[Tensor], list[Tensor]] = list(self._average.values()), list(parameters.values())
 
     def update(self) -> None:
         """Take in the parameters after an optimiser's update."""
-        average(self._average, self._parameters, decay_at(self._updates, self._decay))
+        average(*self._lists, decay_at(self._updates, self._decay))
         self._updates += 1
 
     @contextmanager

@@ -48,11 +48,15 @@ class GDPO(Method):
         """Sample a group of outputs for each image under the reference policy, and score them."""
         return self.groups.sample(batch, draws)
 
+    def rows(self, images: int) -> int:
+        """One for each output, or for each group where one noise serves it."""
+        return images * self.groups.rows_per_image
+
     def losses(self, group: Group, draws: Source) -> Iterator[Loss]:
         """The loss of a group, in as few passes as `micro_batch` allows; each is to be back-propagated at once."""
         task, images = self.groups.task(group, draws), len(group.condition)
         each = self.groups.rows_per_image
-        rows = self.options.micro_batch or images * each
+        rows = self.micro_batch or images * each
         if rows < each:
             for image in range(images):
                 yield self._accumulated(task, group.advantages[image], image)
@@ -68,7 +72,7 @@ class GDPO(Method):
         policy = self.groups.errors(task, rows).reshape(advantages.shape)
         loss, accuracy = gdpo_loss(policy, reference, advantages, self.options.beta)
         weight = len(advantages) * each / len(task.condition)
-        return Loss(loss * weight, {"loss": float(loss.detach()), "implicit_accuracy": float(accuracy)}, weight)
+        return Loss(loss * weight, {"loss": loss.detach(), "implicit_accuracy": accuracy}, weight)
 
     def _accumulated(self, task: Task, advantages: Tensor, image: int) -> Loss:
         """The loss of one image whose group does not fit one pass, of advantages (G,): exact, and no second pass.
@@ -91,4 +95,4 @@ class GDPO(Method):
         factor = -torch.sigmoid(-total) * weight
         pairs = zip(self._parameters, gradient, strict=True)
         value = torch.stack([(parameter * whole).sum() for parameter, whole in pairs]).sum() * factor
-        return Loss(value, {"loss": float(-F.logsigmoid(total)), "implicit_accuracy": float(total > 0)}, weight)
+        return Loss(value, {"loss": -F.logsigmoid(total), "implicit_accuracy": (total > 0).float()}, weight)

@@ -13,17 +13,24 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rewardsr.batch import Batch, Condition
+from rewardsr.batch import Batch, Condition, parts
+from rewardsr.checks import check
 from rewardsr.draws import Replay, Source, draw
 from rewardsr.errors import TrainingError, UserError
 from rewardsr.options import Options
 from rewardsr.rewards.attribute import texture_share
+from rewardsr.rewards.base import Reward
 from rewardsr.schedule import fewer
-from rewardsr.trainers.base import Method
+from rewardsr.trainers.base import Method, MicroBatch, Scalar
 from rewardsr.trainers.preferences import group_advantages
+from rewardsr.transfer import to_device
 
 logger = logging.getLogger(__name__)
 
+# Of a pass of the autoencoder without gradients. Norms of a single image leave most of a card idle (measured: decoding
+# six of 512 px one by one takes about twice as long as together), and more at once only take memory.
+PASS_PIXELS = 6 * 512 * 512
+REWARD_IMAGES, REWARD_PIXELS = 4, 2**19  # that a reward sees at once: 9 GB with MANIQA, 4.6 GB at 512x512
 FLAT = 1e-3  # a quarter of an 8-bit level: a group that differs by less has nothing to choose from
 
 
@@ -43,8 +50,17 @@ class GroupOptions(Options):
     weighting: Literal["fixed", "attribute"] = Field(
         "fixed", description="fixed: the rewards' weights; attribute: shared by the texture share of HQ"
     )
-    micro_batch: int | None = Field(
-        None, ge=1, le=10**6, description="rows in a network pass; None: the whole batch of groups at once"
+    micro_batch: MicroBatch = Field(
+        "auto",
+        description="rows in a network pass; auto: as many as fit the card, on a CPU all; null: the whole batch of "
+        "groups at once",
+    )
+    reward_batch: int | None = Field(
+        None,
+        ge=1,
+        le=10**6,
+        description="images that a reward sees at once; None: at most 4 and 2^19 pixels (two of 512x512), and no more "
+        "than micro_batch",
     )
     shuffle_advantages: bool = Field(False, description="control run: rewards are dealt out at random in each group")
 
@@ -63,7 +79,7 @@ class Group:
     condition: Condition
     latents: Tensor
     advantages: Tensor
-    metrics: dict[str, float]
+    metrics: dict[str, Scalar]
 
 
 @dataclass(frozen=True)
@@ -117,6 +133,7 @@ class Groups:
         self.adapter, self.rewards, self.weights, self.options = adapter, rewards, weights, options
         self.reference = method.reference
         self.size = options.group_size
+        self._method = method
         self._warned = False
 
     # ---- sampling and scoring ----
@@ -133,12 +150,13 @@ class Groups:
             condition = adapter.encode(batch, generator=draws)
             members = condition.repeat(self.size)
             steps = fewer(adapter.steps, self.options.sampling_steps or len(adapter.steps))
-            latents = adapter.sample_latents(members, draws, steps, rows=self.options.micro_batch)
-            sr = self._chunked(lambda rows: adapter.decode(latents[rows], members.rows(rows)), len(latents))
+            latents = adapter.sample_latents(members, draws, steps, rows=self._method.micro_batch)
+            sr = self._by_pixels(lambda rows: adapter.decode(latents[rows], members.rows(rows)), members)
             scores = self._score(sr, batch.repeat(self.size))
             if self.options.preference == "paper" and adapter.one_step:
                 # The original draws a fresh posterior sample of every output, and so does this.
-                latents = self._encode_outputs(sr, latents, draws)
+                noise = draw(latents.shape, draws)
+                latents = self._by_pixels(lambda rows: adapter.to_latents(sr[rows], Replay([noise[rows]])), members)
         advantages = group_advantages(scores, self._reward_weights(batch))
         if self.options.shuffle_advantages:  # drawn last, so that the control is the same run otherwise
             advantages = advantages.gather(1, draw(advantages.shape, draws, device=advantages.device).argsort(1))
@@ -146,7 +164,22 @@ class Groups:
 
     def _score(self, sr: Tensor, batch: Batch) -> dict[str, Tensor]:
         """(B, G) scores by reward."""
-        return {name: reward(sr, batch).float().unflatten(0, (-1, self.size)) for name, reward in self.rewards.items()}
+        return {name: self._scored(r, sr, batch).unflatten(0, (-1, self.size)) for name, r in self.rewards.items()}
+
+    def _scored(self, reward: Reward, sr: Tensor, batch: Batch) -> Tensor:
+        """(B*G,) scores, `reward_batch` images at a time: a network may take gigabytes an image (MANIQA: 2.3).
+
+        What a reward draws it draws alike for every part, so that the members of a group are judged alike.
+        """
+        most = self.options.reward_batch or max(1, min(REWARD_IMAGES, REWARD_PIXELS // sr[0, 0].numel()))
+        if self.options.reward_batch is None:
+            most = min(most, self._method.micro_batch or most)
+        cards = [sr.device] if sr.is_cuda and torch.cuda.is_initialized() else []
+        scores = []
+        for rows in parts(len(sr), None if getattr(reward, "light", False) else most):
+            with torch.random.fork_rng(cards, enabled=rows.stop < len(sr)):
+                scores.append(reward(sr[rows], batch.rows(rows)).float())
+        return torch.cat(scores)
 
     def _reward_weights(self, batch: Batch) -> dict[str, Tensor]:
         """(B,) weight of each reward: as configured, or shared out by the texture share of HQ between the two kinds."""
@@ -163,30 +196,29 @@ class Groups:
         }
         return {name: share[r.kind] * self.weights[name] / totals[r.kind] for name, r in self.rewards.items()}
 
-    def _encode_outputs(self, sr: Tensor, like: Tensor, draws: Source) -> Tensor:
-        """(B*G, C, h, w) latents of the outputs, each a posterior sample."""
-        noise = draw(like.shape, draws)
-        return self._chunked(lambda rows: self.adapter.to_latents(sr[rows], Replay([noise[rows]])), len(sr))
+    def _metrics(self, sr: Tensor, scores: dict[str, Tensor], advantages: Tensor) -> dict[str, Scalar]:
+        metrics: dict[str, Scalar] = {f"reference/{name}": values.mean() for name, values in scores.items()}
+        metrics |= {f"spread/{name}": values.std(1).mean() for name, values in scores.items()}
+        spread = sr.unflatten(0, (-1, self.size)).std(1).mean()
+        check(spread >= FLAT, lambda: self._warn_of_flat(spread))
+        return metrics | {"group/pixel_std": spread, "group/tied": (advantages == 0).all(1).float().mean()}
 
-    def _metrics(self, sr: Tensor, scores: dict[str, Tensor], advantages: Tensor) -> dict[str, float]:
-        metrics = {f"reference/{name}": float(values.mean()) for name, values in scores.items()}
-        metrics |= {f"spread/{name}": float(values.std(1).mean()) for name, values in scores.items()}
-        metrics["group/pixel_std"] = float(sr.unflatten(0, (-1, self.size)).std(1).mean())
-        metrics["group/tied"] = float((advantages == 0).all(1).float().mean())
-        if metrics["group/pixel_std"] < FLAT and not self._warned:
+    def _warn_of_flat(self, spread: Tensor) -> None:
+        if not self._warned:
             self._warned = True
             logger.warning(
-                "the outputs of a group hardly differ (pixel std %.1e): there is little to choose from",
-                metrics["group/pixel_std"],
+                "the outputs of a group hardly differ (pixel std %.1e): there is little to choose from", float(spread)
             )
-        return metrics
 
-    def _chunked(self, function: Callable[[slice], Tensor], rows: int) -> Tensor:
-        return torch.cat([function(part) for part in self.chunks(0, rows)])
+    def _by_pixels(self, function: Callable[[slice], Tensor], members: Condition) -> Tensor:
+        """Passes of the autoencoder, as many images at once as make `PASS_PIXELS`."""
+        fitting = max(1, PASS_PIXELS // (members.size[0] * members.size[1]))
+        most = min(fitting, self._method.micro_batch or fitting)
+        return torch.cat([function(rows) for rows in parts(len(members), most)])
 
     def chunks(self, first: int, last: int) -> Iterator[slice]:
         """Rows first .. last-1, at most `micro_batch` at a time."""
-        step = self.options.micro_batch or last - first
+        step = self._method.micro_batch or last - first
         return (slice(start, min(start + step, last)) for start in range(first, last, step))
 
     # ---- tasks ----
@@ -202,7 +234,7 @@ class Groups:
         condition = group.condition.repeat(self.rows_per_image)
         if not adapter.one_step:
             return self._diffusion_task(group, condition, draws)
-        t = adapter.schedule.times([adapter.net_t], adapter.device).expand(len(condition))
+        t = torch.full((len(condition),), adapter.net_t, dtype=adapter.schedule.dtype, device=adapter.device)
         if self.options.preference == "paper":
             noise = draw(group.latents.shape, draws, device=group.latents.device)
             noise_t = adapter.net_t if adapter.noise_t is None else adapter.noise_t
@@ -224,7 +256,8 @@ class Groups:
         place = draw((images, 1), draws, high=len(adapter.steps)).flatten()
         noise = draw((images, *group.latents.shape[1:]), draws, device=group.latents.device)
         noise = noise.repeat_interleave(self.size, 0)
-        t = adapter.schedule.times(adapter.steps)[place].to(noise.device).repeat_interleave(self.size, 0)
+        times = adapter.schedule.times(adapter.steps)[place]
+        t = to_device(times, noise.device).repeat_interleave(self.size, 0)
         z_t = adapter.schedule.add_noise(group.latents, noise, t)
         return Task(members, z_t, t, adapter.schedule.target(group.latents, noise, t))
 
@@ -236,6 +269,8 @@ class Groups:
         return (prediction.repeat_interleave(each, 0) - target).square().mean((1, 2, 3))
 
     def reference_errors(self, task: Task, rows: slice) -> Tensor:
-        """`errors` of the reference, without gradients."""
-        with torch.no_grad(), self.reference():
-            return self.errors(task, rows)
+        """`errors` of the reference; to be asked before those of the policy, whose graph would be held meanwhile."""
+        # Not under no_grad: there a compiled network would be another graph than the policy's, with other rounding.
+        # Without its LoRA no other network keeps anything for gradients.
+        with self.reference():
+            return self.errors(task, rows).detach()

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rewardsr.checks import check
 from rewardsr.errors import TrainingError
 
 STD_FLOOR = 1e-8  # the paper's
@@ -42,8 +43,10 @@ def group_advantages(scores: Mapping[str, Tensor], weights: Mapping[str, Tensor]
     whole = torch.stack([weights[name].float() for name in scores]).sum(0)
     parts = []
     for name, values in scores.items():
-        if not values.isfinite().all():
-            raise TrainingError(f"reward '{name}' gave a score that is not finite")
+        check(
+            values.isfinite().all(),
+            lambda name=name: TrainingError(f"reward '{name}' gave a score that is not finite"),  # type: ignore[misc]
+        )
         low, spread = values.amin(1, keepdim=True), values.amax(1, keepdim=True) - values.amin(1, keepdim=True)
         differs = spread > SCORE_TIE * values.abs().amax(1, keepdim=True)
         share = torch.where(whole > 0, weights[name] / whole.where(whole > 0, 1.0), 0.0).to(values)

@@ -24,8 +24,9 @@ from rewardsr.options import Options
 from rewardsr.rewards.base import Reward
 from rewardsr.rewards.distances import structure, style_distance
 from rewardsr.rewards.vgg import VGG19
-from rewardsr.trainers.base import Loss, Method
+from rewardsr.trainers.base import Loss, Method, MicroBatch, Scalar
 from rewardsr.trainers.ema import EMA
+from rewardsr.transfer import to_device
 
 _Step = Annotated[int, Field(ge=-10_000, le=10_000)]  # the pipeline says which it has
 Window = tuple[_Step, _Step]
@@ -60,8 +61,10 @@ class RFSROptions(Options):
         le=16_384,
         description="decode and judge a random window of so many pixels a side, not the whole image",
     )
-    micro_batch: int | None = Field(
-        None, ge=1, le=10**6, description="images in a pass with gradients; None: the whole batch"
+    micro_batch: MicroBatch = Field(
+        "auto",
+        description="images in a pass with gradients; auto: as many as fit the card, on a CPU all; null: the whole "
+        "batch",
     )
 
 
@@ -83,7 +86,7 @@ class Group:
     z_t: Tensor
     step: Tensor
     corner: Tensor
-    metrics: dict[str, float]
+    metrics: dict[str, Scalar]
 
 
 class RFSR(Method):
@@ -139,16 +142,16 @@ class RFSR(Method):
                 condition,
                 draws,
                 guidance=self.options.guidance,
-                until=step.to(adapter.device),
-                rows=self.options.micro_batch,
+                until=step,
+                rows=self.micro_batch,
             )
-        metrics = {f"share/{name}": float(self._inside(name, step).mean()) for name in self.windows}
+        metrics: dict[str, Scalar] = {f"share/{name}": self._inside(name, step).mean() for name in self.windows}
         return Group(condition, batch, z_t, step, self._corners(condition, draws), metrics)
 
     def losses(self, group: Group, draws: Source) -> Iterator[Loss]:
         """The terms of `micro_batch` images at a time; each is to be back-propagated at once."""
         count = len(group.condition)
-        for rows in torch.arange(count).split(self.options.micro_batch or count):
+        for rows in torch.arange(count).split(self.micro_batch or count):
             yield self._loss(group, rows, len(rows) / count)
 
     def check_size(self, size: tuple[int, int]) -> None:
@@ -187,23 +190,24 @@ class RFSR(Method):
     # ---- one step with gradients ----
 
     def _loss(self, group: Group, rows: Tensor, weight: float) -> Loss:
+        style = self._reference_style(group, rows)
         sr = self._image(group, rows)
         batch = self._judged(group, rows)
         terms: dict[str, Tensor] = {}
         if "structure" in self.windows:
             assert batch.hq is not None
-            inside = self._inside("structure", group.step[rows]).to(sr.device)
+            inside = to_device(self._inside("structure", group.step[rows]), sr.device)
             distance = structure(sr, batch.hq, self.options.structure_level)
             terms["structure"] = self.options.structure_weight * (distance * inside).mean()
         if "reward" in self.windows:
             inside = self._inside("reward", group.step[rows])
             terms |= self._hinges(sr, batch, inside.nonzero().flatten())
         if "kl" in self.windows:
-            terms["kl"] = self._style(sr, group, rows, self._inside("kl", group.step[rows]).nonzero().flatten())
+            terms["kl"] = self._style(sr, style, group.step[rows])
         total = torch.stack(list(terms.values())).sum()
         # Shares of the loss, which are 0 outside a term's window: the same names in every step and process.
-        metrics = {"loss": float(total.detach())}
-        metrics |= {f"loss/{name}": float(term.detach()) for name, term in terms.items()}
+        metrics: dict[str, Scalar] = {"loss": total.detach()}
+        metrics |= {f"loss/{name}": term.detach() for name, term in terms.items()}
         return Loss(total * weight, metrics, weight)
 
     def _hinges(self, sr: Tensor, batch: Batch, inside: Tensor) -> dict[str, Tensor]:
@@ -211,28 +215,43 @@ class RFSR(Method):
         nothing = sr.sum() * 0
         if not len(inside):
             return dict.fromkeys(self.rewards, nothing)
-        judged, part = sr[inside.to(sr.device)], batch.rows(inside)
+        judged, part = sr[to_device(inside, sr.device)], batch.rows(inside)
         return {
             name: self.weights[name] * hinge(reward(judged, part).float(), self.options.margin).sum() / len(sr)
             for name, reward in self.rewards.items()
         }
 
-    def _style(self, sr: Tensor, group: Group, rows: Tensor, inside: Tensor) -> Tensor:
-        """Distance in style from what the untuned pipeline makes of the same latents at the same step."""
+    def _reference_style(self, group: Group, rows: Tensor) -> dict[str, Tensor] | None:
+        """Features of what the untuned pipeline makes of the same latents at the same step, of the rows in the window.
+
+        Asked before the policy, whose graph would be held meanwhile.
+        """
+        if "kl" not in self.windows:
+            return None
         assert self._vgg is not None
+        inside = self._inside("kl", group.step[rows]).nonzero().flatten()
         if not len(inside):
+            return None
+        # All rows, as the policy has them: in another batch shape equal weights would differ in the last bits. And not
+        # under no_grad, where a compiled network would be another graph.
+        with self.reference():
+            sr = self._image(group, rows).detach()
+        return self._vgg(sr[to_device(inside, sr.device)])
+
+    def _style(self, sr: Tensor, reference: dict[str, Tensor] | None, step: Tensor) -> Tensor:
+        """Distance in style from the untuned pipeline, averaged over all rows of `sr`."""
+        if reference is None:
             return sr.sum() * 0
-        with torch.no_grad(), self.reference():
-            # All rows, as the policy had them: in another batch shape equal weights would differ in the last bits.
-            reference = self._vgg(self._image(group, rows)[inside.to(sr.device)])
-        distance = style_distance(self._vgg(sr[inside.to(sr.device)]), reference)
+        assert self._vgg is not None
+        inside = self._inside("kl", step).nonzero().flatten()
+        distance = style_distance(self._vgg(sr[to_device(inside, sr.device)]), reference)
         return self.options.kl_weight * distance.sum() / len(sr)
 
     def _image(self, group: Group, rows: Tensor) -> Tensor:
         """x0 of one unguided step, decoded: what is judged of `sr`, (R, 3, h, w) in [0, 1]."""
-        adapter, z_t = self.adapter, group.z_t[rows]
-        t = adapter.schedule.times(adapter.steps, z_t.device)[group.step[rows].to(z_t.device)]
-        condition = group.condition.rows(rows.to(z_t.device))
+        adapter, places = self.adapter, to_device(rows, group.z_t.device)
+        z_t, condition = group.z_t[places], group.condition.rows(places)
+        t = to_device(adapter.schedule.times(adapter.steps)[group.step[rows]], z_t.device)
         z0 = adapter.schedule.x0(z_t, adapter.predict(z_t, t, condition), t)
         if self.options.reward_crop is None:
             return adapter.decode(z0, condition)

@@ -21,6 +21,7 @@ from rewardsr.rewards import build
 from rewardsr.train import loop
 from rewardsr.train import recipe as recipes
 from rewardsr.train.checkpoint import State
+from rewardsr.train.optimiser import make_optimiser
 from rewardsr.train.prepare import Setup
 from rewardsr.trainers.base import Method
 from rewardsr.trainers.gdpo import GDPO, GDPOOptions
@@ -184,7 +185,7 @@ class Ours:
 
     def __init__(self, setup: Setup) -> None:
         self._setup, self._state = setup, State()
-        self._optimiser = loop.make_optimiser(setup)
+        self._optimiser = make_optimiser(setup)
 
     def step(self) -> None:
         """The run's next step."""

@@ -27,6 +27,7 @@ from rewardsr.plugins import names, resolve  # noqa: E402
 from rewardsr.train import loop  # noqa: E402
 from rewardsr.train import recipe as recipes  # noqa: E402
 from rewardsr.train.checkpoint import State  # noqa: E402
+from rewardsr.train.optimiser import make_optimiser  # noqa: E402
 from rewardsr.train.prepare import set_up  # noqa: E402
 
 
@@ -37,7 +38,7 @@ def seconds(row: Row, trainer: str, base: str, steps: int) -> float | None:
     with tempfile.TemporaryDirectory() as folder:
         content = recipe(row, trainer, base, Path(folder), steps=steps + 1)
         setup = set_up(parse(recipes.Recipe, content, "benchmark"))
-        optimiser, state, taken = loop.make_optimiser(setup), State(), list[float]()
+        optimiser, state, taken = make_optimiser(setup), State(), list[float]()
         for _ in range(steps + 1):
             began = time.perf_counter()
             loop.step(setup, optimiser, state)

@@ -21,8 +21,8 @@ def test_a_caption_belongs_to_its_image_whatever_the_batch(hq_folder, name) -> N
     batch = opened(hq_folder, name).batch(0, range(6))
     assert batch.prompts == tuple(strangers.shade(batch.lq))
     assert len(set(batch.prompts)) == 6
-    data = opened(hq_folder, name)
-    data.prefetch(0, [5])
+    data = opened(hq_folder, name, workers=2)
+    data.prefetch(0, [[5]])
     assert data.batch(0, [5]).prompts == batch.prompts[5:]
     for part in data.validation():
         assert part.prompts == tuple(strangers.shade(part.lq))

@@ -7,7 +7,7 @@ import torch
 
 from rewardsr.data.degradation import Light, LightOptions
 from rewardsr.data.folder import Data, open_data
-from rewardsr.data.images import read_image, write_image
+from rewardsr.data.images import read_image, read_pixels, write_image
 from rewardsr.errors import UserError
 
 LIGHT = Light(LightOptions(), 4)
@@ -153,28 +153,9 @@ def test_seed_and_index_matter(tmp_path) -> None:
     assert len({crop.numpy().tobytes() for crop in crops}) == 12
 
 
-def test_prefetch_changes_nothing(hq_folder) -> None:
-    plain, ahead = open_hq(hq_folder), open_hq(hq_folder)
-    ahead.prefetch(0, range(4))
-    for start in range(0, 20, 4):
-        got = ahead.batch(0, range(start, start + 4))
-        ahead.prefetch(0, range(start + 4, start + 8))
-        assert same(got, plain.batch(0, range(start, start + 4)))
-    ahead.prefetch(0, [99])
-    assert same(ahead.batch(0, [5]), plain.batch(0, [5]))  # another one than announced
-
-
-def test_prefetch_hands_errors_over(hq_folder) -> None:
-    data = open_hq(hq_folder)
-    Path(data.item(0, 0).hq).unlink()
-    data.prefetch(0, [0])
-    with pytest.raises(UserError, match="no image file"):
-        data.batch(0, [0])
-
-
 def test_cache(hq_folder, monkeypatch) -> None:
     reads: list[Path] = []
-    monkeypatch.setattr("rewardsr.data.folder.read_image", lambda path: (reads.append(path), read_image(path))[1])
+    monkeypatch.setattr("rewardsr.data.loader.read_pixels", lambda path: (reads.append(path), read_pixels(path))[1])
     data = open_hq(hq_folder)
     first = data.batch(0, range(10))
     assert len(reads) == 5

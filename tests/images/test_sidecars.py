@@ -190,7 +190,7 @@ def test_rows_follow_their_images_through_epochs_batches_crops_and_flips(marked,
     for start in range(0, 4 * COUNT, 4):  # batches that reach over the end of an epoch, too
         indices = list(range(start, start + 4))
         if start % 8:
-            data.prefetch(3, indices)
+            data.prefetch(3, [indices])
         batch = data.batch(3, indices)
         assert_rows_fit(batch)
         orders += [Path(path).name for path in batch.paths]

@@ -105,8 +105,8 @@ def test_options_change_the_metric() -> None:
 def test_metrics_of_one_number_for_a_batch_are_called_image_by_image(monkeypatch: pytest.MonkeyPatch) -> None:
     reward, hq = build("iqa:gmsd"), photos()
     expected = reward(noisy(hq), batch(hq))
-    forward = reward._metric.net.forward
-    monkeypatch.setattr(reward._metric.net, "forward", lambda *images: forward(*images).mean())
+    forward = reward._network.forward
+    monkeypatch.setattr(reward._network, "forward", lambda *images: forward(*images).mean())
     assert torch.allclose(reward(noisy(hq), batch(hq)), expected)
     assert expected.unique().numel() == 3
 
@@ -117,7 +117,7 @@ def test_input_is_clamped_and_left_alone() -> None:
     sr[:, :, 0] = 1.2
     reward, before = build("iqa:gmsd"), (sr.clone(), hq.clone())
     assert torch.equal(reward(sr, batch(hq)), reward(sr.clamp(0, 1), batch(hq)))
-    reward._metric.net.register_forward_pre_hook(lambda _, images: [image.zero_() for image in images] and None)
+    reward._network.register_forward_pre_hook(lambda _, images: [image.zero_() for image in images] and None)
     reward(sr, batch(hq))
     assert torch.equal(sr, before[0])
     assert torch.equal(hq, before[1])

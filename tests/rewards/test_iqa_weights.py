@@ -187,7 +187,7 @@ def test_formats_of_files(
     save: Callable[[dict[str, Tensor], Path], Path], small_state: dict[str, Tensor], offline: Path, tmp_path: Path
 ) -> None:
     reward = build("iqa:musiq", weights=str(save(small_state, tmp_path)), **SMALL)
-    for name, value in reward._metric.net.state_dict().items():
+    for name, value in reward._network.state_dict().items():
         assert torch.equal(value, small_state[name])
 
 
@@ -198,7 +198,7 @@ def test_gradients_through_a_network(small_state: dict[str, Tensor], offline: Pa
     (gradient,) = torch.autograd.grad(scores[0], sr)
     assert gradient[0].abs().sum() > 0
     assert gradient[1:].abs().sum() == 0
-    assert not any(weight.requires_grad for weight in reward._metric.parameters())
+    assert not any(weight.requires_grad for weight in reward._network.parameters())
 
 
 def test_classes_of_ava(offline: Path, tmp_path: Path) -> None:

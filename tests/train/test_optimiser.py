@@ -10,6 +10,7 @@ import rewardsr
 from rewardsr.options import parse
 from rewardsr.train import loop
 from rewardsr.train.checkpoint import State
+from rewardsr.train.optimiser import make_optimiser
 from rewardsr.train.prepare import set_up
 from rewardsr.train.recipe import Recipe
 
@@ -51,7 +52,7 @@ def test_an_update_is_adamw_on_the_clipped_gradient(recipe) -> None:
     options = {"learning_rate": 1e-2, "weight_decay": 0.5, "betas": (0.8, 0.95), "eps": 1e-3, "clip": 0.02}
     setup = set_up(parse(Recipe, recipe(**options), "test"))
     before = {name: value.detach().clone() for name, value in setup.method.trained_weights().items()}
-    metrics, _ = loop.step(setup, loop.make_optimiser(setup), State())
+    metrics, _ = loop.step(setup, make_optimiser(setup), State())
     after = setup.method.trained_weights()
     assert metrics["grad_norm"] > 0.02, "else nothing is clipped"
     gradients = {name: value.grad for name, value in after.items()}

@@ -290,6 +290,21 @@ def test_the_average_is_what_is_shipped(method) -> None:
     assert all(torch.equal(value, trained[name]) for name, value in lora.parameters(made.adapter).items())
 
 
+def test_all_tensors_at_once_are_averaged_as_one_by_one(pipeline) -> None:
+    """Bit for bit, in the warm-up of the decay as after it."""
+    adapter = pipeline(1)
+    parameters = lora.parameters(adapter)
+    ema, expected = EMA(parameters, 0.5), {name: value.detach().clone() for name, value in parameters.items()}
+    for update in range(20):
+        shake(adapter)
+        ema.update()
+        for name, value in expected.items():
+            value.lerp_(parameters[name].detach(), 1 - decay_at(update, 0.5))
+    with ema.applied():
+        assert all(torch.equal(value, expected[name]) for name, value in parameters.items())
+    assert not all(torch.equal(value, expected[name]) for name, value in parameters.items())
+
+
 def test_the_average_survives_a_save(pipeline) -> None:
     adapter = pipeline(1)
     one = EMA(lora.parameters(adapter), 0.9)

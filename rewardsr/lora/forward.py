@@ -1,0 +1,52 @@
+"""What a module with LoRAs computes: in the precision of what it is given, while its LoRAs stay in float32.
+
+peft's own layers would compute in the LoRA's precision, or need autocast, which turns every norm of a bf16 network into
+float32 and back. Importing this module imports peft, which takes a second.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import Conv2d, Linear
+from torch import Tensor, nn
+
+
+class _Forward:
+    """peft's layer, but for how it computes: base(x) + scale * B(A(x)), A and B rounded to the precision of x.
+
+    In a compiled network every LoRA of the layer takes part, times its gate, a scalar on the device that is 0 while the
+    LoRA is off: policy and reference are then one graph, and equal weights give equal bits.
+    """
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the base layer gives, and the changes of the LoRAs, in the order of their names."""
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:  # by peft's own calls, from outside
+            return result
+        compiling = torch.compiler.is_compiling()
+        for name in self.gates if compiling else self._active_adapter:
+            if name not in self.lora_A:
+                continue
+            down, up, scale = self.lora_A[name], self.lora_B[name], self.scaling[name]
+            a, b = down.weight.to(x.dtype), up.weight.to(x.dtype)
+            if isinstance(down, nn.Conv2d):
+                change = F.conv2d(down._conv_forward(x, a, None), b)
+            else:
+                change = F.linear(F.linear(x, a), b)
+            if compiling:
+                result = result + change * (self.gates[name] * scale)
+            else:
+                result = torch.add(result, change, alpha=scale)
+        return result
+
+
+@cache
+def _kinds() -> dict[type, type]:
+    return {kind: type(kind.__name__, (_Forward, kind), {}) for kind in (Linear, Conv2d)}
+
+
+def compute_in_precision(layer: Any) -> None:
+    """Let a layer of peft's compute so."""
+    layer.__class__ = _kinds().get(type(layer), type(layer))
