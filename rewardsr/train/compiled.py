@@ -20,6 +20,9 @@ SHAPES = 64  # graphs of a network: rows of sampling, policy and images, with an
 
 def compile_networks(adapter: ISRAdapter, backend: str = "inductor") -> None:
     """Compile what the adapter's hooks call, each network as one graph for each shape that it meets."""
+    # Rewards set the precision of products for themselves, and give back what they found: by the name that it is given
+    # here, for another name of the same would count as a change, and compile everything anew.
+    torch.set_float32_matmul_precision(torch.get_float32_matmul_precision())
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
     add_gates(adapter)
     for module in adapter.compiled():

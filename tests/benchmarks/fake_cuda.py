@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fake_cuda"))
@@ -20,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fake_cuda"))
 from _fake import Cost
 from _steps import ADAPTERS, Case, Measured, measure
 
-SAMPLER = 4  # steps of the samplers that take many: what one more costs is the same for each
 SIDES = {"sd21": 512, "tiny": 64}
 TRAINERS = ("gdpo", "rfsr", "upscale")
 ROW = ("peak GB", "kernels", "TFLOP", "traffic GB", "copies", "waits", "estimate ms")
@@ -33,16 +33,19 @@ def cases(adapter: str, trainer: str) -> Iterator[Case]:
         yield replace(case, label="plain")
         yield replace(case, label="tiled", options={"tile": 32, "tile_overlap": 8}, side=2 * case.side)
         return
-    crop = {"reward_crop": case.side // 2}
     if trainer == "rfsr":
+        last = 0 if adapter == "osediff" else case.sampler - 1  # all terms act on every step
+        case = replace(case, options={"structure_window": (0, last), "reward_window": (0, last)})
+        crop = {**case.options, "reward_crop": case.side // 2}
         yield replace(case, label="whole")
         yield replace(case, label="crop", options=crop)
         yield replace(case, label="checkpointing", checkpointing=True)
         yield replace(case, label="both", options=crop, checkpointing=True)
         return
     yield replace(case, label="paper")
-    yield replace(case, label="paper, one prompt", fixed_prompt=True)
-    yield replace(case, label="micro 2", options={"micro_batch": 2})
+    if adapter == "osediff":
+        yield replace(case, label="paper, one prompt", fixed_prompt=True)
+        yield replace(case, label="micro 2", options={"micro_batch": 2})
     yield replace(case, label="checkpointing", checkpointing=True)
     yield replace(case, label="checkpointing, micro 2", checkpointing=True, options={"micro_batch": 2})
     if adapter == "osediff":
@@ -59,8 +62,7 @@ def sized(case: Case, size: str) -> Case:
     for name in ("reward_crop", "tile", "tile_overlap"):
         if name in options:
             options[name] *= times if name == "reward_crop" else 2 if size == "sd21" else 1
-    sampler = SAMPLER if size == "sd21" else case.sampler
-    return replace(case, size=size, side=case.side * times, options=options, sampler=sampler)
+    return replace(case, size=size, side=case.side * times, options=options)
 
 
 def row(found: Measured) -> list[str]:
@@ -115,10 +117,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--size", choices=sorted(SIDES), default="tiny")
     parser.add_argument("--adapter", choices=ADAPTERS, action="append", help="all that are named; default osediff")
     parser.add_argument("--trainer", choices=TRAINERS, action="append", help="all that are named; default gdpo")
-    parser.add_argument("--label", action="append", help="only the rows of these names")
+    parser.add_argument("--label", action="append", help="only the rows of these names, say paper")
     parser.add_argument("--all", action="store_true", help="every adapter and trainer")
-    parser.add_argument("--parts", action="store_true", help="each row by part")
-    parser.add_argument("--sites", action="store_true", help="each row's copies and waits by line")
+    parser.add_argument("--parts", action="store_true", help="the first row of each table by part")
+    parser.add_argument("--sites", action="store_true", help="its copies and waits by line")
     return parser.parse_args()
 
 
@@ -127,23 +129,19 @@ def main() -> None:
     chosen = arguments()
     adapters = ADAPTERS if chosen.all else chosen.adapter or ["osediff"]
     trainers = TRAINERS if chosen.all else chosen.trainer or ["gdpo"]
-    for trainer in trainers:
-        for adapter in adapters:
-            rows = []
-            for case in cases(adapter, trainer):
-                if chosen.label and case.label not in chosen.label:
-                    continue
-                found = measure(sized(case, chosen.size))
-                rows.append([adapter, trainer, case.label, *row(found)])
-                if chosen.parts or chosen.sites:
-                    print(f"### {trainer}, {adapter}, {case.label}\n")
-                    table(["adapter", "trainer", "case", *ROW], rows[-1:])
-                if chosen.parts:
-                    parts(found)
-                if chosen.sites:
-                    sites(found)
-            if rows and not (chosen.parts or chosen.sites):
-                table(["adapter", "trainer", "case", *ROW], rows)
+    for trainer, adapter in product(trainers, adapters):
+        chosen_cases = [case for case in cases(adapter, trainer) if not chosen.label or case.label in chosen.label]
+        found = {case.label: measure(sized(case, chosen.size)) for case in chosen_cases}
+        table(
+            ["trainer", "adapter", "case", *ROW], [[trainer, adapter, label, *row(of)] for label, of in found.items()]
+        )
+        for label, of in list(found.items())[:1]:
+            if chosen.parts or chosen.sites:
+                print(f"{trainer}, {adapter}, {label}:\n")
+            if chosen.parts:
+                parts(of)
+            if chosen.sites:
+                sites(of)
 
 
 if __name__ == "__main__":

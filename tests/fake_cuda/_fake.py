@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _torch_patches import patched
+from _torch_patches import convolved_format, patched
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = tuple(str(ROOT / folder) + "/" for folder in ("rewardsr", "adapters"))
+HELPERS = tuple(f"rewardsr/{name}.py" for name in ("checks", "draws", "transfer"))  # they copy and read for others
 REST = "all else"
 GRAIN = 512  # bytes: CUDA's allocator rounds up to it
 SMALL = 4096  # elements: smaller tensors keep their values where they are known
@@ -33,6 +34,7 @@ CUDA, CPU, META = torch.device("cuda", 0), torch.device("cpu"), torch.device("me
 HALF_RATE, FLOAT32_RATE, TF32_RATE, BANDWIDTH, LAUNCH = 600e12, 45e12, 300e12, 2.7e12, 2e-6
 
 aten = torch.ops.aten
+_FORMS: dict[Any, list[Any]] = {}  # of results, by operation and forms of arguments
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "resize_"}
 CERTAIN = {"arange", "eye", "full", "linspace", "ones", "scalar_tensor", "zeros"}  # made of arguments alone
 FALSE = {"any", "bitwise_not", "isinf", "isnan", "logical_not"}  # where all is well; other unknown truths are true
@@ -49,7 +51,7 @@ class Event:
     Attributes:
         kind: "H2D" and "D2H" (copies), "read" (one value), "shape" (a shape that depends on values) or "wait".
         operation: what asked for it.
-        site: file and line of the package, the innermost; "elsewhere" where there is none.
+        site: file and line of the package, the innermost but for `HELPERS`; "elsewhere" where there is none.
         part: of the step.
         bytes: that travel.
         pinned: whether the host's side is page-locked.
@@ -112,6 +114,7 @@ class FakeCuda(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.shapes = FakeTensorMode()
         self.allocated = 0
         self._building = False
         self._blocks: dict[int, _Block] = {}
@@ -198,7 +201,7 @@ class FakeCuda(TorchDispatchMode):
     def _on_device(self, func: Any, args: Any, kwargs: Any) -> Any:
         """An operation by its shapes, and by its values where these are known."""
         shapes = [_scalars(func, value) for value in args], {key: _scalars(func, kwargs[key]) for key in kwargs}
-        result = func(*shapes[0], **shapes[1])
+        result = self._shaped(func, *shapes)
         outputs = [tensor for tensor in _tensors((result,)) if _here(tensor)]
         fresh = [self._register(tensor) for tensor in outputs]
         values = self._values(func, args, kwargs, outputs)
@@ -218,6 +221,43 @@ class FakeCuda(TorchDispatchMode):
             self._charge(func, args, kwargs, result)
         return result
 
+    def _shaped(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What FakeTensorMode gives; what it gave before for such arguments is made again, in less time."""
+        if func.is_view:
+            with in_kernel_invocation_manager(self.shapes):
+                bare = func(*args, **kwargs)
+            if isinstance(bare, Tensor):
+                return FakeTensor(self.shapes, bare, args[0].fake_device)
+            return [FakeTensor(self.shapes, one, args[0].fake_device) for one in bare]
+        key = func, _form(args), _form(tuple(kwargs.items()))
+        forms = _FORMS.get(key)
+        if forms is None:
+            result = func(*args, **kwargs)
+            if "group_norm" in func._opname and result[0] is not None:  # CUDA's works on contiguous images alone
+                result = result[0].contiguous(), *result[1:]
+            if not func._schema.is_mutable:
+                self._remember(key, result if isinstance(result, tuple) else (result,))
+            return result
+        with no_dispatch():
+            made = [None if form is None else _bare(*form) for form in forms]
+        results = tuple(None if bare is None else FakeTensor(self.shapes, bare, CUDA) for bare in made)
+        return results if len(func._schema.returns) > 1 else results[0]
+
+    def _remember(self, key: Any, results: tuple[Any, ...]) -> None:
+        """Keep the forms of results that are all new, compact tensors of the device."""
+        forms: list[Any] = []
+        for result in results:
+            if _here(result):
+                storage = result.untyped_storage()
+                if storage._cdata in self._blocks or storage.nbytes() != result.numel() * result.itemsize:
+                    return
+                forms.append((result.shape, result.stride(), result.dtype))
+            elif result is not None:
+                return
+            else:
+                forms.append(None)
+        _FORMS[key] = forms
+
     def _values(self, func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> list[Tensor] | None:
         """What comes out, where all that goes in is known: masks, indices and times decide what a step does."""
         given = _tensors((args, kwargs.values()))
@@ -235,7 +275,7 @@ class FakeCuda(TorchDispatchMode):
 
     def value(self, tensor: Any) -> Tensor | None:
         """What a tensor of the device holds, if that is known."""
-        return tensor._value if _here(tensor) and self._block(tensor).known else None
+        return getattr(tensor, "_value", None) if _here(tensor) and self._block(tensor).known else None
 
     def _charge(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         formula = flop_registry.get(func._overloadpacket)
@@ -243,10 +283,13 @@ class FakeCuda(TorchDispatchMode):
         touched = {id(tensor): tensor for tensor in _tensors((args, kwargs.values(), result)) if _here(tensor)}
         moved = sum(min(tensor.numel() * tensor.itemsize, self._block(tensor).size) for tensor in touched.values())
         cost = self._see_peak()
-        cost.kernels += 1
+        copies = _layout_copies(func, args)
+        cost.peak = max(cost.peak, self.allocated + sum(copies))
+        cost.kernels += 1 + len(copies)
         cost.flops += flops
-        cost.bytes += moved
+        cost.bytes += moved + 2 * sum(copies)
         cost.seconds += max(flops / _rate(func, touched.values()), moved / BANDWIDTH, LAUNCH)
+        cost.seconds += sum(max(2 * size / BANDWIDTH, LAUNCH) for size in copies)
 
     # ---- memory ----
 
@@ -311,7 +354,7 @@ class FakeCuda(TorchDispatchMode):
         return result
 
     def _plausible(self, tensor: Tensor) -> Tensor:
-        """Values on the host: known ones; else in [0, 1), 0 for whole numbers, and true if all is well."""
+        """Values on the host: what is known; else in [0, 1), 0 for whole numbers, and the truth if all is well."""
         value = self.value(tensor)
         with no_dispatch():
             if value is not None:
@@ -376,7 +419,7 @@ class FakeCuda(TorchDispatchMode):
             if index is not None and not isinstance(index, FakeTensor):
                 index = self._upload(func, index)
             if index is not None and index.dtype == torch.bool:
-                places += self._nonzero(func, index).unbind(1)
+                places += self._on_device(aten.unbind.int, (self._nonzero(func, index), 1), {})
                 continue
             places.append(index)
         return self._on_device(func, (source, places, *more), options)
@@ -398,7 +441,7 @@ _SPECIAL: dict[Any, Any] = {
 def fake_cuda() -> Iterator[FakeCuda]:
     """Inside, 'cuda' is a device that computes shapes."""
     mode = FakeCuda()
-    with patched(mode), FakeTensorMode(), mode:
+    with patched(mode), mode.shapes, mode:
         yield mode
 
 
@@ -432,6 +475,17 @@ def _scalars(func: Any, value: Any) -> Any:
     return torch.empty((), dtype=value.dtype)
 
 
+def _form(value: Any) -> Any:
+    """What of an argument decides the form of results."""
+    if isinstance(value, FakeTensor):
+        return value.shape, value.stride(), value.dtype, value.fake_device.type
+    return tuple(_form(entry) for entry in value) if isinstance(value, list | tuple) else (type(value), value)
+
+
+def _bare(shape: Any, strides: Any, dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device=META)
+
+
 def _valued(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_valued(entry) for entry in value]
@@ -448,6 +502,19 @@ def _empty(like: Tensor, dtype: torch.dtype, device: torch.device, form: Any) ->
     return torch.empty_strided(like.shape, strides, dtype=dtype, device=device)
 
 
+def _layout_copies(func: Any, args: Any) -> list[int]:
+    """Bytes of each copy that a kernel makes inside, for as long as it takes, of what has not its layout."""
+    count = 2 if "backward" in func._opname else 1  # the gradient goes before the image
+    if "convolution" in func._opname:
+        taken, form = args[: count + 1], convolved_format(*args[count - 1 : count + 1])
+    elif "group_norm" in func._opname:
+        taken, form = args[:count], torch.contiguous_format
+    else:
+        return []
+    copied = [tensor for tensor in taken if not tensor.is_contiguous(memory_format=form)]
+    return [tensor.numel() * tensor.itemsize for tensor in copied]
+
+
 def _rate(func: Any, tensors: Iterable[Tensor]) -> float:
     """Operations a second in the precision of the first tensor."""
     dtype = next((tensor.dtype for tensor in tensors if tensor.dtype.is_floating_point), torch.float32)
@@ -458,10 +525,13 @@ def _rate(func: Any, tensors: Iterable[Tensor]) -> float:
 
 
 def _site() -> str:
-    frame = sys._getframe(1)
+    frame: Any = sys._getframe(1)
+    found = "elsewhere"
     while frame is not None:
         name = frame.f_code.co_filename
         if name.startswith(PACKAGE):
-            return f"{Path(name).relative_to(ROOT)}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return "elsewhere"
+            found = f"{Path(name).relative_to(ROOT)}:{frame.f_lineno}"
+            if not found.startswith(HELPERS):
+                break
+        frame = frame.f_back
+    return found

@@ -1,5 +1,6 @@
 """Real steps on the fake device: every adapter with random weights of a size, every trainer, and upscaling."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -9,12 +10,15 @@ from typing import Any
 from unittest import mock
 
 import torch
-from _fake import CUDA, Cost, Event, FakeCuda, fake_cuda
-from _sizes import SIZES, _Tokenizer, images
+from _fake import CUDA, ROOT, Cost, Event, FakeCuda, fake_cuda
 from accelerate import Accelerator
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._mode_utils import no_dispatch
+
+sys.path.append(str(ROOT / "tests" / "benchmarks"))
+
+from _sizes import SIZES, _Tokenizer, images
 
 from rewardsr import lora
 from rewardsr.adapters import stable_diffusion as family
@@ -25,6 +29,7 @@ from rewardsr.adapters.stablesr import StableSR
 from rewardsr.batch import Batch
 from rewardsr.draws import Draws
 from rewardsr.evaluation.upscale import upscale_tensor
+from rewardsr.lora import targets
 from rewardsr.options import parse
 from rewardsr.rewards import build
 from rewardsr.rewards.vgg import GROUPS, VGG19
@@ -121,10 +126,11 @@ class Measured:
 
 
 def measure(case: Case) -> Measured:
-    """The second of two steps, when the optimiser has its state; of upscaling the second image."""
+    """A step when the optimiser has its state, and an image; with `fixed_prompt` the second of two."""
     with fake_cuda() as device, TemporaryDirectory() as folder:
         work, watched = (_upscaling if case.trainer == "upscale" else _training)(device, case, Path(folder))
-        work()
+        if case.fixed_prompt:
+            work()
         device.reset()
         resident = device.allocated
         with watched:
@@ -163,7 +169,7 @@ def _training(device: FakeCuda, case: Case, folder: Path) -> tuple[Callable[[], 
     with device.weights():
         adapter = make_adapter(case)
         # Quantised weights are told by their type, which here is that of all weights.
-        with mock.patch.object(lora.targets, "Tensor", FakeTensor):
+        with mock.patch.object(targets, "Tensor", FakeTensor):
             lora.attach(adapter)
         if case.checkpointing:
             adapter.enable_gradient_checkpointing()
@@ -195,7 +201,11 @@ def _training(device: FakeCuda, case: Case, folder: Path) -> tuple[Callable[[], 
             metrics=method.rewards,
             notes=(),
         )
-    optimiser, state = make_optimiser(setup), State()
+        optimiser, state = make_optimiser(setup), State()
+        for parameter in method.trained_weights().values():
+            parameter.grad = torch.zeros_like(parameter)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
     return lambda: loop.step(setup, optimiser, state), watched(device, adapter, method, optimiser)
 
 

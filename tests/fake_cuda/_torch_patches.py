@@ -9,7 +9,9 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.utils import clip_grad
 
 # What torch.autocast runs in the lower precision, and in float32, on CUDA; of its lists, what networks here use.
 LOWER = (
@@ -32,6 +34,8 @@ def patched(mode: Any) -> Iterator[None]:
     - `torch.autocast('cuda')` would switch itself off, and asks the card for bf16.
     - autocast's casts belong to C++, which sees no CUDA tensors here: `_cast` stands in for them.
     - modules would swap fake parameters for their copies, which weak references forbid: they take the copies' data.
+    - clipping takes one kernel for all gradients only where they are of torch's own type.
+    - which layout a convolution has is decided by the library that does it: without a card that is not cuDNN.
     - attention in C++ would fall back to the form with an N x N matrix: `_attention` stands in for it.
     - `tolist` of a fake tensor would read element by element: it is one copy.
     """
@@ -48,6 +52,8 @@ def patched(mode: Any) -> Iterator[None]:
         (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         (torch, "clear_autocast_cache", clear_all),
         (torch.utils, "swap_tensors", _take_data),
+        (torch._C, "_conv_determine_backend_memory_format", lambda x, weight, _: convolved_format(x, weight)),
+        (clip_grad, "_has_foreach_support", lambda tensors, device: True),
         (FakeTensor, "tolist", lambda tensor: tensor.cpu().tolist()),
     ]
     replacements.append((F, "scaled_dot_product_attention", _attention(F.scaled_dot_product_attention)))
@@ -58,6 +64,12 @@ def patched(mode: Any) -> Iterator[None]:
             casting = _cast(getattr(owner, name), (owner, name) in LOWER, cast)
             stack.enter_context(mock.patch.object(owner, name, casting))
         yield
+
+
+def convolved_format(x: Tensor, weight: Tensor) -> torch.memory_format:
+    """The layout that cuDNN works in: channels last where the image or the weights are so."""
+    last = x.ndim == 4 and torch.channels_last in (suggest_memory_format(x), suggest_memory_format(weight))
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def _take_data(parameter: Any, other: Any) -> None:
