@@ -7,34 +7,47 @@ down; the training loop reads all notes with the step's numbers, before anything
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Otherwise = Callable[[], Exception | None]
+
+@dataclass(frozen=True)
+class _Note:
+    holds: Tensor
+    error: Callable[[], Exception] | None
+    say: Callable[[], object] | None
 
 
 class Gathered:
-    """Checks that were noted down and not yet read."""
+    """Checks and remarks that were noted down and not yet read."""
 
     def __init__(self) -> None:
-        self._noted: list[tuple[Tensor, Otherwise]] = []
+        self._notes: list[_Note] = []
 
     @property
     def flags(self) -> list[Tensor]:
-        """Scalars, 1 where a check holds, in the order in which they were noted down."""
-        return [holds for holds, _ in self._noted]
+        """Scalars, 1 where a condition holds, in the order in which they were noted down."""
+        return [note.holds for note in self._notes]
 
-    def judge(self, flags: Sequence[float]) -> None:
-        """Do what is to be done about each check that does not hold, and forget them all.
+    @property
+    def fatal(self) -> list[Tensor]:
+        """Those of `flags` that are checks."""
+        return [note.holds for note in self._notes if note.error is not None]
+
+    def judge(self, flags: Sequence[float]) -> Exception | None:
+        """Make the remarks that are due, and return the error of the first check that does not hold; forget them all.
 
         Args:
             flags: the values of `flags`, read.
         """
-        noted, self._noted = self._noted, []
-        for value, (_, otherwise) in zip(flags, noted, strict=True):
-            if not value:
-                _do(otherwise)
+        notes, self._notes = self._notes, []
+        failing = [note for note, value in zip(notes, flags, strict=True) if not value]
+        for note in failing:
+            if note.say is not None:
+                note.say()
+        return next((note.error() for note in failing if note.error is not None), None)
 
 
 _OPEN: ContextVar[Gathered | None] = ContextVar("gathered", default=None)
@@ -42,7 +55,7 @@ _OPEN: ContextVar[Gathered | None] = ContextVar("gathered", default=None)
 
 @contextmanager
 def gathered() -> Iterator[Gathered]:
-    """Inside, checks of values on a device are noted down; whoever opens this reads and judges them."""
+    """Inside, looks at values on a device are noted down; whoever opens this reads and judges them."""
     own = Gathered()
     before = _OPEN.set(own)
     try:
@@ -51,19 +64,26 @@ def gathered() -> Iterator[Gathered]:
         _OPEN.reset(before)
 
 
-def check(holds: Tensor, otherwise: Otherwise) -> None:
-    """See to it, at once or when the checks are read, that a condition holds.
+def check(holds: Tensor, error: Callable[[], Exception]) -> None:
+    """Raise an error, at once or when the checks are read, unless a condition holds.
 
     Args:
         holds: scalar bool; a comparison is false for NaN, too.
-        otherwise: called if it does not; returns the error to raise, or None where a warning was all. It may read
-            values.
+        error: makes the error; it may read values.
     """
-    noted = _OPEN.get()
-    if noted is not None and holds.device.type != "cpu":
-        noted._noted.append((holds.float(), otherwise))
-    elif not holds:
-        _do(otherwise)
+    if not _noted(holds, error, None) and not holds:
+        raise error()
+
+
+def remark(holds: Tensor, say: Callable[[], object]) -> None:
+    """Say something (a warning), at once or when the checks are read, unless a condition holds.
+
+    Args:
+        holds: scalar bool.
+        say: is called; it may read values.
+    """
+    if not _noted(holds, None, say) and not holds:
+        say()
 
 
 def read(scalars: Sequence[Tensor | float]) -> list[float]:
@@ -76,7 +96,9 @@ def read(scalars: Sequence[Tensor | float]) -> list[float]:
     ]
 
 
-def _do(otherwise: Otherwise) -> None:
-    error = otherwise()
-    if error is not None:
-        raise error
+def _noted(holds: Tensor, error: Callable[[], Exception] | None, say: Callable[[], object] | None) -> bool:
+    gathering = _OPEN.get()
+    if gathering is None or holds.device.type == "cpu":
+        return False
+    gathering._notes.append(_Note(holds.float(), error, say))
+    return True

@@ -103,10 +103,14 @@ def update(
     if failure is not None and setup.accelerator.num_processes == 1:
         raise failure
     gradients = [torch.zeros_like(p) if failure is not None or p.grad is None else p.grad for p in parameters.values()]
-    scalars, flags = means.scalars, samples.checks.flags
-    if failure is None:  # an infinite loss can have a finite gradient: let every process see that this update is void
-        gradients[0].masked_fill_(_void(scalars, flags, gradients[0].device), torch.nan)
-    failed = _average(setup.accelerator, gradients, failure is not None)
+    scalars, flags, device = means.scalars, samples.checks.flags, gradients[0].device
+    failed = torch.full((), float(failure is not None), device=device)
+    if failure is None:
+        # An infinite loss can have a finite gradient: let every process see that this update is void.
+        gradients[0].masked_fill_(~_all_finite(scalars, device), torch.nan)
+        if samples.checks.fatal:
+            failed = (1 - torch.stack(samples.checks.fatal)).sum()
+    failed = _average(setup.accelerator, gradients, failed)
     if failure is not None:
         raise_everywhere(failure)
     norms = _clip(setup.method.trained, setup.recipe.optimiser.clip)
@@ -118,9 +122,9 @@ def update(
     read_together = ([failed], list(norms.values()), flags, scalars, samples.means.scalars)
     found = iter(read([scalar for part in read_together for scalar in part]))
     others, told, held, values, sampled = ([next(found) for _ in part] for part in read_together)
+    error = samples.checks.judge(held)
     if others[0] > 0:
-        raise_everywhere(None)
-    samples.checks.judge(held)
+        raise_everywhere(error)
     metrics: dict[str, Any] = means.result(values) | samples.means.result(sampled)
     metrics |= dict(zip(norms, told, strict=True)) | {"learning_rate": rate}
     state.updates += 1
@@ -148,22 +152,19 @@ def _back_propagate(setup: Setup, state: State, samples: Samples, number: int, m
     assert not without, f"{without[0]} got no gradient: was the LoRA switched off?"
 
 
-def _void(scalars: Iterable[Scalar], flags: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Whether a metric is not finite or a check does not hold; scalar bool on the device."""
+def _all_finite(scalars: Iterable[Scalar], device: torch.device) -> Tensor:
+    """Whether all are; scalar bool on the device."""
     away = [scalar.detach().float() for scalar in scalars if isinstance(scalar, Tensor) and scalar.device == device]
-    here = [scalar for scalar in scalars if not (isinstance(scalar, Tensor) and scalar.device == device)]
-    void = torch.full((), not np.isfinite([float(scalar) for scalar in here]).all(), device=device)
-    if away:
-        void = void | ~torch.stack(away).isfinite().all()
-    return void | (torch.stack(list(flags)) == 0).any() if flags else void
+    here = [float(scalar) for scalar in scalars if not (isinstance(scalar, Tensor) and scalar.device == device)]
+    finite = torch.full((), bool(np.isfinite(here).all()), device=device)
+    return finite & torch.stack(away).isfinite().all() if away else finite
 
 
-def _average(accelerator: Accelerator, gradients: list[Tensor], failed: bool) -> Tensor:
-    """Average over the processes, in one call; returns the share of them that have failed, a scalar."""
-    mark = torch.full((1,), float(failed), device=gradients[0].device)
+def _average(accelerator: Accelerator, gradients: list[Tensor], failed: Tensor) -> Tensor:
+    """Average gradients over the processes, in one call, and with them `failed`, a scalar: more than 0 if one has."""
     if accelerator.num_processes == 1:
-        return mark[0]
-    flat = accelerator.reduce(torch.cat([mark, *(gradient.flatten() for gradient in gradients)]), "mean")
+        return failed
+    flat = accelerator.reduce(torch.cat([failed[None], *(gradient.flatten() for gradient in gradients)]), "mean")
     for gradient, part in zip(gradients, flat[1:].split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
     return flat[0]

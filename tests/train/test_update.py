@@ -8,7 +8,7 @@ from runs import Brightness, content, weights
 
 import rewardsr
 from rewardsr import run_folder
-from rewardsr.checks import check, gathered, read
+from rewardsr.checks import check, gathered, read, remark
 from rewardsr.errors import TrainingError
 from rewardsr.train.update import Means, _launched
 
@@ -64,13 +64,14 @@ def test_checks_of_values_on_the_cpu_are_made_at_once_and_others_when_they_are_r
             check(torch.tensor(False), lambda: ValueError("at once"))
         assert checks.flags == []
         noted: list[str] = []
-        check(torch.empty((), dtype=torch.bool, device="meta"), lambda: noted.append("a warning"))
+        remark(torch.empty((), dtype=torch.bool, device="meta"), lambda: noted.append("a remark"))
         check(torch.empty((), dtype=torch.bool, device="meta"), lambda: ValueError("the second"))
         check(torch.empty((), dtype=torch.bool, device="meta"), lambda: ValueError("the third"))
-        assert len(checks.flags) == 3 and noted == []
-        with pytest.raises(ValueError, match="the second"):
-            checks.judge([0.0, 0.0, 0.0])
-        assert noted == ["a warning"] and checks.flags == []
+        assert (len(checks.flags), len(checks.fatal), noted) == (3, 2, [])
+        assert str(checks.judge([0.0, 0.0, 0.0])) == "the second"
+        assert noted == ["a remark"] and checks.flags == []
+        remark(torch.tensor(False), lambda: noted.append("at once"))
+        assert noted[1:] == ["at once"] and checks.judge([]) is None
     with pytest.raises(ValueError, match="outside"):
         check(torch.tensor(False), lambda: ValueError("outside"))
 
