@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rewardsr.batch import parts
 from rewardsr.errors import UserError
+from rewardsr.transfer import to_device
 
 Window = tuple[slice, slice]  # rows and columns of the latents that a tile covers
 VARIANCE = 0.01  # of the weights, in squares of the tile's side: SeeSR's and StableSR's
@@ -53,7 +54,7 @@ class Tiling:
         height, width = like.shape[-2:]
         side = min(self.side, height, width)
         total, weight = torch.zeros_like(like), torch.zeros_like(like[:1, :1])
-        share = self._weights(side).to(like.dtype).to(like.device)  # Apple's devices have no double precision
+        share = to_device(self._weights(side).to(like.dtype), like.device)  # Apple's devices have no double precision
         places = product(self._starts(width, side), self._starts(height, side))
         windows = [(slice(top, top + side), slice(left, left + side)) for left, top in places]
         for part in parts(len(windows), self.at_once):

@@ -16,6 +16,7 @@ from rewardsr.run_folder import LORA
 from rewardsr.testing import tiny_pipeline
 from rewardsr.train import loop
 from rewardsr.train import recipe as recipes
+from rewardsr.train.memory import choose_micro_batch
 from rewardsr.train.optimiser import make_optimiser
 from rewardsr.train.prepare import set_up
 from rewardsr.trainers.gdpo import GDPO, GDPOOptions, preference_logit
@@ -102,12 +103,49 @@ def test_the_preference_of_a_fresh_lora_is_exactly_zero(adapter, checkpointing) 
     assert all(p.grad is not None and p.grad.isfinite().all() for p in lora.parameters(adapter).values())
 
 
-def test_the_text_encoder_leaves_the_device(adapter) -> None:
+def test_the_text_encoder_stays_on_the_device_in_the_precision_of_the_base(adapter) -> None:
+    weights = list(adapter._text_encoder.parameters())
+    before = {(weight.device.type, weight.dtype, weight.data_ptr()) for weight in weights}
+    assert {(kind, dtype) for kind, dtype, _ in before} == {("cuda", torch.bfloat16)}
     adapter.encode(batch())
-    assert {parameter.device.type for parameter in adapter._text_encoder.parameters()} == {"cpu"}
-    held = torch.cuda.memory_allocated()
-    adapter.encode(batch())  # the prompt is known: nothing is moved again
-    assert torch.cuda.memory_allocated() <= held + 2**20
+    assert before == {(weight.device.type, weight.dtype, weight.data_ptr()) for weight in weights}
+
+
+def test_a_step_that_is_not_finite_leaves_the_weights_alone(tiny_base, hq_folder, tmp_path, monkeypatch) -> None:
+    """The fused optimiser is launched before anybody has looked: the device itself holds it back."""
+    setup = set_up(parse(recipes.Recipe, settings(tiny_base, hq_folder, tmp_path / "run"), "test"))
+    optimiser, state = make_optimiser(setup), loop.State()
+    loop.step(setup, optimiser, state)
+    before = [value.clone() for value in setup.method.trained_weights().values()]
+    losses = GDPO.losses
+
+    def broken(self, group, draws):
+        for loss in losses(self, group, draws):
+            yield type(loss)(loss.value * torch.nan, loss.metrics, loss.weight)
+
+    monkeypatch.setattr(GDPO, "losses", broken)
+    metrics, _ = loop.step(setup, optimiser, state)
+    assert metrics["not_finite"].startswith("gradient of unet.") and metrics["skipped"] == 1
+    after = setup.method.trained_weights().values()
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert {int(entry["step"]) for entry in optimiser.state.values()} == {1}
+    monkeypatch.undo()
+    loop.step(setup, optimiser, state)
+    assert not all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def test_rows_that_fit_are_found_and_halved_where_they_do_not(tiny_base, hq_folder, tmp_path, monkeypatch) -> None:
+    free = torch.cuda.mem_get_info
+    content = settings(tiny_base, hq_folder, tmp_path / "run", trainer_options={"group_size": 6, "beta": 100})
+    setup = set_up(parse(recipes.Recipe, content, "test"))
+    state = loop.State()
+    choose_micro_batch(setup, state)
+    assert state.micro_batch == 6 and setup.method.micro_batch is None
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, free(device)[1]))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", torch.cuda.memory_allocated)
+    tight = loop.State()
+    choose_micro_batch(setup, tight)
+    assert tight.micro_batch == setup.method.micro_batch == 1
 
 
 def test_three_steps_agree_with_the_cpu(tiny_base, hq_folder, tmp_path) -> None:

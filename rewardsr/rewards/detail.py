@@ -12,6 +12,7 @@ from torch import Tensor
 from rewardsr.batch import Batch
 from rewardsr.rewards.fidelity import target
 from rewardsr.rewards.precision import computing
+from rewardsr.transfer import to_device
 
 CELL = 8  # pixels: the neighbourhood in which energy is compared
 FLOOR = 0.01  # energy below this counts as flat; keeps the logarithm of noise-free areas apart from -inf
@@ -94,7 +95,7 @@ class LQConsistency:
 
 def _absolute_laplacian(image: Tensor) -> Tensor:
     """|Laplacian| of gray (B, 1, H, W), of RGB (B, 3, H, W) in [0, 1]."""
-    kernel = torch.tensor([[[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]]], device=image.device)
+    kernel = to_device(torch.tensor([[[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]]]), image.device)
     return filter2d(rgb_to_grayscale(image.float()), kernel, border_type="replicate").abs()
 
 

@@ -55,7 +55,7 @@ class ParameterGroup:
     Attributes:
         name: unique in the method; checkpoints keep weights and moments as `name/key`.
         parameters: by key, in a fixed order, float32.
-        lora: name of the LoRA that they are; None for weights of the base, which are trained in full.
+        lora: name of the LoRA that they are; None for weights of the base, which are trained in full (`train_in_full`).
         clip: largest norm of their gradient; None: the recipe's `optimiser.clip`.
         learning_rate: factor on the recipe's.
     """
@@ -194,6 +194,25 @@ class Reference:
         finally:
             for parameter, own in zip(self._full, trained, strict=True):
                 parameter.data = own
+
+
+def train_in_full(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Let the weights of a module of the base be trained themselves, in float32.
+
+    In a network of another precision the module then computes in float32, and gives back the network's.
+
+    Args:
+        module: a layer; its inputs are tensors.
+
+    Returns:
+        Its weights by name, for a `ParameterGroup` with `lora=None`.
+    """
+    precision = next(module.parameters()).dtype
+    module.float().requires_grad_(True)
+    if precision != torch.float32:
+        module.register_forward_pre_hook(lambda _, inputs: tuple(value.float() for value in inputs))
+        module.register_forward_hook(lambda _module, _inputs, output: output.to(precision))
+    return dict(module.named_parameters())
 
 
 @torch.no_grad()

@@ -178,7 +178,8 @@ def count_ours(method: Any, chosen: Any, images: int) -> Counts:
         method._vgg = partial(features, method._vgg)  # its own forward knows no meta device
     _ignore_rewards(method)
     with watched(adapter, method, meter, on_meta(adapter)):
-        for start in (0, images):  # the first one also encodes what is encoded once
+        # The first one also encodes what is encoded once: the negative prompt of guidance.
+        for start in (0,) if adapter.guidance == 1 else (0, images):
             meter.flops, indices = {}, list(range(start, start + images))
             group = method.prepare(data.batch(0, indices), Draws(0, 0, indices, "group"))
             for loss in method.losses(group, Draws(0, 0, indices, "update-0")):

@@ -2,12 +2,16 @@
 
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from rewardsr.errors import TrainingError, is_out_of_memory
+
+T = TypeVar("T")
 
 
 class Storages(TorchDispatchMode):
@@ -53,7 +57,8 @@ def working(step: Callable[[], Any], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
-    with Storages() as storages:
+    # A compiled graph would show nothing of what is inside.
+    with torch.compiler.set_stance("force_eager"), Storages() as storages:
         step()
     return storages.peak
 
@@ -62,3 +67,15 @@ def held(*of: Iterable[Tensor]) -> int:
     """Bytes of the storages behind these tensors, each once."""
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for tensors in of for t in tensors}
     return sum(storages.values())
+
+
+def unless_out_of_memory(work: Callable[[], T], device: torch.device) -> T | None:
+    """What the work returns; None if there is not enough memory for it."""
+    try:
+        return work()
+    except (TrainingError, RuntimeError) as error:
+        if not is_out_of_memory(error.__cause__ or error):
+            raise
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return None

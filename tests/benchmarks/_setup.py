@@ -21,6 +21,7 @@ from rewardsr.rewards import build
 from rewardsr.train import loop
 from rewardsr.train import recipe as recipes
 from rewardsr.train.checkpoint import State
+from rewardsr.train.compiled import compile_networks
 from rewardsr.train.optimiser import make_optimiser
 from rewardsr.train.prepare import Setup
 from rewardsr.trainers.base import Method
@@ -98,9 +99,7 @@ def prepare_adapter(adapter: Any, chosen: Namespace) -> None:
     if chosen.gradient_checkpointing:
         adapter.enable_gradient_checkpointing()
     if chosen.compile:
-        torch._dynamo.config.cache_size_limit = 64  # policy and reference, one image and a group: variants of a graph
-        for module in (adapter.unet, adapter.vae.encoder, adapter.vae.decoder):
-            module.compile()
+        compile_networks(adapter)
 
 
 def method_of(adapter: Any, chosen: Namespace, form: str) -> Method:

@@ -16,6 +16,7 @@ import argparse
 import statistics
 import tempfile
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from _count import (
     rfsr_needs,
     unit_flops,
 )
-from _memory import held, working
+from _memory import held, unless_out_of_memory, working
 from _meter import Meter, matmul_rate, medians, timed, watched
 from _rows import Rows
 from _setup import (
@@ -49,8 +50,6 @@ from _setup import (
     set_up,
 )
 from _sizes import PARAMETERS, parameter_counts, vgg_file
-
-from rewardsr.errors import TrainingError, is_out_of_memory
 
 
 def arguments() -> argparse.Namespace:
@@ -129,11 +128,18 @@ def report_counts(chosen: argparse.Namespace, rows: Rows) -> None:
 def report_steps(
     chosen: argparse.Namespace, rows: Rows, runs: dict[str, Any], counts: dict[str, Counts], rate: float
 ) -> None:
-    """Whole steps: those of all runs in turn, then a line for each, and what ours is of the other."""
+    """Whole steps: those of all runs in turn, then a line for each, and what ours is of the other.
+
+    A run that there is not enough memory for is taken out of `runs`.
+    """
     device, taken = torch.device(chosen.device), dict[str, list[float]]()
     for turn in range(chosen.steps + 2):
-        for name, run in runs.items():
-            seconds = timed(run.step, device)
+        for name, run in list(runs.items()):
+            seconds = unless_out_of_memory(partial(timed, run.step, device), device)
+            if seconds is None:
+                rows.say(f"{name}: out of memory")
+                del runs[name]
+                continue
             if turn > 1:
                 taken.setdefault(name, []).append(seconds)
             rows.note(f"{'warm-up' if turn < 2 else 'step'} {turn}, {name}: {seconds:.4f} s")
@@ -195,19 +201,16 @@ def main(folder: Path) -> None:
             about = f"{chosen.size}, crop {chosen.crop}, batch {batch}"
             about += f", group {chosen.group}" if chosen.trainer == "gdpo" else f", rollout {chosen.rollout}"
             rows.say(f"\n### {chosen.trainer} on {chosen.adapter}, {form}: {about}{', compiled' * chosen.compile}")
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # of other shapes
             setup = set_up(adapter, method_of(adapter, chosen, form), chosen, batch)
             runs: dict[str, Any] = {"ours": Ours(setup)}
             if second:
                 runs["released"] = Theirs(setup, released_of(setup.method, chosen, second))
             mine = counts.get((form, batch), {})
-            try:
-                report_steps(chosen, rows, runs, mine, rate)
-                if not chosen.no_parts:
-                    report_parts(chosen, rows, setup, runs["ours"], mine.get("ours", {}), rate)
-            except (TrainingError, RuntimeError) as error:
-                if not is_out_of_memory(error.__cause__ or error):
-                    raise
-                rows.say("out of memory")
+            report_steps(chosen, rows, runs, mine, rate)
+            if "ours" in runs and not chosen.no_parts:
+                report_parts(chosen, rows, setup, runs["ours"], mine.get("ours", {}), rate)
 
 
 if __name__ == "__main__":

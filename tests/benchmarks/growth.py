@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _memory import held, working
+from _memory import held, unless_out_of_memory, working
 from _meter import timed
 from _rows import Rows
 from _setup import (
@@ -36,7 +36,6 @@ from _sizes import images, vgg_file
 from rewardsr.adapters.osediff import OSEDiff
 from rewardsr.batch import Batch
 from rewardsr.draws import Draws
-from rewardsr.errors import TrainingError, is_out_of_memory
 from rewardsr.evaluation.upscale import upscale_tensor
 
 AXES = ("group", "batch", "crop", "upscale", "tile", "tile_batch")
@@ -126,14 +125,15 @@ class Growth:
 
     def _cost(self, work: Callable[[], Any]) -> Cost:
         """Seconds (median, after one that warms up) and working memory."""
-        try:
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # of other shapes
+
+        def costs() -> tuple[float, int]:
             work()
             seconds = statistics.median(timed(work, self._device) for _ in range(self._chosen.steps))
             return seconds, working(work, self._device)
-        except (TrainingError, RuntimeError) as error:
-            if not is_out_of_memory(error.__cause__ or error):
-                raise
-            return None
+
+        return unless_out_of_memory(costs, self._device)
 
     def _training(self, axis: str, value: int) -> Cost:
         chosen = argparse.Namespace(**{**vars(self._chosen), axis: value})

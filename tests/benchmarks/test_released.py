@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from _memory import Storages
+from _memory import Storages, unless_out_of_memory
 from _setup import Images, make_adapter, method_of, released_of, seconds_of
 from _sizes import vgg_file
 
@@ -139,3 +139,13 @@ def test_working_memory_is_that_of_live_tensors() -> None:
         assert storages.alive == 8000
     del two, three
     assert (storages.alive, storages.peak) == (0, 8000)
+
+
+def test_lack_of_memory_ends_one_measurement() -> None:
+    def fail(error: Exception) -> None:
+        raise error
+
+    assert unless_out_of_memory(lambda: 3, CPU) == 3
+    assert unless_out_of_memory(lambda: fail(torch.OutOfMemoryError("CUDA out of memory")), CPU) is None
+    with pytest.raises(RuntimeError, match="another"):
+        unless_out_of_memory(lambda: fail(RuntimeError("another")), CPU)

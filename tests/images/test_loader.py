@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import warnings
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -260,3 +261,25 @@ def test_threads_by_default(monkeypatch) -> None:
         assert loader.default_workers() == expected
     cores = {0}
     assert loader.default_workers() == 1
+
+
+def test_what_goes_to_a_card_is_pinned_and_not_waited_for(photos, monkeypatch) -> None:
+    pinned: list[int] = []
+    copies: list[bool] = []
+
+    def pin(self):
+        pinned.append(id(self))
+        return self
+
+    def to(self, device, non_blocking=False):
+        copies.append(non_blocking)
+        return self
+
+    batch = replace(opened(photos, 0).batch(0, [0]), extras={"gray": torch.ones(1, 2)})
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    batch.to("cpu")
+    assert (pinned, copies) == ([], [False] * 3)
+    batch.to(torch.device("cuda", 0))
+    assert pinned == [id(batch.lq), id(batch.hq), id(batch.extras["gray"])]
+    assert copies[3:] == [True] * 3

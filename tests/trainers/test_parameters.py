@@ -11,7 +11,7 @@ import rewardsr
 from rewardsr import load_adapter, lora, run_folder
 from rewardsr.adapters.osediff import OSEDiff
 from rewardsr.testing import tiny_pipeline, write_images
-from rewardsr.trainers.base import Loss, Method, ParameterGroup
+from rewardsr.trainers.base import Loss, Method, ParameterGroup, train_in_full
 
 CRITIC = "critic"
 
@@ -35,14 +35,13 @@ class Several(Method):
     def __init__(self, *arguments) -> None:
         super().__init__(*arguments)
         lora.attach(self.adapter, rank=2, seed=1, name=CRITIC, targets={"unet": ("conv_out",)}, active=False)
-        self.adapter.unet.conv_norm_out.requires_grad_(True)
+        self.layer = train_in_full(self.adapter.unet.conv_norm_out)
 
     def parameters(self) -> list[ParameterGroup]:
-        layer = dict(self.adapter.unet.conv_norm_out.named_parameters())
         return [
             *super().parameters(),
             ParameterGroup("critic", lora.parameters(self.adapter, CRITIC), CRITIC, clip=1e-3),
-            ParameterGroup("full", layer, None, learning_rate=0.0),
+            ParameterGroup("full", self.layer, None, learning_rate=0.0),
         ]
 
     def prepare(self, batch, draws) -> "Several":
@@ -86,6 +85,22 @@ def test_groups_have_their_own_weights_clip_and_rate_and_are_kept(folder) -> Non
     # The run's file holds our LoRA, on the autoencoder too, and loads into a fresh pipeline.
     lora.load(fresh, straight)
     assert {name.partition(".")[0] for name in lora.parameters(fresh)} == {"unet", "vae"}
+
+
+def test_a_layer_in_full_is_float32_in_a_bf16_network(folder) -> None:
+    adapter = load_adapter("test_parameters:Encoding", folder / "base", noise_t=250, dtype=torch.bfloat16)
+    plain = load_adapter("test_parameters:Encoding", folder / "base", noise_t=250, dtype=torch.bfloat16)
+    layer = train_in_full(adapter.unet.conv_in)
+    z, condition = torch.randn(1, 4, 8, 8), adapter.encode(torch.rand(1, 3, 8, 8))
+    prediction = adapter.predict(z, 100, condition)
+    expected = plain.predict(z, 100, condition)
+    assert float((prediction - expected).norm() / expected.norm()) < 0.02
+    prediction.square().sum().backward()
+    assert {(p.dtype, p.grad.dtype) for p in layer.values()} == {(torch.float32, torch.float32)}
+    assert all(float(p.grad.norm()) > 0 for p in layer.values())
+    assert adapter.unet.conv_out.weight.dtype == torch.bfloat16
+    adapter.to("cpu", torch.bfloat16)
+    assert all(p.dtype == torch.float32 for p in layer.values())
 
 
 def test_the_reference_is_without_any_of_them(folder) -> None:
