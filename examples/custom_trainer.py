@@ -52,7 +52,7 @@ class Relative(Method):
         (slope,) = torch.autograd.grad(loss, log_ratio)
         for rows, old, part in zip(chunks, reference, slope.split([len(old) for old in reference]), strict=True):
             value = (part * self._log_ratio(self.groups.errors(task, rows), old)).sum()
-            yield Loss(value, {"loss": float(loss.detach())}, len(part) / len(slope))
+            yield Loss(value, {"loss": loss.detach()}, len(part) / len(slope))
 
     def _log_ratio(self, policy: Tensor, reference: Tensor) -> Tensor:
         return -self.options.beta / 2 * (policy - reference)

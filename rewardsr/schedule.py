@@ -125,7 +125,7 @@ class VP(Schedule):
         """sqrt(a_t) and sqrt(1 - a_t), rounded in float32."""
         if isinstance(t, Tensor):
             if like.device not in self._alphas:
-                self._alphas[like.device] = self.alphas_cumprod.to(like.device)
+                self._alphas[like.device] = to_device(self.alphas_cumprod, like.device)
             a = self._alphas[like.device][t].reshape(-1, *[1] * (like.ndim - 1))
             return a.sqrt().to(like.dtype), (1 - a).sqrt().to(like.dtype)
         if t < 0:

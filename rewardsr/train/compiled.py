@@ -48,7 +48,7 @@ def check_one_path(setup: Setup) -> None:
     logger.info("compiling the networks: this takes minutes")
     indices = list(range(recipe.batch_size))
     draws = Draws(recipe.seed, 0, indices, "compile")
-    rows = method.micro_batch or method.rows(recipe.batch_size)
+    rows = method.micro_batch or method.rows_per_image * recipe.batch_size
     with _untrained(method.trained_weights()):
         try:
             with torch.no_grad():

@@ -45,7 +45,7 @@ def choose_micro_batch(setup: Setup, state: State) -> None:
     method, device = setup.method, setup.accelerator.device
     if not is_automatic(setup) or device.type != "cuda":
         return
-    whole = method.rows(setup.recipe.batch_size)
+    whole = method.rows_per_image * setup.recipe.batch_size
     if state.micro_batch == 0:  # processes wait for each other in every step: the least of them serves all
         state.micro_batch = min(everywhere(setup.accelerator, lambda: _fitting(setup, whole)))
     method.micro_batch = None if state.micro_batch >= whole else state.micro_batch
@@ -55,7 +55,7 @@ def choose_micro_batch(setup: Setup, state: State) -> None:
 
 def lower_micro_batch(setup: Setup, state: State) -> bool:
     """Halve the rows of a pass after memory ran out, if they may be and no update of this step has been made yet."""
-    whole = setup.method.rows(setup.recipe.batch_size)
+    whole = setup.method.rows_per_image * setup.recipe.batch_size
     now = setup.method.micro_batch or whole
     if not is_automatic(setup) or now == 1 or state.updates != state.step * setup.recipe.updates_per_group:
         return False

@@ -76,6 +76,7 @@ class Method(ABC):
         Options: its part of the recipe (`trainer_options`), a subclass of `rewardsr.Options`.
         micro_batch: rows in a network pass; None: all at once. Where the option of that name is "auto", the loop finds
             out how many fit, and changes it where memory runs out later.
+        rows_per_image: rows of a pass with gradients that belong to one image; `Groups` sets it.
         differentiates: whether it back-propagates through the rewards; each is then probed before training.
         trains_encoders: whether its losses send gradients through `encode`; if not, a LoRA on the components that
             encode (`ISRAdapter.encoders`) stays as it is.
@@ -100,6 +101,7 @@ class Method(ABC):
         self.adapter, self.rewards, self.weights, self.options = adapter, rewards, weights, options
         chosen: int | str | None = getattr(options, "micro_batch", None)
         self.micro_batch = chosen if isinstance(chosen, int) else None
+        self.rows_per_image = 1
 
     @abstractmethod
     def prepare(self, batch: Batch, draws: Source) -> Prepared:
@@ -111,10 +113,6 @@ class Method(ABC):
 
         Never yields inside `no_grad` or `reference`.
         """
-
-    def rows(self, images: int) -> int:
-        """Rows of a network pass with gradients for so many images, where nothing bounds them."""
-        return images
 
     def parameters(self) -> list[ParameterGroup]:
         """What is trained; by default our LoRA, as far as the losses reach it."""

@@ -48,14 +48,10 @@ class GDPO(Method):
         """Sample a group of outputs for each image under the reference policy, and score them."""
         return self.groups.sample(batch, draws)
 
-    def rows(self, images: int) -> int:
-        """One for each output, or for each group where one noise serves it."""
-        return images * self.groups.rows_per_image
-
     def losses(self, group: Group, draws: Source) -> Iterator[Loss]:
         """The loss of a group, in as few passes as `micro_batch` allows; each is to be back-propagated at once."""
         task, images = self.groups.task(group, draws), len(group.condition)
-        each = self.groups.rows_per_image
+        each = self.rows_per_image
         rows = self.micro_batch or images * each
         if rows < each:
             for image in range(images):
@@ -66,7 +62,7 @@ class GDPO(Method):
 
     def _at_once(self, task: Task, advantages: Tensor, first: int) -> Loss:
         """The loss of images whose groups fit one pass: those from `first` on, with advantages (N, G)."""
-        each = self.groups.rows_per_image
+        each = self.rows_per_image
         rows = slice(first * each, (first + len(advantages)) * each)
         reference = self.groups.reference_errors(task, rows).reshape(advantages.shape)
         policy = self.groups.errors(task, rows).reshape(advantages.shape)

@@ -133,6 +133,8 @@ class Groups:
         self.adapter, self.rewards, self.weights, self.options = adapter, rewards, weights, options
         self.reference = method.reference
         self.size = options.group_size
+        # Rows of a task: one for each output, or for each group where one noise serves it.
+        self.rows_per_image = method.rows_per_image = 1 if options.shared_noise else self.size
         self._method = method
         self._warned = False
 
@@ -222,11 +224,6 @@ class Groups:
         return (slice(start, min(start + step, last)) for start in range(first, last, step))
 
     # ---- tasks ----
-
-    @property
-    def rows_per_image(self) -> int:
-        """Rows of a task that belong to one image: G, or 1 where one noise serves the group."""
-        return 1 if self.options.shared_noise else self.size
 
     def task(self, group: Group, draws: Source) -> Task:
         """What to compare policy and reference on, with fresh noise."""

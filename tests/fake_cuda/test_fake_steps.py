@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from _fake import MixUpError
 from _steps import ADAPTERS, Case, Measured, measure
-from _tensors import MixUpError
 
 from rewardsr.adapters import osediff
 from rewardsr.rewards.fidelity import PSNR
@@ -25,22 +25,22 @@ ROWS = {
 
 # Copies between host and device, and waits of the host for the device: in a step, or for an image, at most so many.
 LIMITS = {
-    "osediff, gdpo": (10, 3),
-    "seesr, gdpo": (14, 4),
-    "stablesr, gdpo": (12, 4),
-    "sd_upscaler, gdpo": (12, 4),
-    "osediff, rfsr": (17, 4),
-    "seesr, rfsr": (20, 4),
-    "stablesr, rfsr": (18, 4),
-    "sd_upscaler, rfsr": (18, 4),
+    "osediff, gdpo": (10, 1),
+    "seesr, gdpo": (14, 1),
+    "stablesr, gdpo": (12, 1),
+    "sd_upscaler, gdpo": (12, 1),
+    "osediff, rfsr": (17, 1),
+    "seesr, rfsr": (20, 1),
+    "stablesr, rfsr": (18, 1),
+    "sd_upscaler, rfsr": (18, 1),
     "osediff, upscale": (3, 1),
     "seesr, upscale": (7, 2),
     "stablesr, upscale": (5, 1),
     "sd_upscaler, upscale": (5, 0),
-    "shared noise, micro-batch": (8, 3),
-    "checkpointing, micro-batch": (11, 3),
-    "checkpointing, crop": (17, 4),
-    "tiled": (4, 2),
+    "shared noise, micro-batch": (8, 1),
+    "checkpointing, micro-batch": (11, 1),
+    "checkpointing, crop": (17, 1),
+    "tiled": (4, 1),
 }
 
 
