@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fake_cuda"))
 
-from _fake import Cost
+from _records import Cost
 from _steps import ADAPTERS, Case, Measured, measure
 
 SIDES = {"sd21": 512, "tiny": 64}

@@ -6,90 +6,32 @@ value that is read, with the line of the package that asked for it. An operation
 """
 
 import math
-import sys
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from _torch_patches import convolved_format, patched
+from _records import Cost, Event, layout_copies, seconds, site
+from _tensors import empty_as, form_of, here, numbers_as_shapes, of_form, tensors_in, valued
+from _torch_patches import patched
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = tuple(str(ROOT / folder) + "/" for folder in ("rewardsr", "adapters"))
-HELPERS = tuple(f"rewardsr/{name}.py" for name in ("checks", "draws", "transfer"))  # they copy and read for others
 REST = "all else"
 GRAIN = 512  # bytes: CUDA's allocator rounds up to it
 SMALL = 4096  # elements: smaller tensors keep their values where they are known
 CUDA, CPU, META = torch.device("cuda", 0), torch.device("cpu"), torch.device("meta")
-
-# What an H100 reaches in practice, for the estimate: operations and bytes a second, and seconds between two kernels.
-HALF_RATE, FLOAT32_RATE, TF32_RATE, BANDWIDTH, LAUNCH = 600e12, 45e12, 300e12, 2.7e12, 2e-6
 
 aten = torch.ops.aten
 _FORMS: dict[Any, list[Any]] = {}  # of results, by operation and forms of arguments
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "resize_"}
 CERTAIN = {"arange", "eye", "full", "linspace", "ones", "scalar_tensor", "zeros"}  # made of arguments alone
 FALSE = {"any", "bitwise_not", "isinf", "isnan", "logical_not"}  # where all is well; other unknown truths are true
-
-
-class MixUpError(RuntimeError):
-    """An operation got tensors of the host beside tensors of the device."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """A copy between host and device, or a wait of the host for the device.
-
-    Attributes:
-        kind: "H2D" and "D2H" (copies), "read" (one value), "shape" (a shape that depends on values) or "wait".
-        operation: what asked for it.
-        site: file and line of the package, the innermost but for `HELPERS`; "elsewhere" where there is none.
-        part: of the step.
-        bytes: that travel.
-        pinned: whether the host's side is page-locked.
-        waits: whether the host waits for the device.
-    """
-
-    kind: str
-    operation: str
-    site: str
-    part: str
-    bytes: int = 0
-    pinned: bool = False
-    waits: bool = True
-
-    @property
-    def copies(self) -> bool:
-        """Whether it is a copy of a tensor."""
-        return self.kind in ("H2D", "D2H")
-
-
-@dataclass
-class Cost:
-    """Of a part, or of all: what was launched, and the most bytes that were allocated meanwhile."""
-
-    kernels: int = 0
-    flops: int = 0
-    bytes: int = 0
-    seconds: float = 0.0
-    peak: int = 0
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(
-            self.kernels + other.kernels,
-            self.flops + other.flops,
-            self.bytes + other.bytes,
-            self.seconds + other.seconds,
-            max(self.peak, other.peak),
-        )
 
 
 @dataclass
@@ -157,7 +99,7 @@ class FakeCuda(TorchDispatchMode):
     def note(self, kind: str, operation: str, **about: Any) -> None:
         """Note a copy or a wait that the calling code asked for."""
         if not self._building:
-            self.events.append(Event(kind, operation, _site(), self._parts[-1], **about))
+            self.events.append(Event(kind, operation, site(), self._parts[-1], **about))
 
     def _see_peak(self) -> Cost:
         cost = self.costs.setdefault(self._parts[-1], Cost())
@@ -175,7 +117,7 @@ class FakeCuda(TorchDispatchMode):
             kwargs = {**kwargs, "device": CUDA}
         device = kwargs.get("device")
         to_device = device is not None and device.type == "cuda"
-        tensors = _tensors((args, kwargs.values()))
+        tensors = tensors_in((args, kwargs.values()))
         if not any(isinstance(tensor, FakeTensor) for tensor in tensors):
             if func is aten._to_copy.default and to_device:
                 return self._upload(func, *args, **kwargs)
@@ -200,9 +142,9 @@ class FakeCuda(TorchDispatchMode):
 
     def _on_device(self, func: Any, args: Any, kwargs: Any) -> Any:
         """An operation by its shapes, and by its values where these are known."""
-        shapes = [_scalars(func, value) for value in args], {key: _scalars(func, kwargs[key]) for key in kwargs}
-        result = self._shaped(func, *shapes)
-        outputs = [tensor for tensor in _tensors((result,)) if _here(tensor)]
+        named = {key: numbers_as_shapes(func, value) for key, value in kwargs.items()}
+        result = self._shaped(func, [numbers_as_shapes(func, value) for value in args], named)
+        outputs = [tensor for tensor in tensors_in((result,)) if here(tensor)]
         fresh = [self._register(tensor) for tensor in outputs]
         values = self._values(func, args, kwargs, outputs)
         mutable = func._schema.is_mutable
@@ -212,7 +154,7 @@ class FakeCuda(TorchDispatchMode):
         elif mutable:
             for argument, value in zip(func._schema.arguments, args, strict=False):
                 if argument.alias_info is not None and argument.alias_info.is_write:
-                    for tensor in _tensors((value,)):
+                    for tensor in tensors_in((value,)):
                         self._block(tensor).known = False
         for tensor in (tensor for tensor, new in zip(outputs, fresh, strict=True) if new):
             self._block(tensor).known = values is not None
@@ -229,7 +171,7 @@ class FakeCuda(TorchDispatchMode):
             if isinstance(bare, Tensor):
                 return FakeTensor(self.shapes, bare, args[0].fake_device)
             return [FakeTensor(self.shapes, one, args[0].fake_device) for one in bare]
-        key = func, _form(args), _form(tuple(kwargs.items()))
+        key = func, form_of(args), form_of(tuple(kwargs.items()))
         forms = _FORMS.get(key)
         if forms is None:
             result = func(*args, **kwargs)
@@ -239,7 +181,7 @@ class FakeCuda(TorchDispatchMode):
                 self._remember(key, result if isinstance(result, tuple) else (result,))
             return result
         with no_dispatch():
-            made = [None if form is None else _bare(*form) for form in forms]
+            made = [None if form is None else of_form(*form) for form in forms]
         results = tuple(None if bare is None else FakeTensor(self.shapes, bare, CUDA) for bare in made)
         return results if len(func._schema.returns) > 1 else results[0]
 
@@ -247,7 +189,7 @@ class FakeCuda(TorchDispatchMode):
         """Keep the forms of results that are all new, compact tensors of the device."""
         forms: list[Any] = []
         for result in results:
-            if _here(result):
+            if here(result):
                 storage = result.untyped_storage()
                 if storage._cdata in self._blocks or storage.nbytes() != result.numel() * result.itemsize:
                     return
@@ -260,7 +202,7 @@ class FakeCuda(TorchDispatchMode):
 
     def _values(self, func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> list[Tensor] | None:
         """What comes out, where all that goes in is known: masks, indices and times decide what a step does."""
-        given = _tensors((args, kwargs.values()))
+        given = tensors_in((args, kwargs.values()))
         if not outputs or any(tensor.numel() > SMALL for tensor in outputs):
             return None
         if torch.Tag.nondeterministic_seeded in func.tags or (not given and func._opname not in CERTAIN):
@@ -270,26 +212,26 @@ class FakeCuda(TorchDispatchMode):
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": CPU}
         with no_dispatch():
-            result = func(*(_valued(value) for value in args), **{key: _valued(kwargs[key]) for key in kwargs})
-        return _tensors((result,))
+            result = func(*(valued(value) for value in args), **{key: valued(kwargs[key]) for key in kwargs})
+        return tensors_in((result,))
 
     def value(self, tensor: Any) -> Tensor | None:
         """What a tensor of the device holds, if that is known."""
-        return getattr(tensor, "_value", None) if _here(tensor) and self._block(tensor).known else None
+        return getattr(tensor, "_value", None) if here(tensor) and self._block(tensor).known else None
 
     def _charge(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         formula = flop_registry.get(func._overloadpacket)
         flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
-        touched = {id(tensor): tensor for tensor in _tensors((args, kwargs.values(), result)) if _here(tensor)}
+        touched = {id(tensor): tensor for tensor in tensors_in((args, kwargs.values(), result)) if here(tensor)}
         moved = sum(min(tensor.numel() * tensor.itemsize, self._block(tensor).size) for tensor in touched.values())
         cost = self._see_peak()
-        copies = _layout_copies(func, args)
+        copies = layout_copies(func, args)
         cost.peak = max(cost.peak, self.allocated + sum(copies))
         cost.kernels += 1 + len(copies)
         cost.flops += flops
         cost.bytes += moved + 2 * sum(copies)
-        cost.seconds += max(flops / _rate(func, touched.values()), moved / BANDWIDTH, LAUNCH)
-        cost.seconds += sum(max(2 * size / BANDWIDTH, LAUNCH) for size in copies)
+        cost.seconds += seconds(func, touched.values(), flops, moved)
+        cost.seconds += sum(seconds(func, (), 0, 2 * size) for size in copies)
 
     # ---- memory ----
 
@@ -323,7 +265,7 @@ class FakeCuda(TorchDispatchMode):
         """A copy of a host's tensor on the device."""
         dtype = options.get("dtype") or source.dtype
         form = options.get("memory_format")
-        result = _empty(source, dtype, CUDA, form)
+        result = empty_as(source, dtype, CUDA, form)
         self._register(result)
         block = self._block(result)
         block.weight = block.weight or isinstance(source, FakeTensor)
@@ -345,7 +287,7 @@ class FakeCuda(TorchDispatchMode):
         waits = not options.get("non_blocking", False)
         self.note("D2H", func._opname, bytes=source.numel() * dtype.itemsize, pinned=not waits, waits=waits)
         if self._block(source).weight:
-            return _empty(source, dtype, CPU, options.get("memory_format"))
+            return empty_as(source, dtype, CPU, options.get("memory_format"))
         result = self._plausible(source)
         with no_dispatch():
             result = result.to(dtype)
@@ -379,11 +321,11 @@ class FakeCuda(TorchDispatchMode):
 
     def _copy(self, func: Any, target: Tensor, source: Tensor, non_blocking: bool = False) -> Any:
         """`copy_`, for any pair of places."""
-        if _here(target) and not _here(source):
+        if here(target) and not here(source):
             self._sent(func, source, target, non_blocking)
             self._block(target).known = False
             return target
-        if _here(source) and not _here(target):
+        if here(source) and not here(target):
             with no_dispatch():
                 return target.copy_(self._download(func, source, non_blocking=non_blocking))
         return NotImplemented
@@ -395,7 +337,7 @@ class FakeCuda(TorchDispatchMode):
             return value.item()
 
     def _equal(self, func: Any, one: Tensor, other: Tensor) -> bool:
-        _scalars(func, [one, other])
+        numbers_as_shapes(func, [one, other])
         self.note("read", func._opname, bytes=1)
         return True
 
@@ -443,95 +385,3 @@ def fake_cuda() -> Iterator[FakeCuda]:
     mode = FakeCuda()
     with patched(mode), mode.shapes, mode:
         yield mode
-
-
-def _tensors(values: Iterable[Any]) -> list[Any]:
-    """The tensors in arguments or results, which may be lists of them."""
-    found: list[Any] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif value is not None and not isinstance(value, str | bytes) and isinstance(value, Iterable):
-            found += _tensors(value)
-    return found
-
-
-def _here(tensor: Any) -> bool:
-    return isinstance(tensor, FakeTensor) and tensor.fake_device.type == "cuda"
-
-
-def _scalars(func: Any, value: Any) -> Any:
-    """An argument with single numbers of the host as shapes, which kernels take as they are.
-
-    Raises:
-        MixUpError: it is more than a number.
-    """
-    if isinstance(value, list | tuple):
-        return [_scalars(func, entry) for entry in value]
-    if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
-        return value
-    if value.ndim:
-        raise MixUpError(f"{_site()}: {func} got a tensor {tuple(value.shape)} of the CPU beside tensors on cuda")
-    return torch.empty((), dtype=value.dtype)
-
-
-def _form(value: Any) -> Any:
-    """What of an argument decides the form of results."""
-    if isinstance(value, FakeTensor):
-        return value.shape, value.stride(), value.dtype, value.fake_device.type
-    return tuple(_form(entry) for entry in value) if isinstance(value, list | tuple) else (type(value), value)
-
-
-def _bare(shape: Any, strides: Any, dtype: torch.dtype) -> Tensor:
-    return torch.empty_strided(shape, strides, dtype=dtype, device=META)
-
-
-def _valued(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return [_valued(entry) for entry in value]
-    return value._value if isinstance(value, FakeTensor) else value
-
-
-def _empty(like: Tensor, dtype: torch.dtype, device: torch.device, form: Any) -> Any:
-    if isinstance(like, FakeTensor):
-        return torch.empty_like(like, dtype=dtype, device=device, memory_format=form or torch.preserve_format)
-    if form not in (None, torch.preserve_format):
-        return torch.empty(like.shape, dtype=dtype, device=device, memory_format=form)
-    with no_dispatch():
-        strides = torch.empty_like(like, device="meta").stride()
-    return torch.empty_strided(like.shape, strides, dtype=dtype, device=device)
-
-
-def _layout_copies(func: Any, args: Any) -> list[int]:
-    """Bytes of each copy that a kernel makes inside, for as long as it takes, of what has not its layout."""
-    count = 2 if "backward" in func._opname else 1  # the gradient goes before the image
-    if "convolution" in func._opname:
-        taken, form = args[: count + 1], convolved_format(*args[count - 1 : count + 1])
-    elif "group_norm" in func._opname:
-        taken, form = args[:count], torch.contiguous_format
-    else:
-        return []
-    copied = [tensor for tensor in taken if not tensor.is_contiguous(memory_format=form)]
-    return [tensor.numel() * tensor.itemsize for tensor in copied]
-
-
-def _rate(func: Any, tensors: Iterable[Tensor]) -> float:
-    """Operations a second in the precision of the first tensor."""
-    dtype = next((tensor.dtype for tensor in tensors if tensor.dtype.is_floating_point), torch.float32)
-    if dtype in (torch.bfloat16, torch.float16):
-        return HALF_RATE
-    library = torch.backends.cudnn if "convolution" in func._opname else torch.backends.cuda.matmul
-    return TF32_RATE if library.allow_tf32 else FLOAT32_RATE
-
-
-def _site() -> str:
-    frame: Any = sys._getframe(1)
-    found = "elsewhere"
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if name.startswith(PACKAGE):
-            found = f"{Path(name).relative_to(ROOT)}:{frame.f_lineno}"
-            if not found.startswith(HELPERS):
-                break
-        frame = frame.f_back
-    return found

@@ -10,7 +10,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from _fake import CUDA, ROOT, Cost, Event, FakeCuda, fake_cuda
+from _fake import CUDA, FakeCuda, fake_cuda
+from _records import ROOT, Cost, Event
 from accelerate import Accelerator
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor

@@ -3,7 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from _fake import ROOT, MixUpError, fake_cuda
+from _fake import fake_cuda
+from _records import ROOT
+from _tensors import MixUpError
 from torch.utils.checkpoint import checkpoint
 
 MIB = 2**20

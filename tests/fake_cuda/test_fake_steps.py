@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from _fake import MixUpError
 from _steps import ADAPTERS, Case, Measured, measure
+from _tensors import MixUpError
 
 from rewardsr.adapters import osediff
 from rewardsr.rewards.fidelity import PSNR
