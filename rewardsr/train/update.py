@@ -122,9 +122,9 @@ def update(
     read_together = ([failed], list(norms.values()), flags, scalars, samples.means.scalars)
     found = iter(read([scalar for part in read_together for scalar in part]))
     others, told, held, values, sampled = ([next(found) for _ in part] for part in read_together)
-    error = samples.checks.judge(held)
+    unmet = samples.checks.judge(held)
     if others[0] > 0:
-        raise_everywhere(error)
+        raise_everywhere(unmet)
     metrics: dict[str, Any] = means.result(values) | samples.means.result(sampled)
     metrics |= dict(zip(norms, told, strict=True)) | {"learning_rate": rate}
     state.updates += 1
