@@ -8,6 +8,7 @@ import torch
 
 import rewardsr
 from rewardsr import Batch, Draws, load_adapter, lora
+from rewardsr.errors import TrainingError
 from rewardsr.evaluation.upscale import upscale_tensor
 from rewardsr.options import parse
 from rewardsr.pipelines import choose_device
@@ -134,6 +135,23 @@ def test_a_step_that_is_not_finite_leaves_the_weights_alone(tiny_base, hq_folder
     assert not all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
+def test_a_score_that_is_not_finite_is_named_and_leaves_the_weights_alone(
+    tiny_base, hq_folder, tmp_path, monkeypatch
+) -> None:
+    """It is read when the step has been launched, and so must not have reached anything."""
+    setup = set_up(parse(recipes.Recipe, settings(tiny_base, hq_folder, tmp_path / "run"), "test"))
+    optimiser, state = make_optimiser(setup), loop.State()
+    loop.step(setup, optimiser, state)
+    before = [value.clone() for value in setup.method.trained_weights().values()]
+    kind = type(setup.method.groups.rewards["detail"])
+    score = kind.__call__
+    monkeypatch.setattr(kind, "__call__", lambda self, sr, given: score(self, sr, given) * torch.nan)
+    with pytest.raises(TrainingError, match="reward 'detail' gave a score that is not finite"):
+        loop.step(setup, optimiser, state)
+    after = setup.method.trained_weights().values()
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True)) and state.updates == 1
+
+
 def test_rows_that_fit_are_found_and_halved_where_they_do_not(tiny_base, hq_folder, tmp_path, monkeypatch) -> None:
     free = torch.cuda.mem_get_info
     content = settings(tiny_base, hq_folder, tmp_path / "run", trainer_options={"group_size": 6, "beta": 100})
@@ -239,8 +257,6 @@ def test_a_lora_trained_on_bf16_loads_on_the_cpu(tiny_base, hq_folder, tmp_path)
 
 
 def test_memory_that_runs_out_names_what_helps(tiny_base, hq_folder, tmp_path, monkeypatch) -> None:
-    from rewardsr.errors import TrainingError
-
     def full(*_: object) -> None:
         torch.empty(2**50, dtype=torch.uint8, device="cuda")
 
