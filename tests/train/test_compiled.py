@@ -5,7 +5,7 @@ import torch
 
 from rewardsr import Batch, Draws, load_adapter, lora
 from rewardsr.testing import tiny_pipeline
-from rewardsr.train.compiled import compile_networks
+from rewardsr.train.compiled import compile_networks, eager
 
 KINDS = ("osediff", "sd_upscaler", "seesr", "stablesr")
 # Traces as the default does (a break in the graph is an error), and differentiates, without making code for the CPU.
@@ -28,9 +28,9 @@ def bases(tmp_path_factory, tiny_seesr) -> dict[str, str]:
     }
 
 
-def make(kind: str, base: str, dtype: torch.dtype = torch.float32):
+def make(kind: str, base: str):
     more = {"seesr": {"tagger": "taggers:Means", "steps": 3}, "osediff": {"noise_t": 250}}.get(kind, {"steps": 3})
-    adapter = load_adapter(kind, base, dtype=dtype, **more)
+    adapter = load_adapter(kind, base, dtype=torch.bfloat16, **more)
     lora.attach(adapter)
     return adapter
 
@@ -58,32 +58,29 @@ def predictions(adapter) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return policy.detach(), reference, torch.cat([parameter.grad.flatten() for parameter in own.values()])
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_graph_a_network_and_the_same_numbers(kind, checkpointing, bases) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"), [*((kind, False) for kind in KINDS), ("osediff", True)], ids=lambda value: str(value)
+)
+def test_one_graph_a_network_the_same_for_policy_and_reference(kind, checkpointing, bases) -> None:
+    """In bf16, where another order of rounding would show."""
     adapter = make(kind, bases[kind])
     if checkpointing:
         adapter.enable_gradient_checkpointing()
-    fill(adapter)
-    expected = predictions(adapter)
     compile_networks(adapter, BACKEND)
     torch._dynamo.utils.counters.clear()
-    found = predictions(adapter)
-    assert not torch._dynamo.utils.counters["graph_break"]
-    calls = {"osediff": 2, "sd_upscaler": 1, "seesr": 3, "stablesr": 3}[kind]
-    # The autoencoder's encoder where there is one to call, and the networks: policy and reference share a graph.
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == calls
-    for one, other in zip(expected, found, strict=True):
-        assert float((one - other).norm() / one.norm()) < 1e-5
-    with torch.no_grad():
-        image = adapter.to_image(torch.zeros(1, 4, 8, 8))
-    assert bool(image.isfinite().all())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_fresh_lora_is_the_reference_bit_for_bit_in_bf16(kind, bases) -> None:
-    adapter = make(kind, bases[kind], torch.bfloat16)
-    compile_networks(adapter, BACKEND)
     policy, reference, gradient = predictions(adapter)
-    assert torch.equal(policy, reference)
+    assert torch.equal(policy, reference), "of equal weights"
     assert bool(gradient.isfinite().all()) and float(gradient.norm()) > 0
+    assert not torch._dynamo.utils.counters["graph_break"]
+    # The autoencoder's encoder where there is one to call, and the networks: policy and reference share a graph.
+    graphs = {"osediff": 2, "sd_upscaler": 1, "seesr": 3, "stablesr": 3}[kind]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    fill(adapter)
+    compiled = predictions(adapter)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, "other weights are no other graph"
+    assert float((compiled[0] - compiled[1]).norm()) > 0
+    with eager():
+        written = predictions(adapter)
+    for one, other in zip(compiled, written, strict=True):
+        assert float((one - other).norm() / other.norm()) < 0.03
