@@ -148,8 +148,8 @@ def row(metric: str, images: int, chosen: argparse.Namespace) -> list[str]:
     return cells
 
 
-def main() -> None:
-    """Print the table, a line as soon as it is known."""
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", type=int, default=512, help="pixels a side")
@@ -158,7 +158,12 @@ def main() -> None:
         "--crops", type=int, help="of metrics that average over some; default: the metric's (maniqa: 20)"
     )
     parser.add_argument("--metrics", default=METRICS, help="pyiqa's ids, comma-separated")
-    chosen = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print the table, a line as soon as it is known."""
+    chosen = arguments()
     change = "change relative, of spread, tau"
     seconds = [f"{precision}: s, GiB" for precision in PRECISIONS]
     titles = ["metric", "images", *seconds, *(f"{precision}: {change}" for precision in PRECISIONS[1:])]

@@ -1,7 +1,9 @@
 """The benchmarks' command lines run, and keep what they measured."""
 
+import importlib
 import re
 
+import card
 import gdpo_step
 import growth
 import pytest
@@ -14,6 +16,13 @@ def run(script, monkeypatch, tmp_path, *options: str) -> list[list[str]]:
     monkeypatch.setattr("sys.argv", list(line))
     script.main(tmp_path)
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.read_text().splitlines() if "|" in line]
+
+
+@pytest.mark.parametrize("name", [name for name, command, _ in card.PARTS if command[0] != "-m"])
+def test_what_a_card_is_asked_for_can_be_asked(name, monkeypatch) -> None:
+    script, *options = next(command for part, command, _ in card.PARTS if part == name)
+    monkeypatch.setattr("sys.argv", [script, *options])
+    assert importlib.import_module(script.removesuffix(".py")).arguments().device == "cuda"
 
 
 @pytest.mark.parametrize(
