@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from runs import content
 
-from rewardsr import Batch, Draws, load_adapter, lora
+from rewardsr import Batch, Draws, UserError, load_adapter, lora
+from rewardsr.options import parse
 from rewardsr.testing import tiny_pipeline
-from rewardsr.train.compiled import compile_networks, eager
+from rewardsr.train.compiled import check_one_path, compile_networks, eager
+from rewardsr.train.prepare import set_up
+from rewardsr.train.recipe import Recipe
 
 KINDS = ("osediff", "sd_upscaler", "seesr", "stablesr")
 # Traces as the default does (a break in the graph is an error), and differentiates, without making code for the CPU.
@@ -84,3 +88,20 @@ def test_one_graph_a_network_the_same_for_policy_and_reference(kind, checkpointi
         written = predictions(adapter)
     for one, other in zip(compiled, written, strict=True):
         assert float((one - other).norm() / other.norm()) < 0.03
+
+
+def test_a_policy_that_differs_from_its_reference_is_refused_before_training(folder, monkeypatch) -> None:
+    setup = set_up(parse(Recipe, content(folder, str(folder / "base")), "test"))
+    fill(setup.adapter)
+    before = {name: value.clone() for name, value in lora.parameters(setup.adapter).items()}
+    check_one_path(setup)
+    predict = setup.adapter.predict
+
+    def rounded_otherwise(z_t, t, condition):
+        return predict(z_t, t, condition) + 1e-6 * bool(lora.active(setup.adapter))
+
+    monkeypatch.setattr(setup.adapter, "predict", rounded_otherwise)
+    with pytest.raises(UserError, match=r"differs from the reference by .*set compile=false"):
+        check_one_path(setup)
+    after = lora.parameters(setup.adapter)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
