@@ -23,7 +23,7 @@ def compile_networks(adapter: ISRAdapter, backend: str = "inductor") -> None:
     # Rewards set the precision of products for themselves, and give back what they found: by the name that it is given
     # here, for another name of the same would count as a change, and compile everything anew.
     torch.set_float32_matmul_precision(torch.get_float32_matmul_precision())
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, SHAPES)
     add_gates(adapter)
     for module in adapter.compiled():
         module.compile(backend=backend, fullgraph=True, dynamic=False)
