@@ -62,6 +62,7 @@ def predictions(adapter) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return policy.detach(), reference, torch.cat([parameter.grad.flatten() for parameter in own.values()])
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 cannot trace what diffusers asks of packaging")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "checkpointing"), [*((kind, False) for kind in KINDS), ("osediff", True)], ids=lambda value: str(value)
