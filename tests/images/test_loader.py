@@ -214,6 +214,8 @@ from pathlib import Path
 from rewardsr.data.degradation import Light, LightOptions
 from rewardsr.data.folder import open_data
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts in the background
+
 class Slow(Light):
     def __call__(self, hq, generator):
         time.sleep(0.2)
