@@ -383,5 +383,5 @@ def _check_image(what: str, image: Tensor) -> None:
 
 
 def precision_of(network: nn.Module) -> torch.dtype:
-    """What a network computes in: the dtype of its first weight, a LoRA's aside."""
-    return next(network.parameters()).dtype
+    """What a network computes in: the dtype of its first weight that is not trained."""
+    return next((p for p in network.parameters() if not p.requires_grad), next(network.parameters())).dtype

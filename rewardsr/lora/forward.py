@@ -16,17 +16,22 @@ from torch import Tensor, nn
 class _Forward:
     """peft's layer, but for how it computes: base(x) + scale * B(A(x)), A and B rounded to the precision of x.
 
-    In a compiled network every LoRA of the layer takes part, times its gate, a scalar on the device that is 0 while the
-    LoRA is off: policy and reference are then one graph, and equal weights give equal bits.
+    In a network that a run has compiled every LoRA of the layer takes part, times its gate, a scalar on the device that
+    is 0 while the LoRA is off: policy and reference are then one graph, and equal weights give equal bits.
+
+    Attributes:
+        gates: by name of the LoRA; None where nobody has added any.
     """
+
+    gates: dict[str, Tensor] | None = None
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the base layer gives, and the changes of the LoRAs, in the order of their names."""
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:  # by peft's own calls, from outside
             return result
-        compiling = torch.compiler.is_compiling()
-        for name in self.gates if compiling else self._active_adapter:
+        gates = self.gates if torch.compiler.is_compiling() else None
+        for name in self.active_adapters if gates is None else gates:
             if name not in self.lora_A:
                 continue
             down, up, scale = self.lora_A[name], self.lora_B[name], self.scaling[name]
@@ -35,10 +40,10 @@ class _Forward:
                 change = F.conv2d(down._conv_forward(x, a, None), b)
             else:
                 change = F.linear(F.linear(x, a), b)
-            if compiling:
-                result = result + change * (self.gates[name] * scale)
-            else:
+            if gates is None:
                 result = torch.add(result, change, alpha=scale)
+            else:
+                result = result + change * (gates[name] * scale)
         return result
 
 

@@ -181,7 +181,7 @@ def _set_gates(adapter: ISRAdapter) -> None:
     found = {
         gate: float(name in layer.active_adapters)
         for layer in _layers(adapter)
-        for name, gate in getattr(layer, "gates", {}).items()
+        for name, gate in (layer.gates or {}).items()
     }
     for gate, value in found.items():
         gate.fill_(value)
