@@ -179,10 +179,9 @@ def _with_less_at_once(setup: Setup, state: State, work: Callable[[], dict[str, 
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            shortage = str(error) if isinstance(error, TrainingError) else memory_advice(setup)
         # Out of the handler: the error holds on to what the step had in memory.
         if not lower_micro_batch(setup, state):
-            raise TrainingError(shortage)
+            raise TrainingError(memory_advice(setup))
 
 
 def _step(setup: Setup, optimiser: torch.optim.Optimizer, state: State) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from rewardsr.transfer import to_device
 logger = logging.getLogger(__name__)
 
 # Of a pass of the autoencoder without gradients. Norms of a single image keep few of a card's processors busy (six of
-# 512 px, decoded one by one, took an H100 0.17 s: four times what it can do), and more at once only take memory.
+# 512 px, decoded one by one, took an H100 0.17 s: four times what operations and traffic need), and many take memory.
 PASS_PIXELS = 6 * 512 * 512
 REWARD_IMAGES, REWARD_PIXELS = 4, 2**19  # that a reward sees at once: 9 GB with MANIQA, 4.6 GB at 512x512
 FLAT = 1e-3  # a quarter of an 8-bit level: a group that differs by less has nothing to choose from

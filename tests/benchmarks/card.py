@@ -1,4 +1,4 @@
-"""All that a card has to show, in order of its worth, each within a limit of time: for a card that is lent for minutes.
+"""All that one card has to show, in order of its worth, each within a limit of time.
 
     python tests/benchmarks/card.py --output FOLDER [--minutes 10]
 
