@@ -31,8 +31,8 @@ def export(adapter: ISRAdapter, output: Path | str, form: str, *, name: str = NA
         The folder.
 
     Raises:
-        UserError: unknown format, a folder that exists, a LoRA that the format cannot hold, or weights that were trained
-            in full beside it, which only merged networks have.
+        UserError: unknown format, a folder that exists, a LoRA that the format cannot hold, or weights trained in full
+            beside it, which only merged networks have.
     """
     folder = check_output(output, form)
     in_full = full.names(adapter)

@@ -19,7 +19,7 @@ from rewardsr.adapter import BaseModel, ISRAdapter
 from rewardsr.errors import UserError
 from rewardsr.json_object import parse_object
 from rewardsr.lora.pairs import floats
-from rewardsr.run_folder import FULL, OUR_HEADER
+from rewardsr.run_folder import OUR_HEADER
 from rewardsr.weights import read_safetensors, write_safetensors
 
 
@@ -44,7 +44,7 @@ def train_in_full(adapter: ISRAdapter, place: str) -> dict[str, nn.Parameter]:
         place: component ("unet"), or component and module ("unet.conv_in"), whose inputs are tensors then.
 
     Returns:
-        The weights by component and name, for a `ParameterGroup` with `lora=None`.
+        The weights by component and name, for a `ParameterGroup`.
 
     Raises:
         UserError: there is no such place, or it has no weights.
@@ -101,7 +101,9 @@ def save(adapter: ISRAdapter, path: Path, about: Mapping[str, Any]) -> None:
         path: of the file.
         about: the pipeline that they belong to, as in a LoRA's header.
     """
-    tensors = {f"{component}.{name}": held.parameter.detach().float().cpu() for component, name, held in _entries(adapter)}
+    tensors = {
+        f"{component}.{name}": held.parameter.detach().float().cpu() for component, name, held in _entries(adapter)
+    }
     write_safetensors(path, tensors, {OUR_HEADER: json.dumps(about, sort_keys=True), "format": "pt"})
 
 
@@ -123,7 +125,11 @@ def load(adapter: ISRAdapter, path: Path, scale: float, check_base: Callable[[Ba
     except (KeyError, TypeError) as error:
         raise UserError(f"'{path}' does not say which base it belongs to: not written by rewardsr") from error
     check_base(base)
-    own = {f"{component}.{name}": value for component in adapter.networks for name, value in _weights(adapter.networks[component]).items()}
+    own = {
+        f"{component}.{name}": value
+        for component in adapter.networks
+        for name, value in _weights(adapter.networks[component]).items()
+    }
     for key, tensor in tensors.items():
         if key not in own or own[key].shape != tensor.shape:
             here = f"{tuple(own[key].shape)} here" if key in own else "no weight here"

@@ -264,7 +264,9 @@ def checked(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]
 
 
 def merge(adapter: ISRAdapter, name: str = NAME) -> None:
-    """Add the LoRA into the base weights and drop it; other LoRAs stay. Weights that were trained in full are the base's.
+    """Add the LoRA into the base weights and drop it; other LoRAs stay.
+
+    Weights that were trained in full are the base's from then on.
 
     Raises:
         UserError: there is no such LoRA, nor such weights, or the base is not in float32 (bf16 loses about a tenth of a

@@ -1,4 +1,4 @@
-"""LPIPS, the perceptual distance of Zhang et al. 2018 (arXiv 1801.03924), version 0.1 on VGG16: a loss, not a reward."""
+"""LPIPS, the perceptual distance of Zhang et al. (arXiv 1801.03924), version 0.1 on VGG16: a loss, not a reward."""
 
 import re
 from pathlib import Path
@@ -76,7 +76,9 @@ class LPIPS(nn.Module):
 def _heads(checkpoint: Checkpoint, widths: list[int]) -> list[Tensor]:
     """The channel weights (C, 1, 1) of each layer."""
     found = {int(match[1]): value for name, value in checkpoint.state.items() if (match := HEAD.fullmatch(name))}
-    fitting = [number in found and tuple(found[number].shape) == (1, width, 1, 1) for number, width in enumerate(widths)]
+    fitting = [
+        number in found and tuple(found[number].shape) == (1, width, 1, 1) for number, width in enumerate(widths)
+    ]
     if not all(fitting) or len(found) != len(widths):
         raise checkpoint.unfit(f"expected heads lin0 to lin4 for {', '.join(map(str, widths))} channels")
     return [found[number][0].float() for number in range(len(widths))]

@@ -50,9 +50,8 @@ def measure_step(setup: Setup) -> DryRun:
     run = setup.recipe.output
     sizes = {run_folder.LORA: 0, run_folder.FULL: 0}
     for group in setup.method.trained:
-        if group.lora in (None, lora.NAME):
-            file = run_folder.FULL if group.lora is None else run_folder.LORA
-            sizes[file] += 4 * sum(parameter.numel() for parameter in group.parameters.values())
+        for name, parameter in group.parameters.items() if group.lora == lora.NAME else ():
+            sizes[run_folder.LORA if ".lora_" in name else run_folder.FULL] += 4 * parameter.numel()
     kept = [value for state in optimiser.state.values() for value in state.values() if torch.is_tensor(value)]
     # What a run leaves, and the weights being trained.
     in_checkpoint = sum(sizes.values()) + 4 * trainable

@@ -208,12 +208,14 @@ def complete(recipe: Recipe) -> Recipe:
 def _check_rewards(recipe: Recipe, rewarded: bool) -> None:
     """Refuse a recipe without rewards for a trainer that they steer, and one that steers where they only watch."""
     if rewarded and not recipe.rewards:
-        raise UserError(f"trainer '{recipe.trainer}' learns from rewards, and the recipe names none: give it at least one")
+        raise UserError(
+            f"trainer '{recipe.trainer}' learns from rewards, and the recipe names none: give it at least one"
+        )
     steering = [entry.name for entry in recipe.rewards if entry.weight > 0]
     if steering and not rewarded:
         raise UserError(
-            f"trainer '{recipe.trainer}' learns from HQ images, and no reward steers it: give '{steering[0]}' the weight "
-            "0, or name it in guards"
+            f"trainer '{recipe.trainer}' learns from HQ images, and no reward steers it: give '{steering[0]}' weight 0, "
+            "or name it in guards"
         )
 
 
@@ -228,8 +230,8 @@ def _attach(adapter: ISRAdapter, recipe: Recipe, targets: Mapping[str, Sequence[
     held = {key.partition(".")[0] for key in lora.parameters(adapter)}
     if not targets:
         raise UserError(
-            f"lora.init: trainer '{recipe.trainer}' trains no LoRA here, but weights in full; give a LoRA that they begin "
-            "with to the base (adapter_options.weights)"
+            f"lora.init: trainer '{recipe.trainer}' trains no LoRA here, but weights in full: give '{own.init}' to the "
+            "base, as adapter_options.weights"
         )
     if absent := sorted(targets.keys() - held):
         raise UserError(

@@ -55,15 +55,15 @@ class ParameterGroup:
     Attributes:
         name: unique in the method; checkpoints keep weights and moments as `name/key`.
         parameters: by key, in a fixed order, float32.
-        lora: name of the LoRA that they are; None for weights of the base (`rewardsr.lora.train_in_full`), which are
-            switched with the LoRA "rewardsr".
+        lora: name of the LoRA that they are. Weights of the base that are trained in full
+            (`rewardsr.lora.train_in_full`) are switched with the LoRA "rewardsr", whether there is one or not.
         clip: largest norm of their gradient; None: the recipe's `optimiser.clip`.
         learning_rate: factor on the recipe's.
     """
 
     name: str
     parameters: Mapping[str, nn.Parameter]
-    lora: str | None = lora.NAME
+    lora: str = lora.NAME
     clip: float | None = None
     learning_rate: float = 1.0
 
@@ -152,7 +152,7 @@ class Method(ABC):
         too; weights that are trained in full are as they are in the base, and LoRAs of other names as they were. Never
         back-propagate inside.
         """
-        return lora.reference(self.adapter, *dict.fromkeys(group.lora or lora.NAME for group in self.trained))
+        return lora.reference(self.adapter, *dict.fromkeys(group.lora for group in self.trained))
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Refuse images, (height, width) in pixels, that the method cannot take; called before training.

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 import rewardsr
 from rewardsr import load_adapter, lora, run_folder
 from rewardsr.adapters.osediff import OSEDiff
-from rewardsr.testing import tiny_pipeline, write_images
 from rewardsr.lora import train_in_full
+from rewardsr.testing import tiny_pipeline, write_images
 from rewardsr.trainers.base import Loss, Method, ParameterGroup
 
 CRITIC = "critic"
@@ -42,7 +42,7 @@ class Several(Method):
         return [
             *super().parameters(),
             ParameterGroup("critic", lora.parameters(self.adapter, CRITIC), CRITIC, clip=1e-3),
-            ParameterGroup("full", self.layer, None, learning_rate=0.0),
+            ParameterGroup("full", self.layer, learning_rate=0.0),
         ]
 
     def prepare(self, batch, draws) -> "Several":
@@ -81,7 +81,9 @@ def test_groups_have_their_own_weights_clip_and_rate_and_are_kept(folder) -> Non
     assert any(name.startswith("lora/vae.encoder.conv_in") for name in kept)
     fresh = load_adapter("test_parameters:Encoding", folder / "base", noise_t=250)
     norm = dict(fresh.unet.conv_norm_out.named_parameters())
-    assert all(torch.equal(kept[f"full/unet.conv_norm_out.{name}"], value) for name, value in norm.items())  # at a learning rate of 0
+    assert all(
+        torch.equal(kept[f"full/unet.conv_norm_out.{name}"], value) for name, value in norm.items()
+    )  # at a learning rate of 0
     assert all(value.any() for name, value in kept.items() if ".lora_B." in name)  # the encoder's among them
     # The run's file holds our LoRA, on the autoencoder too, and loads into a fresh pipeline.
     lora.load(fresh, straight)
