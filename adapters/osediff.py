@@ -43,9 +43,9 @@ class OSEDiff(StableDiffusion):
         scale: Scale = 4
         weights: str | None = Field(
             None,
-            description="what was trained on the base: a folder or Hub id with merged `unet/` and, where it was trained, "
-            "`vae/`; or, merged in float32, the folder of a run (trainer naosd) or its LoRA, or a released `.pkl` (OSEDiff, "
-            "GDPO-SR; read without running code)",
+            description="what was trained on the base: a folder or Hub id with merged `unet/` and, where it was "
+            "trained, `vae/`; or, merged in float32, the folder of a run (trainer naosd) or its LoRA, or a released "
+            "`.pkl` (OSEDiff, GDPO-SR; read without running code)",
         )
         noise_t: int | None = Field(
             None,

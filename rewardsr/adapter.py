@@ -60,8 +60,8 @@ class ISRAdapter(ABC):
         trainable: those of them that a LoRA sits on.
         encoders: those that `encode` uses: a LoRA there changes the condition, and with it what the reference sees.
         lora_targets: for each of them the module names (suffixes) that the papers adapt.
-        encoder_targets: for components of `encoders` that no LoRA sits on otherwise, names of the modules that supervised
-            training adapts besides.
+        encoder_targets: for components of `encoders` that no LoRA sits on otherwise, names of the modules that
+            supervised training adapts besides.
         base_model: which weights these are.
         licence: licence of the base weights as far as the adapter knows.
         released: file of the family's own form whose LoRA was merged into the base, if there was one.

@@ -214,8 +214,8 @@ def _check_rewards(recipe: Recipe, rewarded: bool) -> None:
     steering = [entry.name for entry in recipe.rewards if entry.weight > 0]
     if steering and not rewarded:
         raise UserError(
-            f"trainer '{recipe.trainer}' learns from HQ images, and no reward steers it: give '{steering[0]}' weight 0, "
-            "or name it in guards"
+            f"trainer '{recipe.trainer}' learns from HQ images, and no reward steers it: "
+            f"give '{steering[0]}' weight 0, or name it in guards"
         )
 
 
