@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torchvision
+from _lpips import WIDTHS, write_lpips
 from safetensors.torch import save_file
 
 from rewardsr import Batch
@@ -11,21 +12,9 @@ from rewardsr.rewards import build
 from rewardsr.rewards.lpips import GROUPS, LAYERS, LPIPS
 
 
-def write_weights(folder, widths=(4, 4, 6, 6, 6), seed: int = 0) -> tuple[str, str]:
-    """Random files like torchvision's VGG16 and LPIPS's heads."""
-    random = torch.Generator().manual_seed(seed)
-    tensors, place, before = {}, 0, 3
-    for width, count in zip(widths, GROUPS, strict=True):
-        for _ in range(count):
-            scale = (2 / (9 * before)) ** 0.5
-            tensors[f"features.{place}.weight"] = scale * torch.randn(width, before, 3, 3, generator=random)
-            tensors[f"features.{place}.bias"] = 0.1 * torch.randn(width, generator=random)
-            place, before = place + 2, width
-        place += 1
-    heads = {f"lin{n}.model.1.weight": torch.rand(1, w, 1, 1, generator=random) for n, w in enumerate(widths)}
-    save_file(tensors, folder / "vgg.safetensors")
-    torch.save(heads, folder / "heads.pth")
-    return str(folder / "vgg.safetensors"), str(folder / "heads.pth")
+def write_weights(folder, widths=WIDTHS) -> tuple[str, str]:
+    """Random files of the two networks."""
+    return tuple(write_lpips(folder, widths).values())
 
 
 def test_agrees_with_pyiqa_on_equal_weights(tmp_path, monkeypatch) -> None:

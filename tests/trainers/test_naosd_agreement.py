@@ -1,4 +1,4 @@
-"""Agreement of the distillation, its gradient and the fake score's error with vectors measured on GDPO-SR's stage one."""
+"""Agreement of the distillation and of the fake score's error with vectors measured on GDPO-SR's stage one."""
 
 import json
 
