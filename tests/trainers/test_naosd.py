@@ -48,6 +48,11 @@ def gradients(method: NAOSD, images: Batch | None = None) -> dict[str, torch.Ten
     return {name: value.grad.clone() for name, value in method.trained_weights().items()}
 
 
+def close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal but for rounding, which depends on where in memory weights lie."""
+    return float((one - other).abs().max()) <= 1e-5
+
+
 # ---- the method ----
 
 
@@ -79,15 +84,15 @@ def test_the_teacher_is_the_base_and_the_fake_score_is_the_base_with_its_lora(fu
     with torch.no_grad():
         expected = plain.predict(z, 300, condition)
         with lora.only(adapter):
-            assert torch.equal(adapter.predict(z, 300, condition), expected)
+            assert close(adapter.predict(z, 300, condition), expected)
         lora.attach(
             plain, method.options.fake_rank, 2 * method.options.fake_rank, name=FAKE, targets=plain.lora_targets
         )
         lora.load_state_dict(plain, lora.state_dict(adapter, FAKE), name=FAKE)
         expected = plain.predict(z, 300, condition)
         with lora.only(adapter, FAKE):
-            assert torch.equal(adapter.predict(z, 300, condition), expected)
-        assert not torch.equal(adapter.predict(z, 300, condition), expected)
+            assert close(adapter.predict(z, 300, condition), expected)
+        assert not close(adapter.predict(z, 300, condition), expected)
 
 
 @pytest.mark.parametrize("full", KINDS)

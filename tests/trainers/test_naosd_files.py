@@ -82,7 +82,7 @@ def test_strength_goes_from_the_base_to_the_run(full, folder, tuned) -> None:
     assert 0 < float((output(half) - base).norm()) < float((tuned[full] - base).norm())
     whole = rewardsr.load_lora(adapter_on(folder), folder / full)
     with lora.reference(whole):
-        assert torch.equal(output(whole), base)
+        assert float((output(whole) - base).abs().max()) <= 1e-5  # weights that lie elsewhere in memory round otherwise
     assert torch.equal(output(whole), tuned[full])
 
 
@@ -212,7 +212,7 @@ def test_what_is_published_is_a_lora(folder) -> None:
     ("changes", "message"),
     [
         (("trainer_options.lpips_weight=2",), r"LPIPS: vgg16-397923af.pth cannot be found in a cache.*lpips_weight=0"),
-        (("trainer_options.vgg=gone.pth",), "LPIPS: no weights file 'gone.pth'"),
+        (("trainer_options.lpips_weight=2", "trainer_options.vgg=gone.pth"), "LPIPS: no weights file 'gone.pth'"),
         (("trainer_options.mse_weight=0", "trainer_options.vsd_weight=0"), "nothing to train on"),
         (("trainer_options.vsd_times=[0.5,0.5]",), "hold no time"),
         (("trainer_options.full=some",), "'full' is 'some'"),
@@ -221,7 +221,7 @@ def test_what_is_published_is_a_lora(folder) -> None:
         (("trainer=gdpo", "trainer_options={}"), "trainer 'gdpo' learns from rewards, and the recipe names none"),
         (
             ("adapter=sd_upscaler", "adapter_options={}", "base=upscaler"),
-            "naosd trains pipelines of one step of diffusion",
+            "naosd trains pipelines of one step",
         ),
         (("trainer_options.full=all", "lora.init=none"), "trains no LoRA here, but weights in full: give"),
         (("lora.init=unet-only",), "has nothing on 'vae', which trainer 'naosd' adapts here, too"),
