@@ -42,7 +42,10 @@ class LPIPS(nn.Module):
         path = from_url(OWNER, VGG16_Weights.IMAGENET1K_V1.url, instead) if vgg is None else local_file(OWNER, vgg)
         self.features = convolutions(Checkpoint(OWNER, path, CLASSIFIER), GROUPS)
         path = from_hub(OWNER, REPOSITORY, FILE, instead) if heads is None else local_file(OWNER, heads)
-        weights = _heads(Checkpoint(OWNER, path, OTHERS), [self.features[place - 1].out_channels for place in LAYERS])
+        weights = _heads(
+            Checkpoint(OWNER, path, OTHERS),
+            [len(self.features.get_parameter(f"{place - 1}.weight")) for place in LAYERS],
+        )
         for number, weight in enumerate(weights):
             self.register_buffer(f"head{number}", weight)
         self.register_buffer("shift", torch.tensor(SHIFT)[:, None, None])

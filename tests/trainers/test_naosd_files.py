@@ -219,16 +219,10 @@ def test_what_is_published_is_a_lora(folder) -> None:
         (("trainer_options.lpips=1", "trainer_options.lipps_weight=1"), "unknown key 'lipps_weight'"),
         (("rewards=[{name: psnr}]",), "trainer 'naosd' learns from HQ images, and no reward steers it: give 'psnr'"),
         (("trainer=gdpo", "trainer_options={}"), "trainer 'gdpo' learns from rewards, and the recipe names none"),
-        (
-            ("adapter=sd_upscaler", "adapter_options={}", "base=upscaler"),
-            "naosd trains pipelines of one step",
-        ),
+        (("adapter=sd_upscaler", "adapter_options={}", "base=upscaler"), "naosd trains pipelines of one step"),
         (("trainer_options.full=all", "lora.init=none"), "trains no LoRA here, but weights in full: give"),
         (("lora.init=unet-only",), "has nothing on 'vae', which trainer 'naosd' adapts here, too"),
-        (
-            ("data.crop=8", "trainer_options.lpips_weight=1", "trainer_options.full=none"),
-            "LPIPS needs 16 pixels a side",
-        ),
+        (("data.crop=8", "trainer_options.lpips_weight=1", *FILES), "LPIPS needs 16 pixels a side"),
     ],
 )
 def test_bad_input_is_one_line_before_any_work(changes, message, folder, refused, tmp_path, monkeypatch) -> None:
