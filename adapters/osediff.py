@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rewardsr import lora
-from rewardsr.adapters._networks import load_network
+from rewardsr.adapters._networks import encoder_layers, load_network
 from rewardsr.adapters.stable_diffusion import Parts, Scale, StableDiffusion, check_fit, load_parts, parts_of
 from rewardsr.batch import Condition
 from rewardsr.draws import Source, draw
@@ -113,6 +113,7 @@ class OSEDiff(StableDiffusion):
             if time is not None and not 0 <= time <= self.schedule.last:
                 raise UserError(f"{option} is {time}, expected 0 to {self.schedule.last}")
         self.steps, self.noise_t = (net_t,), options.noise_t
+        self.encoder_targets = {"vae": encoder_layers(self.vae)}
 
     def _start(self, condition: Condition, generator: Source | None) -> Tensor:
         if self.noise_t is None or generator is None:

@@ -263,7 +263,6 @@ class StableDiffusion(ISRAdapter):
         self.networks = {"unet": self.unet, **(more or {}), "vae": self.vae}
         self.trainable = {"unet": self.unet}
         self.lora_targets = {"unet": UNET_TARGETS}
-        self.encoder_targets = {"vae": encoder_layers(self.vae)}
         weight = next(self.unet.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         prediction = parts.scheduler.get("prediction_type", "epsilon")
@@ -389,12 +388,6 @@ class Ancestral(StableDiffusion):
         if self.options.start_point == "noise":
             return noise
         return self.schedule.add_noise(condition.latents, noise, self.schedule.last)
-
-
-def encoder_layers(vae: Any) -> list[str]:
-    """Names of the convolutions and projections that an autoencoder encodes with, as OSEDiff adapts them."""
-    layers = [name for name, module in vae.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    return [name for name in layers if name.startswith("encoder.") or name == "quant_conv"]
 
 
 def compression(vae: Any) -> int:

@@ -114,7 +114,7 @@ class Method(ABC):
             adapter: the pipeline.
             options: of the method.
         """
-        return {**adapter.lora_targets, **(adapter.encoder_targets if cls.trains_encoders else {})}
+        return {**(adapter.encoder_targets if cls.trains_encoders else {}), **adapter.lora_targets}
 
     @abstractmethod
     def prepare(self, batch: Batch, draws: Source) -> Prepared:
