@@ -120,11 +120,10 @@ def load_several(adapter: ISRAdapter, parts: Sequence[tuple[Path | str, float]],
     for _, weight in parts:
         _check_strength(weight)
     paths = [locate(source) for source, _ in parts]
-    loras = [read(adapter, path, force_base) for path in paths]
+    loras = [read(adapter, path, force_base) for path in paths if path.name != run_folder.FULL]
+    if len(loras) < len(paths) or any(one.in_full for one in loras):
+        raise UserError("weights that were trained in full cannot be combined: load a run that has some alone")
     first = loras[0]
-    for path, one in zip(paths, loras, strict=True):
-        if one.in_full:
-            raise UserError(f"LoRA '{path}' has weights in full beside it, which cannot be combined: load it alone")
     if any(one.tensors.keys() != first.tensors.keys() for one in loras):
         raise UserError("these LoRAs sit on different modules, and cannot be combined")
     changes = [one.pairs(weight) for one, (_, weight) in zip(loras, parts, strict=True)]

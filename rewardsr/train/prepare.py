@@ -228,13 +228,13 @@ def _attach(adapter: ISRAdapter, recipe: Recipe, targets: Mapping[str, Sequence[
         if targets:
             lora.attach(adapter, own.rank, own.alpha, recipe.seed, targets=targets)
         return
-    lora.load(adapter, own.init)
-    held = {key.partition(".")[0] for key in lora.parameters(adapter)}
     if not targets:
         raise UserError(
             f"lora.init: trainer '{recipe.trainer}' trains no LoRA here, but weights in full: give '{own.init}' to the "
             "base, as adapter_options.weights"
         )
+    lora.load(adapter, own.init)
+    held = {key.partition(".")[0] for key in lora.parameters(adapter)}
     if absent := sorted(targets.keys() - held):
         raise UserError(
             f"lora.init '{own.init}' has nothing on '{absent[0]}', which trainer '{recipe.trainer}' adapts here, too"

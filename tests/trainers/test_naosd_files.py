@@ -156,8 +156,9 @@ def test_a_lora_whose_weights_in_full_are_gone_is_refused(folder, tmp_path) -> N
     shutil.copy(folder / "input" / LORA, tmp_path / LORA)
     with pytest.raises(UserError, match=f"no file '.*{FULL}'"):
         rewardsr.load_lora(adapter_on(folder), tmp_path)
-    with pytest.raises(UserError, match="which cannot be combined"):
-        lora.load_several(adapter_on(folder), [(folder / "input", 0.5), (folder / "none", 0.5)])
+    for full in ("input", "all"):
+        with pytest.raises(UserError, match="in full cannot be combined"):
+            lora.load_several(adapter_on(folder), [(folder / full, 0.5), (folder / "none", 0.5)])
 
 
 def spoiled(folder: Path, tmp_path: Path, change) -> Path:
