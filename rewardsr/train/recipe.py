@@ -205,9 +205,9 @@ def load_recipe(path: str | None, overrides: dict[str, Any], assignments: list[s
     content = {} if path is None else _read(path)
     for key, value in overrides.items():
         if value is not None:
-            _assign(content, key, value)
+            assign(content, key, value)
     for key, value in assignments_of(assignments, "--set").items():
-        _assign(content, key, value)
+        assign(content, key, value)
     return parse(Recipe, content, path or "recipe")
 
 
@@ -326,7 +326,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _assign(content: Any, dotted: str, value: Any) -> None:
+def assign(content: Any, dotted: str, value: Any) -> None:
     """Set a key in sections and lists; `rewards.0.weight` is that of the first reward."""
     *parents, last = (part.strip() for part in dotted.split("."))
     for place, part in enumerate(parents):
