@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rewardsr.data.degradation import Light, LightOptions
+from rewardsr.data.degrade.light import Light, LightOptions
 from rewardsr.demo import photos
 
 TRAIN: tuple[str, ...] = (
@@ -66,7 +66,7 @@ class Crops:
         pairs = []
         for _ in range(count):
             hq = self._vary(self._crop(size))
-            pairs.append((self.light(hq, self.generator), hq))
+            pairs.append((self.light(hq[None], [self.generator])[0], hq))
         return torch.stack([lq for lq, _ in pairs]), torch.stack([hq for _, hq in pairs])
 
     def _crop(self, size: int) -> Tensor:

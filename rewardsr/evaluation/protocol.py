@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rewardsr.adapter import ISRAdapter
 from rewardsr.batch import Batch
-from rewardsr.data.degradation import degradation_options
+from rewardsr.data.degrade.contract import degradation_options
 from rewardsr.data.protocol import open_images
 from rewardsr.draws import Draws, seed_of
 from rewardsr.errors import TrainingError, UserError, is_out_of_memory

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rewardsr.data.degradation import Light, LightOptions
+from rewardsr.data.degrade.light import Light, LightOptions
 from rewardsr.data.folder import open_data
 from rewardsr.data.loader import default_workers
 

@@ -16,7 +16,7 @@ import torch
 from PIL import ImageFile
 
 from rewardsr.data import loader
-from rewardsr.data.degradation import Light, LightOptions
+from rewardsr.data.degrade.light import Light, LightOptions
 from rewardsr.data.folder import Data, open_data
 from rewardsr.data.images import read_image, read_pixels, write_image
 from rewardsr.errors import UserError
@@ -93,9 +93,9 @@ class Meeting(Light):
         super().__init__(LightOptions(), 4)
         self.barrier = threading.Barrier(parties, timeout=30)
 
-    def __call__(self, hq, generator):
+    def __call__(self, hq, generators):
         self.barrier.wait()
-        return super().__call__(hq, generator)
+        return super().__call__(hq, generators)
 
 
 def test_samples_of_one_batch_and_of_several_are_made_at_once(photos) -> None:
@@ -211,15 +211,15 @@ LEAVES = """
 import signal, sys, time
 from itertools import count
 from pathlib import Path
-from rewardsr.data.degradation import Light, LightOptions
+from rewardsr.data.degrade.light import Light, LightOptions
 from rewardsr.data.folder import open_data
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts in the background
 
 class Slow(Light):
-    def __call__(self, hq, generator):
+    def __call__(self, hq, generators):
         time.sleep(0.2)
-        return super().__call__(hq, generator)
+        return super().__call__(hq, generators)
 
 data = open_data(sys.argv[1], scale=4, crop=32, degradation=Slow(LightOptions(), 4), workers=2, cache_mb=0)
 data.prefetch(0, ([number] for number in count()))
