@@ -46,7 +46,8 @@ def development() -> list[photos.HeldOut]:
     pairs = []
     for index, (top, left) in enumerate(((0, 0), (0, 256), (256, 0), (256, 256))):
         hq = image[:, top : top + 256, left : left + 256].contiguous()
-        pairs.append(photos.HeldOut(f"portrait {index}", photos.FROZEN(hq, torch.Generator().manual_seed(index)), hq))
+        lq = photos.FROZEN(hq[None], [torch.Generator().manual_seed(index)])[0]
+        pairs.append(photos.HeldOut(f"portrait {index}", lq, hq))
     return pairs
 
 
