@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
-from rewardsr.data.degrade.kernels import FAMILIES, blur_kernel, centred, sinc_kernel
+from rewardsr.data.degrade.kernels import FAMILIES, Hill, Sinc
 from rewardsr.data.degrade.noise import Gaussian, Poisson
 from rewardsr.data.degrade.settings import KernelOptions, Mode, PassOptions, RealESRGANOptions
 
@@ -20,14 +19,14 @@ class DrawnPass:
     """One pass over an image.
 
     Attributes:
-        kernel: of the blur, (size, size); None: no blur.
+        kernel: of the blur; None: no blur.
         size: height and width after the resize.
         mode: of the resize.
         noise: what adds it.
         quality: of JPEG.
     """
 
-    kernel: Tensor | None
+    kernel: Hill | Sinc | None
     size: Size
     mode: Mode
     noise: Gaussian | Poisson
@@ -41,21 +40,21 @@ class Drawn:
     Attributes:
         first, second: the passes.
         mode: of the last resize.
-        sinc: kernel of the last filter, (size, size); None: there is none.
+        sinc: the last filter; None: there is none.
         jpeg_last: JPEG of the second pass comes after these two, and not before.
     """
 
     first: DrawnPass
     second: DrawnPass
     mode: Mode
-    sinc: Tensor | None
+    sinc: Sinc | None
     jpeg_last: bool
 
 
 def draw_passes(options: RealESRGANOptions, scale: int, hq: Size, generator: torch.Generator) -> Drawn:
     """All that is random about an image.
 
-    Every choice takes one number, whatever comes of it, and all are made before the noise is drawn: another range or
+    Every choice takes one number, whatever comes of it, and noise has a generator of its own: another range or
     probability changes what it is about, and nothing else.
 
     Args:
@@ -65,37 +64,37 @@ def draw_passes(options: RealESRGANOptions, scale: int, hq: Size, generator: tor
         generator: of the image.
     """
     chance = _Chance(generator)
-    lq = (hq[0] // scale, hq[1] // scale)
-    first, second = options.first, options.second
-    choices = [
-        (
-            _kernel(options.kernel, own, chance),
-            _resized(size, own, chance),
-            chance.one_of(options.modes),
-            chance.happens(own.gaussian),
-            chance.uniform(own.noise) / 255,
-            chance.uniform(own.poisson),
-            1 if chance.happens(own.gray) else 3,
-            chance.whole(own.quality),
-        )
-        for size, own in ((hq, first), (lq, second))
-    ]
-    mode = chance.one_of(options.modes)
-    sinc = chance.happens(second.sinc)
-    kernel = centred(
-        sinc_kernel(_size(options.kernel, chance), chance.uniform(second.sinc_cutoff)), options.kernel.size[1]
+    return Drawn(
+        first=_pass(options, options.first, hq, chance),
+        second=_pass(options, options.second, (hq[0] // scale, hq[1] // scale), chance),
+        mode=chance.one_of(options.modes),
+        sinc=_last(options, chance),
+        jpeg_last=chance.happens(options.second.jpeg_last),
     )
-    jpeg_last = chance.happens(second.jpeg_last)
-    passes = []
-    for blur, size, own_mode, gaussian, sigma, strength, channels, quality in choices:
-        shape = (channels, *size)
-        noise = (
-            Gaussian(sigma, torch.randn(shape, generator=generator))
-            if gaussian
-            else Poisson(strength, Poisson.drawn(shape, generator))
-        )
-        passes.append(DrawnPass(blur, size, own_mode, noise, quality))
-    return Drawn(passes[0], passes[1], mode, kernel if sinc else None, jpeg_last)
+
+
+def _pass(options: RealESRGANOptions, own: PassOptions, size: Size, chance: "_Chance") -> DrawnPass:
+    """A pass whose resize is relative to this size."""
+    kernel = _kernel(options.kernel, own, chance)
+    size = _resized(size, own, chance)
+    mode = chance.one_of(options.modes)
+    return DrawnPass(kernel, size, mode, _noise(own, size, chance), chance.whole(own.quality))
+
+
+def _noise(own: PassOptions, size: Size, chance: "_Chance") -> Gaussian | Poisson:
+    gaussian = chance.happens(own.gaussian)
+    sigma, scale = chance.uniform(own.noise) / 255, chance.uniform(own.poisson)
+    shape = (1 if chance.happens(own.gray) else 3, *size)
+    generator = torch.Generator().manual_seed(chance.whole((0, 2**53 - 1)))
+    if gaussian:
+        return Gaussian(sigma, torch.randn(shape, generator=generator))
+    return Poisson(scale, Poisson.drawn(shape, generator))
+
+
+def _last(options: RealESRGANOptions, chance: "_Chance") -> Sinc | None:
+    wanted = chance.happens(options.second.sinc)
+    sinc = Sinc(_size(options.kernel, chance), chance.uniform(options.second.sinc_cutoff))
+    return sinc if wanted else None
 
 
 def _size(options: KernelOptions, chance: "_Chance") -> int:
@@ -103,7 +102,7 @@ def _size(options: KernelOptions, chance: "_Chance") -> int:
     return low + 2 * chance.whole((0, (high - low) // 2))
 
 
-def _kernel(options: KernelOptions, own: PassOptions, chance: "_Chance") -> Tensor | None:
+def _kernel(options: KernelOptions, own: PassOptions, chance: "_Chance") -> Hill | Sinc | None:
     blurred = chance.happens(own.blur)
     size = _size(options, chance)
     sinc = chance.happens(options.sinc)
@@ -115,9 +114,7 @@ def _kernel(options: KernelOptions, own: PassOptions, chance: "_Chance") -> Tens
     beta = chance.uniform((low, 1) if chance.happens(0.5) else (1, high))
     if not blurred:
         return None
-    return centred(
-        sinc_kernel(size, cutoff) if sinc else blur_kernel(family, size, sigma, rotation, beta), options.size[1]
-    )
+    return Sinc(size, cutoff) if sinc else Hill(family, size, sigma, rotation, beta)
 
 
 def _resized(size: Size, own: PassOptions, chance: "_Chance") -> Size:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rewardsr.data.degrade.drawn import DrawnPass, Mode, Size, draw_passes
-from rewardsr.data.degrade.kernels import blur
+from rewardsr.data.degrade.kernels import filtered
 from rewardsr.data.degrade.parts import check_images, jpeg, to_8_bits
 from rewardsr.data.degrade.settings import RealESRGANOptions
 
@@ -30,36 +30,24 @@ class RealESRGAN:
         """Degrade images; arguments, result and errors are those of `rewardsr.data.degrade.light.Light`."""
         check_images(hq, generators, self._scale)
         height, width = hq.shape[2:]
+        largest = self._options.kernel.size[1]
         drawn = [draw_passes(self._options, self._scale, (height, width), own) for own in generators]
-        images = _blurred(hq.detach(), [own.first.kernel for own in drawn])
+        images = filtered(hq.detach(), [own.first.kernel for own in drawn], largest)
         small = []
         for image, own in zip(images, drawn, strict=True):
             image = jpeg(_resized_with_noise(image, own.first), own.first.quality)
-            image = _blurred(image[None], [own.second.kernel])[0]
+            image = filtered(image[None], [own.second.kernel], largest)[0]
             image = _resized_with_noise(image, own.second)
             if not own.jpeg_last:
                 image = jpeg(image, own.second.quality)
             small.append(_resized(image, (height // self._scale, width // self._scale), own.mode))
-        filtered = _blurred(torch.stack(small), [own.sinc for own in drawn])
+        ended = filtered(torch.stack(small), [own.sinc for own in drawn], largest)
         return torch.stack(
             [
                 jpeg(image, own.second.quality) if own.jpeg_last else to_8_bits(image)
-                for image, own in zip(filtered, drawn, strict=True)
+                for image, own in zip(ended, drawn, strict=True)
             ]
         )
-
-
-def _blurred(images: Tensor, kernels: Sequence[Tensor | None]) -> Tensor:
-    """Images (B, 3, H, W), those that have a kernel filtered with it."""
-    places = [place for place, kernel in enumerate(kernels) if kernel is not None]
-    if not places:
-        return images
-    filtered = blur(images[places], torch.stack([kernel for kernel in kernels if kernel is not None]))
-    return (
-        filtered
-        if len(places) == len(images)
-        else images.index_copy(0, torch.tensor(places, device=images.device), filtered)
-    )
 
 
 def _resized_with_noise(image: Tensor, drawn: DrawnPass) -> Tensor:
