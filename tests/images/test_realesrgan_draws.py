@@ -67,6 +67,17 @@ def test_kernels(drawn, number) -> None:
         assert min(betas) >= low
 
 
+def test_sinc_filters_cut_lower_from_13_pixels_on() -> None:
+    options = RealESRGANOptions.model_validate({"kernel": {"sinc": 1.0}})
+    lowest = dict.fromkeys(range(7, 22, 2), PI)
+    for seed in range(1200):
+        kernel = draw_passes(options, 4, (4, 4), draws(seed)).first.kernel
+        assert isinstance(kernel, Sinc)
+        lowest[kernel.size] = min(lowest[kernel.size], kernel.cutoff)
+    for size, cutoff in lowest.items():
+        assert cutoff >= PI / 3 if size < 13 else PI / 5 <= cutoff < PI / 4
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_sizes(drawn, number) -> None:
     """The first pass goes by the size of HQ, the second by that of LQ."""

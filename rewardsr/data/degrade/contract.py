@@ -8,7 +8,7 @@ device.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +35,26 @@ def degradation_options(section: DegradationRecipe) -> dict[str, Any]:
         UserError: unknown degradation or option, or a wrong value.
     """
     return {"name": section.name, **_options(_kind(section.name), section).model_dump(mode="json")}
+
+
+def in_words(section: DegradationRecipe) -> str:
+    """A recipe's section `data.degradation` in a line: its name, and the options that are not the defaults.
+
+    Raises:
+        UserError: unknown degradation or option, or a wrong value.
+    """
+    plain = degradation_options(DegradationRecipe(name=section.name))
+    changed = _differences(degradation_options(section), plain)
+    return ", ".join([section.name, *(f"{key}={value}" for key, value in changed)])
+
+
+def _differences(options: Mapping[str, Any], plain: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Options with another value, dotted, those of sections too."""
+    for key, value in options.items():
+        if isinstance(value, dict) and isinstance(plain[key], dict):
+            yield from ((f"{key}.{inner}", other) for inner, other in _differences(value, plain[key]))
+        elif value != plain[key]:
+            yield key, value
 
 
 def make_degradation(section: DegradationRecipe, scale: int) -> Degradation:
