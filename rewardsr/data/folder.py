@@ -14,11 +14,11 @@ from torch import Tensor
 
 from rewardsr.batch import Batch
 from rewardsr.data.captions import Captions
-from rewardsr.data.degradation import Degradation
+from rewardsr.data.degrade.contract import Degradation
 from rewardsr.data.identity import identity_of
 from rewardsr.data.images import image_size, list_images
 from rewardsr.data.layout import Item, check_sizes, match, paired_folders
-from rewardsr.data.loader import ImageCache, Workers
+from rewardsr.data.loader import ImageCache, Workers, one_thread
 from rewardsr.data.sidecars import (
     ADAPTER,
     CAPTIONER,
@@ -290,7 +290,8 @@ class Data:
             high = high.flip(-1)
         if item.lq is None:
             assert self._degradation is not None
-            low = self._degradation(high.contiguous(), random)
+            with one_thread():
+                low = self._degradation(high.contiguous()[None], [random])[0]
             expected = (3, size[0] // self.scale, size[1] // self.scale)
             if low.shape != expected:
                 raise UserError(f"the degradation made {tuple(low.shape)} of {tuple(high.shape)}, expected {expected}")

@@ -36,7 +36,7 @@ class DegradationRecipe(Options):
 
     model_config = ConfigDict(extra="allow")
 
-    name: str = Field("light", description="registered name (light, bicubic), or module:Name")
+    name: str = Field("light", description="registered name (realesrgan, light, bicubic, none), or module:Name")
 
 
 class ProtocolRecipe(Options):
@@ -212,9 +212,9 @@ def load_recipe(path: str | None, overrides: dict[str, Any], assignments: list[s
     content = {} if path is None else _read(path)
     for key, value in overrides.items():
         if value is not None:
-            _assign(content, key, value)
+            assign(content, key, value)
     for key, value in assignments_of(assignments, "--set").items():
-        _assign(content, key, value)
+        assign(content, key, value)
     return parse(Recipe, content, path or "recipe")
 
 
@@ -333,7 +333,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _assign(content: Any, dotted: str, value: Any) -> None:
+def assign(content: Any, dotted: str, value: Any) -> None:
     """Set a key in sections and lists; `rewards.0.weight` is that of the first reward."""
     *parents, last = (part.strip() for part in dotted.split("."))
     for place, part in enumerate(parents):
