@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from rewardsr import __version__, console
+from rewardsr.cli_data import data as data_commands
 from rewardsr.errors import UserError, printable
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ logger = logging.getLogger("rewardsr")
 
 imports = typer.Typer(help="Take over what other programs made.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(imports, name="import")
+app.add_typer(data_commands, name="data")
 
 Base = Annotated[str | None, typer.Option(help="diffusers folder, Hub id, or 'embedded'")]
 BaseOfRun = Annotated[

@@ -1,0 +1,41 @@
+"""`rewardsr data ...`: looking at images before a run."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rewardsr import console
+
+data = typer.Typer(help="Look at images before a run.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@data.command()
+def preview(
+    folder: Annotated[Path, typer.Argument(help="folder of HQ images")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="the picture, a PNG")],
+    recipe: Annotated[
+        Path | None, typer.Option(help="go by the degradation and scale of this recipe, or of the run in this folder")
+    ] = None,
+    degradation: Annotated[
+        str | None, typer.Option(help="registered degradation, or module:Name; by default the recipe's, else light")
+    ] = None,
+    assign: Annotated[
+        list[str] | None, typer.Option("--set", help="option of the degradation, key=value (noise=[0,8])")
+    ] = None,
+    scale: Annotated[
+        int | None, typer.Option(min=1, help="HQ is this many times LQ; by default the recipe's, else 4")
+    ] = None,
+    side: Annotated[int, typer.Option(min=1, help="images are cut to this many HQ pixels a side")] = 256,
+    images: Annotated[int, typer.Option(min=1, help="the first so many")] = 4,
+    draws: Annotated[int, typer.Option(min=1, help="LQ images of each")] = 4,
+    seed: Annotated[int, typer.Option(help="of the first draw")] = 0,
+) -> None:
+    """Write a picture of HQ images, each beside several LQ images that the degradation makes of it."""
+    from rewardsr.evaluation import preview as pictures
+
+    protocol, own_scale = pictures.previewed(recipe, degradation, assign or [])
+    path = pictures.preview(
+        folder, output, protocol, scale=scale or own_scale, side=side, images=images, draws=draws, seed=seed
+    )
+    console.say(path)
