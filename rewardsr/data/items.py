@@ -96,12 +96,14 @@ class Sorted:
         small: those smaller than is needed, as "name (HxW)".
         unreadable: what is wrong with each that cannot be read.
         unfitting: pairs whose sizes do not fit the scale, in words.
+        sizes: of the targets of all but the unreadable ones, in pixels.
     """
 
     usable: list[Item]
     small: list[str]
     unreadable: list[str]
     unfitting: list[str]
+    sizes: list[tuple[int, int]]
 
 
 def open_source(source: SourceRecipe, number: int, wanted: Wanted) -> Opened:
@@ -141,7 +143,7 @@ def sort_out(found: Found, scale: int, least: int, number: int = 0) -> Sorted:
         least: pixels that each side of a target has at least.
         number: of the source.
     """
-    made = Sorted([], [], [], [])
+    made = Sorted([], [], [], [], [])
     for hq, lq in found.images:
         try:
             own, low = (None if image is None else image_size(image) for image in (hq, lq))
@@ -152,6 +154,7 @@ def sort_out(found: Found, scale: int, least: int, number: int = 0) -> Sorted:
         size = own or enlarged
         assert size is not None
         item = Item(hq, lq, size, source=number)
+        made.sizes.append(size)
         if enlarged not in (None, size):
             assert low is not None
             made.unfitting.append(f"{item.shown.name} is {by(size)} for an LQ image of {by(low)}")

@@ -38,6 +38,11 @@ class Table:
     def __len__(self) -> int:
         return len(self._data)
 
+    @property
+    def columns(self) -> list[str]:
+        """Names of all columns."""
+        return list(self._data.features)
+
     def texts(self, column: str) -> list[str]:
         """The texts of a column; what is missing in a row is empty.
 
@@ -48,7 +53,7 @@ class Table:
         if getattr(kind, "dtype", None) not in ("string", "large_string"):
             raise UserError(
                 f"data set '{self.place}' has no column '{column}' of texts for prompts 'metadata': set caption_column "
-                f"to one of its columns ({', '.join(self._data.features)})"
+                f"to one of its columns ({', '.join(self.columns)})"
             )
         return [" ".join((text or "").split()) for text in self._data[column]]
 

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ PROMPT_FOLDERS = ("prompts", "prompt", "tag", "tags")  # `tag` is what SeeSR's t
 TENSOR_FOLDERS = ("extras",)
 LQ_FOLDERS, HQ_FOLDERS = ("lq", "lr", "sr_bicubic"), ("gt", "hq")  # of the images themselves, in a data folder
 IMAGE_FOLDERS = LQ_FOLDERS + HQ_FOLDERS
+BESIDE = "beside them or in a folder of its own"
+
+T = TypeVar("T")
 ADAPTER = "adapter"
 SIDECAR = "sidecar"
 METADATA = "metadata"
@@ -56,11 +60,34 @@ def resolve_prompts(
     if prompts == CAPTIONER:
         raise UserError(f"prompts '{CAPTIONER}' needs a captioner: set data.captioner in the recipe")
     if prompts == METADATA:
-        return _from_metadata(images, root, column)
+        what = f"line in a {METADATA_FILE} in their folder or above it in the data folder"
+        advice = "their file_name is relative to that file"
+        return _all(images, from_metadata(images, root, column), what, advice)
     if prompts != SIDECAR:
         return [prompts] * len(images)
     advice = f"write <name>.txt, or choose prompts '{ADAPTER}' or a fixed text"
-    return [_text(path) for path in _all(images, _find(images, ".txt", PROMPT_FOLDERS, root), "prompt file", advice)]
+    return _all(images, from_sidecars(images, root), f"prompt file {BESIDE}", advice)
+
+
+def from_sidecars(images: Sequence[Path], root: Path | None = None) -> list[str | None]:
+    """The text beside each image, None where there is none; arguments and errors are those of `resolve_prompts`."""
+    return [path and _text(path) for path in _find(images, ".txt", PROMPT_FOLDERS, root)]
+
+
+def from_metadata(images: Sequence[Path], root: Path | None = None, column: str = "text") -> list[str | None]:
+    """The same of metadata.jsonl."""
+    tables: dict[Path, dict[str, str]] = {}
+    texts: list[str | None] = []
+    for image in images:
+        text = None
+        for folder in (image.parent, *image.parent.parents):
+            if folder not in tables:
+                tables[folder] = _read_metadata(folder / METADATA_FILE, column)
+            text = tables[folder].get(image.relative_to(folder).as_posix())
+            if text is not None or folder == (root or image.parent):
+                break
+        texts.append(text)
+    return texts
 
 
 def with_suffix(text: str, suffix: str) -> str:
@@ -85,7 +112,7 @@ def tensor_files(images: Sequence[Path], names: Sequence[str], root: Path | None
     found = _find(images, ".safetensors", TENSOR_FOLDERS, root) if names else []
     if not any(found):
         return None
-    return _all(images, found, "file of tensors", "add them, or remove those of all images")
+    return _all(images, found, f"file of tensors {BESIDE}", "add them, or remove those of all images")
 
 
 def read_tensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
@@ -145,27 +172,6 @@ def _find(images: Sequence[Path], suffix: str, folders: Sequence[str], root: Pat
     return found
 
 
-def _from_metadata(images: Sequence[Path], root: Path | None, column: str) -> list[str]:
-    tables: dict[Path, dict[str, str]] = {}
-    texts: list[str | None] = []
-    for image in images:
-        text = None
-        for folder in (image.parent, *image.parent.parents):
-            if folder not in tables:
-                tables[folder] = _read_metadata(folder / METADATA_FILE, column)
-            text = tables[folder].get(image.relative_to(folder).as_posix()) if text is None else text
-            if text is not None or folder == (root or image.parent):
-                break
-        texts.append(text)
-    missing = [image.name for image, text in zip(images, texts, strict=True) if text is None]
-    if missing:
-        raise UserError(
-            f"{len(missing)} of {len(images)} images have no line in a {METADATA_FILE} in their folder or above it in "
-            f"the data folder ({first_few(missing)}): file_name is expected relative to that file"
-        )
-    return [text for text in texts if text is not None]
-
-
 def _read_metadata(path: Path, column: str) -> dict[str, str]:
     """The texts by file name; nothing where there is no file."""
     if not path.is_file():
@@ -191,14 +197,11 @@ def _read_metadata(path: Path, column: str) -> dict[str, str]:
     return found
 
 
-def _all(images: Sequence[Path], found: Sequence[Path | None], what: str, advice: str) -> list[Path]:
-    missing = [image.name for image, path in zip(images, found, strict=True) if path is None]
+def _all(images: Sequence[Path], found: Sequence[T | None], what: str, advice: str) -> list[T]:
+    missing = [image.name for image, one in zip(images, found, strict=True) if one is None]
     if missing:
-        raise UserError(
-            f"{len(missing)} of {len(images)} images have no {what} beside them or in a folder of its own "
-            f"({first_few(missing)}): {advice}"
-        )
-    return [path for path in found if path is not None]
+        raise UserError(f"{len(missing)} of {len(images)} images have no {what} ({first_few(missing)}): {advice}")
+    return [one for one in found if one is not None]
 
 
 def _text(path: Path) -> str:
