@@ -1,8 +1,10 @@
 """Images in a table of the package `datasets`, local or from the Hub; each reads like a file."""
 
+import io
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal
 
 from rewardsr.errors import UserError, one_line
 from rewardsr.hub import connection
@@ -63,12 +65,10 @@ class Table:
         Raises:
             OSError: it lies outside the table, and is not there; or the row is empty.
         """
-        import pyarrow  # comes with datasets
-
         entry = self._images[number : number + 1].column(self._column).chunk(0)
         content, path = entry.field("bytes")[0], entry.field("path")[0]
         if content.is_valid:
-            return cast(BinaryIO, pyarrow.BufferReader(content.as_buffer()))  # the table's own memory
+            return io.BufferedReader(_Memory(content.as_buffer()))
         if not path.is_valid:
             raise FileNotFoundError("the row holds no image")
         return Path(path.as_py()).open("rb")
@@ -96,6 +96,31 @@ class Row:
 
 Stored = Path | Row
 """Where an image is kept."""
+
+
+class _Memory(io.RawIOBase):
+    """A table's own memory as a file, so that of a large image no more is read from the disk than is asked for."""
+
+    def __init__(self, content: Any) -> None:
+        self._content, self._at = memoryview(content).cast("B"), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        part = self._content[self._at : self._at + len(target)]
+        memoryview(target).cast("B")[: len(part)] = part
+        self._at += len(part)
+        return len(part)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: len(self._content)}[whence]
+        if self._at < 0:
+            raise OSError("a place before the beginning")
+        return self._at
 
 
 def _loaded(source: SourceRecipe) -> Any:
