@@ -6,6 +6,8 @@ no code of a model's author is run.
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,21 +57,44 @@ class _Network:
         self.folder, commit = fetch(options.model, "captioner's model", ("",), options.revision)
         if not (self.folder / "config.json").is_file():
             raise UserError(f"{self._owner}: no config.json in it: give a folder as transformers writes one")
-        self.processor = self._loaded(transformers.AutoImageProcessor)
-        self.network = self._loaded(kind, use_safetensors=True)
+        with _quietly():
+            self.processor = self.loaded(transformers.AutoImageProcessor)
+            self.network, about = self.loaded(kind, use_safetensors=True, output_loading_info=True)
+        absent = sorted(map(str, (*about["missing_keys"], *about["mismatched_keys"])))
+        if absent:  # transformers would fill them with random numbers
+            raise UserError(f"{self._owner} lacks {len(absent)} weights of {type(self.network).__name__} ({absent[0]})")
         self.device = torch.device(_device(options.device))
         self.network.eval().requires_grad_(False).to(self.device)
         rest = options.model_dump(mode="json", exclude={"model", "revision", "device"})
         made_of = _content(self.folder) if commit == "local" else f"{options.model} {commit}"
         self.identity = f"{made_of} {json.dumps(rest)} transformers {transformers.__version__}"
 
-    def _loaded(self, kind: Any, **how: Any) -> Any:
+    def loaded(self, kind: Any, **how: Any) -> Any:
+        """What one of transformers' classes makes of the folder.
+
+        Raises:
+            UserError: it cannot.
+        """
         try:
             return kind.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False, **how)
         except Exception as error:  # whatever a damaged folder, or one of another kind, makes transformers raise
             if is_out_of_memory(error):
                 raise
             raise UserError(f"{self._owner} does not load as {kind.__name__}: {one_line(error)}") from error
+
+    def tokenizer(self) -> Any:
+        """The one in the folder.
+
+        Raises:
+            UserError: there is none, or it is another network's.
+        """
+        made = self.loaded(transformers.AutoTokenizer)
+        known, expected = len(made), int(self.network.config.get_text_config(decoder=True).vocab_size)
+        if not 0.9 * expected <= known <= expected:  # networks round theirs up
+            raise UserError(
+                f"{self._owner}: its tokenizer has {known} words and the network {expected}: files of it are missing"
+            )
+        return made
 
     def pixels(self, image: Tensor) -> Any:
         """What the network gets of images (B, 3, h, w) in [0, 1]."""
@@ -83,7 +108,7 @@ class ImageToText(_Network):
 
     def __init__(self, options: ImageToTextOptions) -> None:
         super().__init__(options, transformers.AutoModelForImageTextToText)
-        self._tokenizer = self._loaded(transformers.AutoTokenizer)
+        self._tokenizer = self.tokenizer()
         self._length = options.max_new_tokens
 
     def __call__(self, image: Tensor) -> list[str]:
@@ -115,6 +140,18 @@ class ImageTags(_Network):
             ", ".join(str(labels[place]) for share, place in zip(*row, strict=True) if share >= self._threshold)
             for row in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True)
         ]
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """What transformers would warn of while it loads is looked at here; and there is no progress bar."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
 
 
 def _device(name: str) -> str:
