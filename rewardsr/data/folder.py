@@ -45,7 +45,6 @@ class Making:
     caption_hq: bool
     prompt_dropout: float
     extras: Sequence[str]
-    max_unreadable: float
     flips: bool
 
 
@@ -106,13 +105,15 @@ def open_data(
     opened = [open_source(source, number, wanted) for number, source in enumerate(sources)]
     items = [item for one in opened for item in one.items]
     said = "; ".join(one.said for one in opened)
+    total, unreadable = (sum(number) for number in zip(*((one.total, one.unreadable) for one in opened), strict=True))
     if len({item.hq is None for item in items}) > 1 or len({item.extras is None for item in items}) > 1:
         raise UserError(f"HQ images or tensors are there in some sources and not in others: {said}")
     if caption_hq and items[0].hq is None:
         raise UserError(f"data.caption_from is 'hq', but there are {said}")
     shares = [source.probability for source in sources if source.probability is not None]
-    making = Making(scale, crop, degradation, captions, caption_hq, prompt_dropout, extras, max_unreadable, flips)
-    return Data(items, making, shares or None, said, sum(one.unreadable for one in opened), cache_mb, workers)
+    making = Making(scale, crop, degradation, captions, caption_hq, prompt_dropout, extras, flips)
+    left = int(max_unreadable * total) - unreadable
+    return Data(items, making, shares or None, said, total, left, cache_mb, workers)
 
 
 class Data:
@@ -131,14 +132,14 @@ class Data:
         making: Making,
         shares: Sequence[float] | None,
         said: str,
-        unreadable: int,
+        total: int,
+        left: int,
         cache_mb: int,
         workers: int,
     ) -> None:
         self.scale, self.crop, self.said = making.scale, making.crop, said
         self._making, self._shares = making, shares
-        total = len(items) + unreadable
-        self._total, self._left = total, int(making.max_unreadable * total) - unreadable  # that may be unreadable yet
+        self._total, self._left = total, left  # images, and how many of them may turn out to be unreadable
         self._unreadable: set[Stored] = set()  # found while samples were made
         self._captioned: dict[Stored, str] = {}
         self._lock = Lock()

@@ -78,11 +78,13 @@ class Opened:
 
     Attributes:
         items: its images.
+        total: how many there are, usable or not.
         unreadable: how many have been left out because they cannot be read.
         said: how many images of what kind are where, in words.
     """
 
     items: list[Item]
+    total: int
     unreadable: int
     said: str
 
@@ -131,7 +133,7 @@ def open_source(source: SourceRecipe, number: int, wanted: Wanted) -> Opened:
         replace(item, prompt=None if text is None else with_suffix(text, wanted.suffix), extras=file)
         for item, text, file in zip(items, texts, files, strict=True)
     ]
-    return Opened(items, len(made.unreadable), f"{len(items)} {found.kind} in '{found.place}'")
+    return Opened(items, len(found.images), len(made.unreadable), f"{len(items)} {found.kind} in '{found.place}'")
 
 
 def sort_out(found: Found, scale: int, least: int, number: int = 0) -> Sorted:
