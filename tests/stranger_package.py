@@ -1,5 +1,6 @@
 """Plug-ins as another package brings them, one of each group; `test_plugins.py` installs it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -80,8 +81,8 @@ class Thin:
     def __init__(self, options: options.Options, scale: int) -> None:
         self.scale = scale
 
-    def __call__(self, hq: Tensor, generator: torch.Generator) -> Tensor:
-        return hq[:, :: self.scale, :: self.scale]
+    def __call__(self, hq: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        return hq[..., :: self.scale, :: self.scale]
 
 
 class Captions:

@@ -78,30 +78,37 @@ class Dimmed:
     def __init__(self, options: DimmedOptions, scale: int) -> None:
         self._factor, self._scale = options.factor, scale
 
-    def __call__(self, hq: Tensor, generator: torch.Generator) -> Tensor:
-        return hq[:, :: self._scale, :: self._scale] * self._factor
+    def __call__(self, hq: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        return hq[..., :: self._scale, :: self._scale] * self._factor
 
 
 class Unshrunk(Dimmed):
     """A degradation that forgets the scale."""
 
-    def __call__(self, hq: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(self, hq: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         return hq
 
 
 class Overshooting(Dimmed):
     """A degradation that leaves [0, 1]."""
 
-    def __call__(self, hq: Tensor, generator: torch.Generator) -> Tensor:
-        return super().__call__(hq, generator) * 4
+    def __call__(self, hq: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        return super().__call__(hq, generators) * 4
 
 
 class Unseeded(Dimmed):
     """A degradation with randomness of its own."""
 
-    def __call__(self, hq: Tensor, generator: torch.Generator) -> Tensor:
-        lq = super().__call__(hq, generator)
+    def __call__(self, hq: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        lq = super().__call__(hq, generators)
         return lq * torch.rand(())
+
+
+class Sharing(Dimmed):
+    """A degradation that draws for a whole batch from the generator of its first image."""
+
+    def __call__(self, hq: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        return super().__call__(hq, generators) * torch.rand((len(hq), 1, 1, 1), generator=generators[0])
 
 
 class LooseOptions(Dimmed):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import rewardsr
 from rewardsr import Draws, UserError, load_adapter, lora, run_folder
-from rewardsr.data.degradation import make_degradation
+from rewardsr.data.degrade.contract import make_degradation
 from rewardsr.data.folder import open_data
 from rewardsr.plugins import names
 from rewardsr.train import finetune

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rewardsr import pipelines, plugins
-from rewardsr.data.degradation import degradation_options
+from rewardsr.data.degrade.contract import degradation_options
 from rewardsr.errors import UserError
 from rewardsr.options import Options, parse
 from rewardsr.rewards import build

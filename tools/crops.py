@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rewardsr.data.degradation import Light, LightOptions
+from rewardsr.data.degrade.light import Light, LightOptions
 from rewardsr.demo import photos
 
 TRAIN: tuple[str, ...] = (
@@ -46,7 +46,8 @@ def development() -> list[photos.HeldOut]:
     pairs = []
     for index, (top, left) in enumerate(((0, 0), (0, 256), (256, 0), (256, 256))):
         hq = image[:, top : top + 256, left : left + 256].contiguous()
-        pairs.append(photos.HeldOut(f"portrait {index}", photos.FROZEN(hq, torch.Generator().manual_seed(index)), hq))
+        lq = photos.FROZEN(hq[None], [torch.Generator().manual_seed(index)])[0]
+        pairs.append(photos.HeldOut(f"portrait {index}", lq, hq))
     return pairs
 
 
@@ -66,7 +67,7 @@ class Crops:
         pairs = []
         for _ in range(count):
             hq = self._vary(self._crop(size))
-            pairs.append((self.light(hq, self.generator), hq))
+            pairs.append((self.light(hq[None], [self.generator])[0], hq))
         return torch.stack([lq for lq, _ in pairs]), torch.stack([hq for _, hq in pairs])
 
     def _crop(self, size: int) -> Tensor:

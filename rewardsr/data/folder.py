@@ -16,10 +16,10 @@ import torch
 
 from rewardsr.batch import Batch
 from rewardsr.data.captions import Captions
-from rewardsr.data.degradation import Degradation
+from rewardsr.data.degrade.contract import Degradation
 from rewardsr.data.identity import identity_of
 from rewardsr.data.items import Item, Wanted, open_source, refuse_many
-from rewardsr.data.loader import ImageCache, Workers
+from rewardsr.data.loader import ImageCache, Workers, one_thread
 from rewardsr.data.order import Order
 from rewardsr.data.pixels import Decoded, Pair, as_floats
 from rewardsr.data.rows import Stored
@@ -361,7 +361,8 @@ class Data:
         hq, lq = whole.cut(corner, size, flip)
         if lq is None:
             assert hq is not None and self._making.degradation is not None
-            lq = self._making.degradation(hq.contiguous(), random)
+            with one_thread():
+                lq = self._making.degradation(hq.contiguous()[None], [random])[0]
             expected = (3, size[0] // self.scale, size[1] // self.scale)
             if lq.shape != expected:
                 raise UserError(f"the degradation made {tuple(lq.shape)} of {tuple(hq.shape)}, expected {expected}")

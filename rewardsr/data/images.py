@@ -142,10 +142,20 @@ def write_image(image: Tensor, path: Path | str) -> Path:
         UserError: another extension, no space, or no permission.
         ValueError: another shape, or values that are not finite.
     """
+    path = png_path(path)
+    write_bytes(path, encode_png(image))
+    return path
+
+
+def png_path(path: Path | str) -> Path:
+    """The place that `write_image` writes to, with `~` replaced.
+
+    Raises:
+        UserError: it does not end in .png.
+    """
     path = expand(path)
     if path.suffix.lower() != ".png":
         raise UserError(f"cannot write '{path}': images are written as PNG, let the name end in .png")
-    write_bytes(path, encode_png(image))
     return path
 
 

@@ -7,6 +7,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from threading import Lock
 from typing import Generic, TypeVar
@@ -30,6 +31,20 @@ def default_workers() -> int:
     said = os.environ.get("LOCAL_WORLD_SIZE", "")
     processes = int(said) if said.isascii() and said.isdecimal() and int(said) else 1
     return max(1, min(8, cores // processes - 1))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch computes with one thread, as it does in those of `Workers`: resizing and Fourier transforms give
+    other last bits with several."""
+    before = torch.get_num_threads()
+    if before > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if before > 1:
+            torch.set_num_threads(before)
 
 
 class Workers(Generic[S, T]):

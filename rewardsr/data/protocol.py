@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rewardsr.data.captions import Captions
-from rewardsr.data.degradation import make_degradation
+from rewardsr.data.degrade.contract import make_degradation
 from rewardsr.data.folder import Data, open_data
 from rewardsr.train.recipe import DataRecipe, ProtocolRecipe, SourceRecipe
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rewardsr.data.degradation import Light, LightOptions
+from rewardsr.data.degrade.light import Light, LightOptions
 
 __all__ = ["FROZEN", "HELD_OUT", "TUNING", "HeldOut", "held_out", "load_photo", "write_folders"]
 
@@ -90,7 +90,7 @@ def held_out(size: int = 256) -> list[HeldOut]:
     pairs = []
     for index, name in enumerate(HELD_OUT):
         hq = centre_crop(load_photo(name), size)
-        lq = FROZEN(hq, torch.Generator().manual_seed(_FROZEN_SEED + index))
+        lq = FROZEN(hq[None], [torch.Generator().manual_seed(_FROZEN_SEED + index)])[0]
         pairs.append(HeldOut(name, lq, hq))
     return pairs
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch.nn import functional as F
 
+from rewardsr.data.images import png_path
 from rewardsr.data.protocol import open_images
-from rewardsr.errors import UserError
+from rewardsr.errors import UserError, shown
 from rewardsr.evaluation.pictures import Cell, write_grid
 from rewardsr.options import parse
 from rewardsr.run_folder import RECIPE
@@ -32,11 +33,13 @@ def previewed(
         UserError: no such recipe, or something in it or in the assignments is wrong.
     """
     section: dict[str, Any] = {}
-    scale = SCALE
+    scale: Any = SCALE
     if recipe is not None:
         path = expand(recipe)
         found = load_recipe(str(path / RECIPE if path.is_dir() else path), {}, [])
-        section, scale = found.data.degradation.model_dump(), int(found.adapter_options.get("scale", SCALE))
+        section, scale = found.data.degradation.model_dump(), found.adapter_options.get("scale", SCALE)
+        if not isinstance(scale, int):
+            raise UserError(f"'{recipe}': adapter_options.scale is {shown(scale)}, expected a whole number")
     if degradation is not None and degradation != section.get("name"):
         section = {"name": degradation}
     for key, value in assignments_of(list(assignments), "--set").items():
@@ -70,8 +73,9 @@ def preview(
         seed: of the first draw; the others have the seeds that follow.
 
     Raises:
-        UserError: the folder holds pairs, or anything that is wrong with it, the degradation or the output.
+        UserError: the folder holds pairs, or anything that is wrong with it, the degradation or the output's name.
     """
+    output = png_path(output)  # before the work
     # Texts show in no picture: the protocol's prompts and captioner are not asked for.
     data = open_images(ProtocolRecipe(degradation=protocol.degradation), folder, scale)
     if data.items[0].lq is not None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rewardsr.adapter import ISRAdapter
 from rewardsr.batch import Batch
-from rewardsr.data.degradation import degradation_options
+from rewardsr.data.degrade.contract import in_words
 from rewardsr.data.protocol import open_images
 from rewardsr.draws import Draws, seed_of
 from rewardsr.errors import TrainingError, UserError, is_out_of_memory
@@ -103,8 +103,7 @@ def evaluate(
     chosen = (protocol or ProtocolRecipe()).prompted(prompts)
     folder = open_images(chosen, data, adapter.scale, adapter.extras)
     rewards = {name: build(name) for name in metrics}
-    options = degradation_options(chosen.degradation)
-    made = "as they lie there" if folder.items[0].lq else " ".join(f"{key}={value}" for key, value in options.items())
+    made = "as they lie there" if folder.items[0].lq else in_words(chosen.degradation)
     logger.info("%s; LQ images: %s; prompts: %s", folder.said, made, chosen.prompts)
     images = partial(folder.validation, limit, seed, side)
     return HeldOut(adapter, images, rewards, seed=seed, draws_per_image=draws_per_image, pictures=0).score()

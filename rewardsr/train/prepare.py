@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from rewardsr import lora
 from rewardsr.adapter import ISRAdapter
 from rewardsr.batch import Batch
-from rewardsr.data.degradation import degradation_options
+from rewardsr.data.degrade.contract import degradation_options
 from rewardsr.data.folder import Data
 from rewardsr.data.loader import default_workers
 from rewardsr.data.protocol import open_images, open_training

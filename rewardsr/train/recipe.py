@@ -36,7 +36,7 @@ class DegradationRecipe(Options):
 
     model_config = ConfigDict(extra="allow")
 
-    name: str = Field("light", description="registered name (light, bicubic), or module:Name")
+    name: str = Field("light", description="registered name (realesrgan, light, bicubic, none), or module:Name")
 
 
 class ProtocolRecipe(Options):

@@ -1,12 +1,12 @@
 """Whether data keeps up with a step: images a second, and steps that wait for theirs, by threads and batch.
 
     python tests/benchmarks/loader.py
-    python tests/benchmarks/loader.py --workers 0 4 8 --batches 4 8 --step 0.3 --images 64
+    python tests/benchmarks/loader.py --degradation realesrgan --workers 0 4 8 --batches 4 8 --step 0.3 --images 64
 
-Photo-like PNGs of 2040x1356 pixels are written to a temporary folder; crops of 512 pixels of them are degraded as
-`light` does. `--layout` shows them as a folder, a list of paths, pairs (LQ images beside them), or a table of the
-package `datasets` instead. Nothing is kept decoded, as on a data set that is larger than the cache; the system may well
-keep the files. The step is a pause, as a step on a card is for the processor.
+Photo-like PNGs of 2040x1356 pixels are written to a temporary folder; crops of 512 pixels of them are degraded. With
+`--layout` they are not a folder but a list of paths, pairs (with LQ images beside them), or a table of the package
+`datasets`. Nothing is kept decoded, as on a data set that is larger than the cache; the system may well keep the files.
+The step is a pause, as a step on a card is for the processor.
 """
 
 import argparse
@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rewardsr.data.degradation import Light, LightOptions
+from rewardsr.data.degrade.contract import Degradation, make_degradation
 from rewardsr.data.folder import open_data
 from rewardsr.data.loader import default_workers
-from rewardsr.train.recipe import SourceRecipe
+from rewardsr.train.recipe import DegradationRecipe, SourceRecipe
 
 WIDTH, HEIGHT, CROP, SCALE = 2040, 1356, 512, 4
 
@@ -60,14 +60,14 @@ def laid_out(folder: Path, layout: str) -> SourceRecipe:
     return SourceRecipe(path=str(folder), layout="pairs" if layout == "pairs" else "hq")
 
 
-def measure(source: SourceRecipe, workers: int, batch: int, pause: float, steps: int) -> tuple[float, float, float]:
+def measure(
+    source: SourceRecipe, degradation: Degradation, workers: int, batch: int, pause: float, steps: int
+) -> tuple[float, float, float]:
     """Images a second without pauses, processor seconds an image, and the median wait of a step of `pause` seconds."""
     found = []
     busy = time.process_time()
     for wait in (0.0, pause):
-        data = open_data(
-            [source], scale=SCALE, crop=CROP, degradation=Light(LightOptions(), SCALE), cache_mb=0, workers=workers
-        )
+        data = open_data([source], scale=SCALE, crop=CROP, degradation=degradation, cache_mb=0, workers=workers)
 
         def stream(turn: int) -> range:
             return range(turn * batch, (turn + 1) * batch)
@@ -90,6 +90,7 @@ def measure(source: SourceRecipe, workers: int, batch: int, pause: float, steps:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--degradation", default="light")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--step", type=float, default=0.3, help="seconds")
@@ -97,20 +98,22 @@ def main() -> None:
     parser.add_argument("--layout", choices=["hq", "pairs", "list", "table"], default="hq")
     parser.add_argument("--images", type=int, default=24, help="files")
     chosen = parser.parse_args()
+    degradation = make_degradation(DegradationRecipe(name=chosen.degradation), SCALE)
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "gt").mkdir()
         size = write_photos(Path(name) / "gt", chosen.images)
         source = laid_out(Path(name), chosen.layout)
         print(
             f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {torch.get_num_threads()} threads of torch's, "
-            f"PNGs of {WIDTH}x{HEIGHT} and {size:.1f} MB, crops of {CROP}; threads by default: {default_workers()}\n"
+            f"PNGs of {WIDTH}x{HEIGHT} and {size:.1f} MB, crops of {CROP}, {chosen.degradation}; threads by default: "
+            f"{default_workers()}\n"
         )
         print(
             f"| threads | batch | images/s | CPU s an image | a step of {chosen.step} s waits |\n|---|---|---|---|---|"
         )
         for workers in chosen.workers:
             for batch in chosen.batches:
-                rate, busy, wait = measure(source, workers, batch, chosen.step, chosen.steps)
+                rate, busy, wait = measure(source, degradation, workers, batch, chosen.step, chosen.steps)
                 print(f"| {workers} | {batch} | {rate:.1f} | {busy:.3f} | {wait:.2f} s |", flush=True)
 
 

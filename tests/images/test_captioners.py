@@ -5,7 +5,7 @@ import strangers
 import torch
 
 from rewardsr.data.captions import Captions
-from rewardsr.data.degradation import Light, LightOptions
+from rewardsr.data.degrade.light import Light, LightOptions
 from rewardsr.data.folder import Data, open_data
 
 LIGHT = Light(LightOptions(), 4)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from rewardsr.data.degradation import Bicubic, Light, LightOptions, degradation_options, make_degradation
+from rewardsr.data.degrade.contract import degradation_options, make_degradation
+from rewardsr.data.degrade.light import Light, LightOptions
+from rewardsr.data.degrade.plain import Bicubic
 from rewardsr.errors import UserError
 from rewardsr.options import Options
 from rewardsr.testing import write_images
@@ -18,11 +20,11 @@ from rewardsr.train.recipe import DegradationRecipe, differences, load_recipe
 
 def hq() -> Tensor:
     image = torch.rand(3, 24, 32, generator=torch.Generator().manual_seed(1))
-    return image.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    return image.repeat_interleave(2, 1).repeat_interleave(2, 2)[None]
 
 
-def draws(seed: int = 5) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def draws(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds or (5,)]
 
 
 # ---- the built-in ones ----
@@ -46,28 +48,38 @@ def test_light_draws_as_it_always_did(options: dict[str, Any], scale: int, diges
 
 def test_bicubic_is_antialiased_and_draws_nothing() -> None:
     random = draws()
-    before = random.get_state()
+    before = random[0].get_state()
     lq = make_degradation(DegradationRecipe(name="bicubic"), 4)(hq(), random)
-    smooth = interpolate(hq()[None], scale_factor=0.25, mode="bicubic", antialias=True)[0].clamp(0, 1)
+    smooth = interpolate(hq(), scale_factor=0.25, mode="bicubic", antialias=True).clamp(0, 1)
     assert (lq - smooth).abs().max() <= 0.5 / 255 + 1e-6
-    assert torch.equal(random.get_state(), before)
+    assert torch.equal(random[0].get_state(), before)
 
 
 @pytest.mark.parametrize("kind", [Light(LightOptions(), 4), Bicubic(Options(), 4)])
 @pytest.mark.parametrize(
     "image",
     [
-        torch.zeros(1, 3, 8, 8),
-        torch.zeros(3, 0, 8),
-        torch.zeros(3, 8, 8).double(),
-        torch.zeros(3, 8, 10),
-        torch.full((3, 8, 8), 1.1),
-        torch.full((3, 8, 8), torch.nan),
+        torch.zeros(3, 8, 8),
+        torch.zeros(1, 4, 8, 8),
+        torch.zeros(1, 3, 0, 8),
+        torch.zeros(1, 3, 8, 8).double(),
+        torch.zeros(1, 3, 8, 10),
+        torch.full((1, 3, 8, 8), 1.1),
+        torch.full((1, 3, 8, 8), torch.nan),
     ],
 )
 def test_images_that_are_none(kind: Any, image: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"expected \(3, H, W\) float32 in \[0, 1\], H and W multiples of 4, got"):
+    with pytest.raises(ValueError, match=r"expected \(B, 3, H, W\) float32 in \[0, 1\], H and W multiples of 4, got"):
         kind(image, draws())
+
+
+def test_a_generator_for_each_image() -> None:
+    with pytest.raises(ValueError, match="generators: expected one for each of 2 images, got 1"):
+        Light(LightOptions(), 4)(hq().repeat(2, 1, 1, 1), draws())
+
+
+def test_none_leaves_images_as_they_are() -> None:
+    assert torch.equal(make_degradation(DegradationRecipe(name="none"), 1)(hq(), draws()), hq())
 
 
 # ---- by name ----
@@ -75,7 +87,7 @@ def test_images_that_are_none(kind: Any, image: Tensor) -> None:
 
 def test_a_strangers_degradation() -> None:
     section = DegradationRecipe.model_validate({"name": "strangers:Dimmed", "factor": 0.25})
-    assert torch.equal(make_degradation(section, 2)(hq(), draws()), hq()[:, ::2, ::2] * 0.25)
+    assert torch.equal(make_degradation(section, 2)(hq(), draws()), hq()[..., ::2, ::2] * 0.25)
 
 
 @pytest.mark.parametrize(
@@ -92,10 +104,12 @@ def test_a_strangers_degradation() -> None:
         ({"name": "strangers:Dimmed", "factr": 1}, "unknown key 'factr': did you mean 'factor'?"),
         ({"name": "strangers:NUMBER"}, "expected a class that is made as Kind(options, scale)"),
         ({"name": "strangers:LooseOptions"}, "Options are a subclass of rewardsr.Options"),
-        ({"name": "strangers:untagged"}, "degradation 'strangers:untagged' fails on an image of noise: TypeError"),
-        ({"name": "strangers:Unshrunk"}, "must make float32 images (3, 32, 32) in [0, 1] of (3, 64, 64), not"),
-        ({"name": "strangers:Overshooting"}, "not torch.float32 (3, 32, 32) in ["),
-        ({"name": "strangers:Unseeded"}, "must take all randomness from its generator"),
+        ({"name": "strangers:untagged"}, "degradation 'strangers:untagged' fails on images of noise: TypeError"),
+        ({"name": "strangers:Unshrunk"}, "must make float32 images (2, 3, 32, 32) in [0, 1] of (2, 3, 64, 64), not"),
+        ({"name": "strangers:Overshooting"}, "not torch.float32 (2, 3, 32, 32) in ["),
+        ({"name": "strangers:Unseeded"}, "must take all randomness from its generators: two calls"),
+        ({"name": "strangers:Sharing"}, "must make each image with its own generator"),
+        ({"name": "none"}, "degradation 'none' leaves images at their size, and the scale is 2: choose bicubic"),
     ],
 )
 def test_mistakes(section: dict[str, Any], message: str) -> None:

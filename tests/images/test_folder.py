@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rewardsr.data.degradation import Light, LightOptions
+from rewardsr.data.degrade.light import Light, LightOptions
 from rewardsr.data.folder import Data, open_data
 from rewardsr.data.images import read_image, read_pixels, write_image
 from rewardsr.errors import UserError

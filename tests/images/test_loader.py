@@ -16,11 +16,13 @@ import torch
 from PIL import ImageFile
 
 from rewardsr.data import loader
-from rewardsr.data.degradation import Light, LightOptions
+from rewardsr.data.degrade.contract import make_degradation
+from rewardsr.data.degrade.light import Light, LightOptions
 from rewardsr.data.folder import Data, open_data
 from rewardsr.data.images import read_image, read_pixels, write_image
 from rewardsr.errors import UserError
 from rewardsr.testing import write_images
+from rewardsr.train.recipe import DegradationRecipe
 
 LIGHT = Light(LightOptions(), 4)
 WORKERS = [0, 1, 3]
@@ -62,13 +64,16 @@ def test_batches_do_not_depend_on_threads_or_on_what_was_announced(photos, worke
     data.close()
 
 
-def test_a_thread_computes_what_the_main_thread_does_with_several(tmp_path) -> None:
+@pytest.mark.parametrize("name", ["light", "bicubic", "realesrgan"])
+def test_a_thread_computes_what_the_main_thread_does_with_several(tmp_path, name) -> None:
     """Threads of the loader use one of torch's; bits must not depend on that, and other threads not on them."""
     write_images(tmp_path / "large", 2, 560)
+    degradation = make_degradation(DegradationRecipe(name=name), 4)
     torch.set_num_threads(4)
     try:
-        plain, threaded = (opened(tmp_path / "large", workers, crop=512) for workers in (0, 2))
+        plain, threaded = (opened(tmp_path / "large", workers, crop=512, degradation=degradation) for workers in (0, 2))
         assert same(plain.batch(0, range(4)), threaded.batch(0, range(4)))
+        assert same(plain.batch(0, [2]), threaded.batch(0, [1, 2]).rows(slice(1, 2)))
         assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(1)
@@ -93,9 +98,9 @@ class Meeting(Light):
         super().__init__(LightOptions(), 4)
         self.barrier = threading.Barrier(parties, timeout=30)
 
-    def __call__(self, hq, generator):
+    def __call__(self, hq, generators):
         self.barrier.wait()
-        return super().__call__(hq, generator)
+        return super().__call__(hq, generators)
 
 
 def test_samples_of_one_batch_and_of_several_are_made_at_once(photos) -> None:
@@ -211,15 +216,16 @@ LEAVES = """
 import signal, sys, time
 from itertools import count
 from pathlib import Path
-from rewardsr.data.degradation import Light, LightOptions
+from rewardsr.data.degrade.contract import make_degradation
+from rewardsr.data.degrade.light import Light, LightOptions
 from rewardsr.data.folder import open_data
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts in the background
 
 class Slow(Light):
-    def __call__(self, hq, generator):
+    def __call__(self, hq, generators):
         time.sleep(0.2)
-        return super().__call__(hq, generator)
+        return super().__call__(hq, generators)
 
 data = open_data(sys.argv[1], scale=4, crop=32, degradation=Slow(LightOptions(), 4), workers=2, cache_mb=0)
 data.prefetch(0, ([number] for number in count()))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rewardsr.data.degradation import Light, LightOptions
+from rewardsr.data.degrade.light import Light, LightOptions
 from rewardsr.data.folder import Data, open_data
 from rewardsr.data.sidecars import resolve_prompts
 from rewardsr.errors import UserError

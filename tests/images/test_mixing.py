@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rewardsr.data.degradation import Light, LightOptions
+from rewardsr.data.degrade.light import Light, LightOptions
 from rewardsr.data.folder import Data, open_data
 from rewardsr.data.order import BLOCK, Order
 from rewardsr.errors import UserError

@@ -11,7 +11,7 @@ from _support import Commands
 from safetensors.torch import load_file, save_file
 
 from rewardsr import Batch, Draws, UserError, load_adapter, lora
-from rewardsr.data.degradation import Light, LightOptions
+from rewardsr.data.degrade.light import Light, LightOptions
 from rewardsr.data.folder import open_data
 from rewardsr.data.images import read_image, write_image
 from rewardsr.data.sidecars import check_tensors, read_tensors, resolve_prompts, stack_tensors, tensor_files

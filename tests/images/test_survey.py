@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rewardsr.data.degradation import Light, LightOptions
+from rewardsr.data.degrade.light import Light, LightOptions
 from rewardsr.data.folder import open_data
 from rewardsr.data.images import read_image, write_image
 from rewardsr.data.survey import survey

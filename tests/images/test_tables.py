@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rewardsr.data.degradation import Light, LightOptions
+from rewardsr.data.degrade.light import Light, LightOptions
 from rewardsr.data.folder import Data, open_data
 from rewardsr.data.images import encode_png, read_image
 from rewardsr.data.rows import Row, Table

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from rewardsr.data import captioners
 from rewardsr.data.captions import Captions
-from rewardsr.data.degradation import Light, LightOptions
+from rewardsr.data.degrade.light import Light, LightOptions
 from rewardsr.data.folder import open_data
 from rewardsr.data.images import to_pil
 from rewardsr.errors import UserError

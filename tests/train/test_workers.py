@@ -65,7 +65,7 @@ import json, sys
 from functools import partial
 import torch
 from rewardsr.data import loader
-from rewardsr.data.degradation import Light, LightOptions
+from rewardsr.data.degrade.light import Light, LightOptions
 from rewardsr.data.folder import open_data
 from rewardsr.evaluation.protocol import everywhere
 from rewardsr.train.processes import make_accelerator
