@@ -11,7 +11,7 @@ _ADDRESS = re.compile(r"[\w+.-]+://")
 # One of several parts within a text; no part of an address, nor "and/or".
 _WITHIN = re.compile(r"(?<![\w:/\\.~])(?:~\w*|[A-Za-z]:)?[/\\](?:[^\s/\\'\"]+[/\\])+(?P<last>[^\s/\\'\",;)]*)")
 
-FOLDERS = {"train", "validation", "path", "dataset", "output"}  # keys of a recipe that hold a path, whatever its form
+FOLDERS = {"train", "validation", "path", "output"}  # keys of a recipe that hold a path, whatever its form
 PROSE = {"prompts", "prompt", "prompt_suffix", "negative_prompt", "template"}  # and keys that hold words
 
 

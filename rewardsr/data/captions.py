@@ -3,8 +3,8 @@
 A captioner is a function `(lq (B, 3, h, w) in [0, 1]) -> list[str]`, or a class that makes such an object: as
 `Kind(options)` where it declares `Options` (a subclass of `rewardsr.Options`), else as `Kind()`. `module:Name` names
 it, or an entry point of the group rewardsr.captioners; `rewardsr.data.captioners` has the built-in ones. Texts are kept
-on the disk where the captioner has an attribute `identity`: a text that differs as soon as it may say anything else
-(other weights, other options).
+on the disk (in `$REWARDSR_CACHE/captions`, by default in `rewardsr/` of the user's cache) where the captioner has an
+attribute `identity`: a text that differs as soon as it may say anything else (other weights, other options).
 """
 
 import hashlib
@@ -42,15 +42,12 @@ class Captions:
         name: registered name, or `module:Name`.
         options: of the captioner.
         suffix: follows each text after a comma.
-        cache: folder for the texts of whole images; None: `rewardsr/captions` in the user's cache.
 
     Raises:
-        UserError: no such captioner or option, it cannot be made, or the folder cannot be written to.
+        UserError: no such captioner or option, it cannot be made, or the cache cannot be written to.
     """
 
-    def __init__(
-        self, name: str, options: Mapping[str, Any] | None = None, suffix: str = "", cache: str | None = None
-    ) -> None:
+    def __init__(self, name: str, options: Mapping[str, Any] | None = None, suffix: str = "") -> None:
         self._name, self._suffix = name, suffix
         self._captioner = _made(name, options or {})
         self._texts: dict[bytes, str] = {}
@@ -59,9 +56,11 @@ class Captions:
         self._folder: Path | None = None
         identity = getattr(self._captioner, "identity", None)
         if identity is not None:
-            place = _user_cache() if cache is None else expand(cache)
-            self._folder = place / hashlib.blake2b(f"{name} {identity}".encode(), digest_size=16).hexdigest()
-            check_folder(self._folder)
+            self._folder = _cache() / hashlib.blake2b(f"{name} {identity}".encode(), digest_size=16).hexdigest()
+            try:
+                check_folder(self._folder)
+            except UserError as error:
+                raise UserError(f"texts of captioner '{name}' cannot be kept (REWARDSR_CACHE): {error}") from error
 
     def __call__(self, images: Tensor, keep: bool = False) -> tuple[str, ...]:
         """One text for each of the images (B, 3, h, w) in [0, 1].
@@ -135,5 +134,8 @@ def _made(name: str, options: Mapping[str, Any]) -> Any:
     return made
 
 
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rewardsr" / "captions"
+def _cache() -> Path:
+    """Where texts are kept: a cache belongs to a machine, not to a run, so that no recipe names it."""
+    chosen = os.environ.get("REWARDSR_CACHE")
+    base = expand(chosen) if chosen else expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "rewardsr"
+    return base / "captions"

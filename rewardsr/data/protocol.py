@@ -71,4 +71,4 @@ def make_captions(protocol: ProtocolRecipe) -> Captions | None:
     """
     if protocol.captioner is None:
         return None
-    return Captions(protocol.captioner, protocol.captioner_options, protocol.prompt_suffix, protocol.caption_cache)
+    return Captions(protocol.captioner, protocol.captioner_options, protocol.prompt_suffix)

@@ -71,7 +71,7 @@ def resolve_prompts(
 
 def from_sidecars(images: Sequence[Path], root: Path | None = None) -> list[str | None]:
     """The text beside each image, None where there is none; arguments and errors are those of `resolve_prompts`."""
-    return [path and _text(path) for path in _find(images, ".txt", PROMPT_FOLDERS, root)]
+    return [None if path is None else _text(path) for path in _find(images, ".txt", PROMPT_FOLDERS, root)]
 
 
 def from_metadata(images: Sequence[Path], root: Path | None = None, column: str = "text") -> list[str | None]:

@@ -156,9 +156,9 @@ def _decoded(items: Sequence[Item]) -> tuple[list[str], list[list[str]]]:
     def look(item: Item) -> tuple[bytes | None, str]:
         """A hash of the image that it is named after, or what is wrong with one of its files."""
         try:
-            for stored in {item.hq, item.lq} - {None, item.shown}:
-                read_pixels(stored)
             pixels = read_pixels(item.shown).contiguous()
+            if item.lq is not None and item.hq is not None:
+                read_pixels(item.lq)
         except UserError as error:
             return None, str(error)
         return hashlib.blake2b(pixels.numpy().tobytes() + str(pixels.shape).encode()).digest(), ""

@@ -59,9 +59,6 @@ class ProtocolRecipe(Options):
     captioner_options: dict[str, Any] = Field(
         default_factory=dict, description="of the captioner itself (model: Hub id or folder, ...)"
     )
-    caption_cache: _Place | None = Field(
-        None, description="folder that keeps the texts of whole images; null: rewardsr/captions in the user's cache"
-    )
 
     @model_validator(mode="after")
     def _prompts_fit(self) -> Self:
@@ -355,11 +352,11 @@ def to_yaml(recipe: Recipe) -> str:
 def differences(one: Recipe, other: Recipe) -> list[str]:
     """Top-level keys in which two recipes differ so that they are different runs.
 
-    Where images and captions lie makes none, nor in how many threads they are read. What a source is (its share, its
+    Where images lie makes none, nor in how many threads they are read. What a source is (its share, its
     layout) is told by the identity of the data.
     """
     left, right = (recipe.model_dump(mode="json") for recipe in (one, other))
-    free = {"train": "", "workers": None, "caption_cache": None, "max_unreadable": None}
+    free = {"train": "", "workers": None, "max_unreadable": None}
     for recipe in (left, right):
         recipe["data"] |= free | {"validation": bool(recipe["data"]["validation"])}
     return [key for key in left if key not in FREE_ON_RESUME and left[key] != right[key]]

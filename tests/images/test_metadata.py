@@ -87,7 +87,7 @@ def test_a_suffix_follows_each_text(folder) -> None:
 
 def test_the_protocol_keeps_what_goes_together() -> None:
     whole = ProtocolRecipe(
-        prompts="captioner", captioner="a:B", captioner_options={"model": "c"}, prompt_suffix="sharp", caption_cache="d"
+        prompts="captioner", captioner="a:B", captioner_options={"model": "c"}, prompt_suffix="sharp"
     )
     assert whole.prompted(None) == whole == whole.prompted("captioner")
     fixed = whole.prompted("a photo")

@@ -183,3 +183,11 @@ def test_without_the_package_there_is_one_line(saved, tmp_path) -> None:
 def test_rows_of_one_table_are_told_apart(saved) -> None:
     one = Table(SourceRecipe(dataset=str(saved)))
     assert Row(one, 1) == Row(one, 1) != Row(one, 2) and len({Row(one, 1), Row(one, 1)}) == 1
+
+
+def test_a_run_on_a_table(commands, tiny_base, saved, tmp_path) -> None:
+    more = ("--set", f"data.train={{dataset: {saved}}}", "--set", "data.prompts=metadata", "--set", "data.crop=16")
+    answer = commands.finetune(tiny_base, "unused", tmp_path / "run", *more)
+    assert answer.code == 0 and f"training on 4 HQ images in '{saved}'" in answer.out, answer.err
+    answer = commands.finetune(tiny_base, "unused", tmp_path / "run", *more, "--steps", 3, "--resume")
+    assert answer.code == 0, answer.err

@@ -162,13 +162,14 @@ def test_a_captioner_without_identity_is_never_kept(cache) -> None:
     assert not cache.exists()
 
 
-def test_a_cache_can_be_chosen_and_one_that_cannot_be_written_to_is_refused(tagger, tmp_path) -> None:
-    options = {"model": str(tagger), "device": "cpu"}
-    Captions("image_tags", options, cache=str(tmp_path / "mine"))(images(), keep=True)
-    assert len(list((tmp_path / "mine").rglob("*.txt"))) == 4
+def test_a_cache_can_be_chosen_and_one_that_cannot_be_written_to_is_refused(tagger, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("REWARDSR_CACHE", str(tmp_path / "mine"))
+    captions("image_tags", tagger)(images(), keep=True)
+    assert len(list((tmp_path / "mine" / "captions").rglob("*.txt"))) == 4
     (tmp_path / "file").write_text("")
+    monkeypatch.setenv("REWARDSR_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="is a file; give a folder"):
-        Captions("image_tags", options, cache=str(tmp_path / "file"))
+        captions("image_tags", tagger)
 
 
 # ---- in use ----
