@@ -44,12 +44,17 @@ def preview(
 
 @data.command()
 def check(
-    place: Annotated[str, typer.Argument(metavar="DIR", help="folder of images, or list of paths (.txt)")],
+    place: Annotated[
+        str, typer.Argument(metavar="DIR", help="folder of images, list of paths (.txt), or with --dataset its name")
+    ],
     crop: Annotated[int, typer.Option(min=1, help="side of the training crops in HQ pixels")] = 512,
     scale: Annotated[int, typer.Option(min=1, help="HQ is this many times LQ")] = 4,
     layout: Annotated[
         str, typer.Option(help="hq, pairs (lq/ and gt/), lq (no HQ images), or auto: what the folders are called")
     ] = "auto",
+    dataset: Annotated[
+        bool, typer.Option("--dataset", help="it is a data set of the package datasets: id on the Hub, or folder")
+    ] = False,
     prompts: Annotated[
         str | None, typer.Option(help="sidecar or metadata: a missing text counts as a fault; by default it does not")
     ] = None,
@@ -64,9 +69,8 @@ def check(
     from rewardsr.options import parse
     from rewardsr.train.recipe import SourceRecipe
 
-    found = survey(
-        parse(SourceRecipe, {"path": place, "layout": layout}, "data check"), scale, crop, prompts, max_unreadable
-    )
+    source = parse(SourceRecipe, {"dataset" if dataset else "path": place, "layout": layout}, "data check")
+    found = survey(source, scale, crop, prompts, max_unreadable)
     console.say(found.to_json() if as_json else found)
     if found.problems:
         raise UserError(f"'{place}' cannot be used: {'; '.join(found.problems)}")

@@ -45,6 +45,7 @@ class Making:
     caption_hq: bool
     prompt_dropout: float
     extras: Sequence[str]
+    pad: bool
     flips: bool
 
 
@@ -111,7 +112,7 @@ def open_data(
     if caption_hq and items[0].hq is None:
         raise UserError(f"data.caption_from is 'hq', but there are {said}")
     shares = [source.probability for source in sources if source.probability is not None]
-    making = Making(scale, crop, degradation, captions, caption_hq, prompt_dropout, extras, flips)
+    making = Making(scale, crop, degradation, captions, caption_hq, prompt_dropout, extras, pad, flips)
     left = int(max_unreadable * total) - unreadable
     return Data(items, making, shares or None, said, total, left, cache_mb, workers)
 
@@ -202,10 +203,14 @@ class Data:
             return damaged
 
         damaged = dict(entry for found in together(look) for entry in found)
-        refuse_many([damaged[position] for position in sorted(damaged)], self._total, self._left)
+        refuse_many([damaged[position] for position in sorted(damaged)], self._total, self._spare())
         if damaged:
             self._left -= len(damaged)
             self._use([item for position, item in enumerate(self.items) if position not in damaged])
+
+    def _spare(self) -> int:
+        """How many images may turn out to be unreadable; one at least is to be shown."""
+        return min(self._left, len(self.items) - 1)
 
     def batch(self, seed: int, indices: Sequence[int]) -> Batch:
         """Samples of the training stream.
@@ -295,7 +300,10 @@ class Data:
         for attempt in count(1):
             if item.shown not in self._unreadable:
                 try:
-                    return item, self._read(item)
+                    whole = self._read(item)
+                    if min(whole.lengths) < (self.crop or 0) and not self._making.pad:
+                        raise UserError(f"'{item.shown}' was as large as the crop before and is not any more")
+                    return item, whole
                 except UserError as error:
                     self._leave_out(item, error)
             random = generator(seed, attempt, "instead", index)
@@ -305,7 +313,7 @@ class Data:
     def _leave_out(self, item: Item, error: UserError) -> None:
         with self._lock:
             if item.shown not in self._unreadable:
-                if len(self._unreadable) >= min(self._left, len(self.items) - 1):
+                if len(self._unreadable) >= self._spare():
                     raise UserError(f"{error}; more are unreadable than data.max_unreadable allows") from error
                 self._unreadable.add(item.shown)
                 logger.warning("%s; it is left out, as are %d others", error, len(self._unreadable) - 1)

@@ -187,6 +187,8 @@ def _require(found: Found, made: Sorted, wanted: Wanted) -> list[Item]:
     refuse_many(made.unreadable, total, int(wanted.max_unreadable * total))
     crop = None if wanted.pad else wanted.crop
     need = f"the crop of {crop}" if crop else f"the scale {wanted.scale}"
+    if not made.usable and not made.small:
+        raise UserError(f"'{found.place}' holds no image that can be read")
     if not made.usable:
         advice = "; lower data.crop, or set data.too_small to pad" if crop else ""
         raise UserError(f"no image in '{found.place}' is as large as {need}: {first_few(made.small)}{advice}")

@@ -23,7 +23,7 @@ class Order:
         shares: of each source, adding up to about 1; None: no shares.
 
     Raises:
-        UserError: a share is too small to be ever drawn.
+        UserError: a share is too small to be ever drawn, or has no images.
     """
 
     def __init__(self, sources: Sequence[int], shares: Sequence[float] | None) -> None:
@@ -33,6 +33,8 @@ class Order:
             return
         self._images = [[place for place, own in enumerate(sources) if own == number] for number in range(len(shares))]
         self._quotas = _quotas(shares)
+        if not all(self._images):
+            raise UserError(f"source {self._images.index([])} of data.train has a share, but no image that can be read")
 
     def place(self, seed: int, index: int) -> int:
         """The number of the image that a sample shows.

@@ -240,10 +240,18 @@ def test_an_image_that_turns_out_unreadable_is_replaced_for_its_sample_alone(hun
         strict.batch(0, range(99))
 
 
-def test_images_that_are_all_gone_end_the_run(tmp_path) -> None:
+def test_images_that_are_all_gone_or_small_end_the_run_whatever_is_allowed(tmp_path) -> None:
     write_images(tmp_path, 3, 48)
-    data = opened(tmp_path, max_unreadable=1)
+    data = opened(tmp_path, max_unreadable=1, cache_mb=0)
+    for path in tmp_path.iterdir():
+        write(path, 12, 12)
+    with pytest.raises(UserError, match="was as large as the crop before and is not any more; more are unreadable"):
+        data.batch(0, range(3))
     for path in tmp_path.iterdir():
         path.write_bytes(b"")
     with pytest.raises(UserError, match="more are unreadable"):
-        data.batch(0, range(3))
+        data.batch(1, range(3))
+    with pytest.raises(UserError, match=r"3 of 3 images are unreadable, and data\.max_unreadable allows 2"):
+        data.check()
+    with pytest.raises(UserError, match="holds no image that can be read"):
+        opened(tmp_path, max_unreadable=1)

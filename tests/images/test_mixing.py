@@ -87,3 +87,11 @@ def test_shares_hold_when_damaged_images_are_left_out(folders) -> None:
     data.check()
     assert len(data) == 6 and bad not in {item.hq for item in data.items}
     assert Counter(data.item(0, index).source for index in range(BLOCK)) == {0: 500, 1: 500}
+
+
+def test_a_source_with_a_share_must_keep_an_image(folders) -> None:
+    for bad in folders[1].iterdir():
+        bad.write_bytes(bad.read_bytes()[:300])
+    data = opened(folders, 0.5, 0.5, max_unreadable=0.5)
+    with pytest.raises(UserError, match=r"source 1 of data\.train has a share, but no image that can be read"):
+        data.check()

@@ -144,7 +144,9 @@ def test_rows_without_an_image_or_with_a_damaged_one_are_unreadable(tmp_path) ->
     assert (found.usable, len(found.unreadable), found.captions) == (len(data), 5 - len(data), "none")
 
 
-def test_a_survey_of_a_table(saved) -> None:
+def test_a_survey_of_a_table(saved, commands) -> None:
+    answer = commands("data", "check", saved, "--dataset", "--crop", 16)
+    assert answer.code == 0 and answer.out.splitlines()[-1].split() == ["usable", "4"], answer.err
     found = survey(SourceRecipe(dataset=str(saved)), crop=16)
     assert (found.usable, found.captions, found.no_caption, found.problems) == (4, "metadata", [], [])
 

@@ -195,9 +195,9 @@ def test_hq_images_are_captioned_once_as_a_whole(hq_folder, tagger, cache) -> No
     assert shown[3:] == [(1, 3, 12, 12)] and held_out.prompts == writes(held_out.lq)  # HQ is not there at inference
 
 
-def test_a_run_captions_and_what_follows_does_the_same(commands, tiny_base, hq_folder, tagger, tmp_path) -> None:
+def test_a_run_captions_and_what_follows_does_the_same(commands, tiny_base, hq_folder, tagger, tmp_path, cache) -> None:
     data = {"captioner": "image_tags", "captioner_options.model": tagger, "captioner_options.device": "cpu"}
-    data |= {"prompts": "captioner", "prompt_suffix": "sharp", "validation": hq_folder}
+    data |= {"prompts": "captioner", "prompt_suffix": "sharp", "validation": hq_folder, "caption_from": "hq"}
     more = [part for key, value in data.items() for part in ("--set", f"data.{key}={value}")]
     answer = commands.finetune(tiny_base, hq_folder, tmp_path / "run", *more)
     assert answer.code == 0, answer.err
@@ -210,8 +210,11 @@ def test_a_run_captions_and_what_follows_does_the_same(commands, tiny_base, hq_f
     own = max((tmp_path / "run" / "validation").glob("*.json")).read_text()
     scores = [json.loads(text)["rewards"]["psnr"] for text in (own, (tmp_path / "found.json").read_text())]
     assert scores[0] == scores[1]
+    kept = set(cache.rglob("*.txt"))
+    assert len(kept) == 7  # of three HQ images, of three LQ images of validation, and of one that was tried before
     answer = commands("upscale", hq_folder, "--run", tmp_path / "run", "--device", "cpu", "-o", tmp_path / "out")
     assert answer.code == 0, answer.err
+    assert set(cache.rglob("*.txt")) == kept  # these were seen as HQ images
 
 
 # ---- what is refused ----

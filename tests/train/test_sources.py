@@ -1,4 +1,4 @@
-"""Training on LQ images alone, with rewards that need no target; whatever compares with one is refused first."""
+"""Runs on other images than a folder of large HQ images: LQ images alone, several sources, small images."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -99,3 +99,10 @@ def test_several_sources_resume_to_the_bit_and_with_the_same_shares_only(recipe,
     rewardsr.finetune(recipe(steps=3, data=data, **plain), resume=True)
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "run")
     assert whole.keys() == parts.keys() and all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+def test_small_images_are_padded_on_request(recipe, folder, caplog) -> None:
+    made = recipe(steps=1, data={"crop": 64, "too_small": "pad", "max_unreadable": 0})
+    assert rewardsr.finetune(made).finished
+    with pytest.raises(UserError, match="is as large as the crop of 64"):
+        rewardsr.finetune(recipe("other", steps=1, data={"crop": 64}))
