@@ -66,7 +66,8 @@ def resolve_prompts(
     if prompts != SIDECAR:
         return [prompts] * len(images)
     advice = f"write <name>.txt, or choose prompts '{ADAPTER}' or a fixed text"
-    return _all(images, from_sidecars(images, root), f"prompt file {BESIDE}", advice)
+    files = _find(images, ".txt", PROMPT_FOLDERS, root)
+    return [_text(path) for path in _all(images, files, f"prompt file {BESIDE}", advice)]
 
 
 def from_sidecars(images: Sequence[Path], root: Path | None = None) -> list[str | None]:
