@@ -185,3 +185,18 @@ def _silenced() -> Iterator[None]:
     finally:
         for library, level in before:
             library.set_verbosity(level)
+
+
+def _in_rows(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+    return output.contiguous() if output.is_cuda else output
+
+
+def decode_in_rows(vae: Any) -> None:
+    """Let a decoder on CUDA keep its images in the order in which norms take them.
+
+    Attention in its first block leaves them channels last, and all layers after it would go on so, each norm with a
+    copy of its own: a fifth of the time of decoding (an H100, six images of 512 px).
+    """
+    block = getattr(getattr(vae, "decoder", None), "mid_block", None)
+    if block is not None and _in_rows not in block._forward_hooks.values():
+        block.register_forward_hook(_in_rows)

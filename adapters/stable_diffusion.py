@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rewardsr import options
 from rewardsr.adapter import BaseModel, ISRAdapter, precision_of
 from rewardsr.adapters._live import check_together, live_network
-from rewardsr.adapters._networks import check_tokenizer, load_network, read_part, read_tokenizer
+from rewardsr.adapters._networks import check_tokenizer, decode_in_rows, load_network, read_part, read_tokenizer
 from rewardsr.batch import Batch, Condition
 from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError, one_line, shown
@@ -272,6 +272,7 @@ class StableDiffusion(ISRAdapter):
         for network in (*self.networks.values(), self._text_encoder):
             network.requires_grad_(False)
             network.eval()
+        decode_in_rows(self.vae)
         weights = {**self.networks, "text_encoder": parts.text_encoder, "tokenizer": parts.tokenizer}
         self.base_model = BaseModel(base, parts.revision, fingerprint(weights))
 

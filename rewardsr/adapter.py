@@ -16,7 +16,7 @@ bf16 network into float32 and back.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -67,6 +67,7 @@ class ISRAdapter(ABC):
         tiling: how latents too large for one network call are sampled; None: they never are cut.
         noisy_condition: whether `encode` needs its generator when sampling, too: the condition itself is noised.
         extras: names of the tensors that `Batch.extras` may bring, read from files beside the images.
+        network_call: what runs in place of `_predict`, if anything: a run records its calls (`train.graphs`).
         device, dtype: where the networks are, and in which precision they compute; the boundary is float32.
     """
 
@@ -89,6 +90,7 @@ class ISRAdapter(ABC):
     tiling: Tiling | None = None
     noisy_condition: bool = False
     extras: ClassVar[tuple[str, ...]] = ()
+    network_call: Callable[[Tensor, Tensor, Condition], Tensor] | None = None
     device: torch.device
     dtype: torch.dtype
 
@@ -158,7 +160,7 @@ class ISRAdapter(ABC):
             times = to_device(t.to(self.schedule.dtype), z_t.device).expand(len(z_t))
         else:
             times = torch.full((len(z_t),), t, dtype=self.schedule.dtype, device=z_t.device)
-        return self._predict(z_t, times, condition).float()
+        return (self.network_call or self._predict)(z_t, times, condition).float()
 
     def to_latents(self, image: Tensor, generator: Source | None = None) -> Tensor:
         """Encode an image at output size, (B, 3, H, W) in [0, 1], to latents (B, C, h, w); no generator: the mode."""

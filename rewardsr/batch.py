@@ -122,6 +122,17 @@ class Condition:
         """
         return self._map(lambda tensor: tensor[rows] if isinstance(rows, slice | Tensor) else pick(tensor, rows))
 
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in a fixed order."""
+        values = [getattr(self, entry.name) for entry in fields(self)]
+        each = [value.values() if isinstance(value, Mapping) else [value] for value in values]
+        return [value for some in each for value in some if isinstance(value, Tensor)]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> "Condition":
+        """The same with other tensors, in the order of `tensors`."""
+        given = iter(tensors)
+        return self._map(lambda _: next(given))
+
     def beside(self, *others: "Condition") -> "Condition":
         """The rows of several conditions of one kind and size, one condition after another."""
         return self._map(lambda *tensors: torch.cat(tensors), *others)

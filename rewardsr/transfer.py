@@ -11,5 +11,6 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     whereas a copy from ordinary memory waits until everything that was launched before it is done.
     """
     if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
+        # Contiguous: rows that an expanded tensor shares cannot be copied into locked memory one by one.
+        return tensor.contiguous().pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

@@ -22,6 +22,7 @@ from rewardsr.train.optimiser import make_optimiser
 from rewardsr.train.prepare import set_up
 from rewardsr.trainers.gdpo import GDPO, GDPOOptions, preference_logit
 from rewardsr.trainers.rfsr import RFSR, RFSROptions
+from rewardsr.transfer import to_device
 
 pytestmark = [
     pytest.mark.gpu,
@@ -110,6 +111,11 @@ def test_the_text_encoder_stays_on_the_device_in_the_precision_of_the_base(adapt
     assert {(kind, dtype) for kind, dtype, _ in before} == {("cuda", torch.bfloat16)}
     adapter.encode(batch())
     assert before == {(weight.device.type, weight.dtype, weight.data_ptr()) for weight in weights}
+
+
+def test_rows_that_share_their_memory_reach_the_device() -> None:
+    shared = torch.rand(1, 3, 4, 4).expand(6, -1, -1, -1)
+    assert torch.equal(to_device(shared, "cuda").cpu(), shared)
 
 
 def test_a_step_that_is_not_finite_leaves_the_weights_alone(tiny_base, hq_folder, tmp_path, monkeypatch) -> None:
@@ -313,7 +319,8 @@ def terms(method: RFSR, given: Batch) -> tuple[dict[str, float], torch.Tensor]:
     group = method.prepare(given, Draws(0, 1, rows, "group"))
     (loss,) = method.losses(group, Draws(0, 1, rows, "update-0"))
     loss.value.backward()
-    return loss.metrics, torch.cat([p.grad.flatten().cpu() for p in lora.parameters(method.adapter).values()])
+    metrics = {name: float(value) for name, value in loss.metrics.items()}
+    return metrics, torch.cat([p.grad.flatten().cpu() for p in lora.parameters(method.adapter).values()])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

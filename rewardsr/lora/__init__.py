@@ -20,4 +20,5 @@ from rewardsr.lora.layers import rank_and_alpha as rank_and_alpha
 from rewardsr.lora.layers import reference as reference
 from rewardsr.lora.layers import set_scale as set_scale
 from rewardsr.lora.layers import state_dict as state_dict
+from rewardsr.lora.layers import switches as switches
 from rewardsr.lora.targets import target_shapes as target_shapes

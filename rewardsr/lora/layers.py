@@ -187,6 +187,11 @@ def _set_gates(adapter: ISRAdapter) -> None:
         gate.fill_(value)
 
 
+def switches(adapter: ISRAdapter) -> tuple[object, ...]:
+    """What is on, layer by layer, and with which scale: equal where forward passes launch the same work."""
+    return tuple((*layer.active_adapters, *layer.scaling.values()) for layer in _layers(adapter))
+
+
 def set_scale(adapter: ISRAdapter, scale: float, name: str = NAME) -> None:
     """Strength of the LoRA: 0 is the base bit for bit, 1 as trained."""
     for layer in _layers(adapter, name):

@@ -35,6 +35,7 @@ from rewardsr.together import any_process
 from rewardsr.train import checkpoint
 from rewardsr.train.checkpoint import State
 from rewardsr.train.compiled import check_one_path, compile_networks, eager
+from rewardsr.train.graphs import as_written, use_graphs
 from rewardsr.train.log import RunLog
 from rewardsr.train.memory import choose_micro_batch, lower_micro_batch, memory_advice
 from rewardsr.train.optimiser import learning_rate, make_optimiser
@@ -92,6 +93,8 @@ def train(setup: Setup, run: Path, resume: bool, earlier: Recipe | None = None) 
     if recipe.compile:
         compile_networks(setup.adapter)
         check_one_path(setup)
+    if recipe.cuda_graphs:
+        use_graphs(setup.adapter, list(setup.method.trained_weights().values()))
     if accelerator.is_main_process:
         write_text(run / RECIPE, to_yaml(recipe))
     for note in (*setup.notes, *_other_end(state, recipe, earlier)):
@@ -104,7 +107,7 @@ def train(setup: Setup, run: Path, resume: bool, earlier: Recipe | None = None) 
     def validate() -> None:
         nonlocal validation
         if held_out is not None and (state.step % recipe.validate_every == 0 or state.step == recipe.steps):
-            with setup.method.shipped(), eager():
+            with setup.method.shipped(), eager(), as_written(setup.adapter):
                 found = held_out.score(state.step)
             validation = {name: comparison.summary() for name, comparison in found.rewards.items()}
             log.write(state.step, {"validation": validation})

@@ -8,6 +8,7 @@ from rewardsr.draws import Draws
 from rewardsr.errors import is_out_of_memory
 from rewardsr.together import everywhere
 from rewardsr.train.checkpoint import State
+from rewardsr.train.graphs import use_graphs
 from rewardsr.train.prepare import Setup
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,8 @@ def lower_micro_batch(setup: Setup, state: State) -> bool:
     if not is_automatic(setup) or now == 1 or state.updates != state.step * setup.recipe.updates_per_group:
         return False
     setup.method.micro_batch = state.micro_batch = now // 2
+    if setup.adapter.network_call is not None:  # they hold the memory of what was too much
+        use_graphs(setup.adapter, list(setup.method.trained_weights().values()))
     logger.warning("out of memory: the step is taken again, and all that follow, with %d rows at once", now // 2)
     if setup.accelerator.device.type == "cuda":
         torch.cuda.empty_cache()

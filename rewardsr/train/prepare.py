@@ -72,6 +72,8 @@ def set_up(recipe: Recipe, *, decode: bool = True) -> Setup:
     if recipe.lora.init is not None:
         lora.locate(recipe.lora.init)
     device, dtype = choose_device(recipe.device, recipe.precision)
+    if recipe.cuda_graphs and device.type != "cuda":
+        raise UserError(f"cuda_graphs needs a CUDA device, and this run is on {device}: leave it out")
     accelerator = make_accelerator(device)
     method_kind = method_class(recipe.trainer)
     options = parse(method_kind.Options, recipe.trainer_options, "trainer_options")

@@ -274,6 +274,11 @@ class Recipe(Options):
         description="compile the networks (torch.compile) for the steps; takes minutes at the start, and gcc. Held-out "
         "images are scored uncompiled",
     )
+    cuda_graphs: bool = Field(
+        False,
+        description="record the network's calls in the second step and replay them, which spares a fast card most of "
+        "the launching; keeps the memory of a pass. Held-out images are scored without",
+    )
     validate_every: Count = 100
     checkpoint_every: Count = 100
     keep_checkpoints: Count = 2

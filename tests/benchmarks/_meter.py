@@ -140,8 +140,11 @@ def watched(adapter: Any, method: Any, meter: Meter, around: Callable[[Any], Any
         "_to_image": lambda: "reference decode" if back_propagates and not lora.active(adapter) else "decode",
         "_predict": prediction,
     }
+    recorded = adapter.network_call
     for name, part in hooks.items():
         setattr(adapter, name, _Timed(change(getattr(adapter, name)), meter, part))
+    if recorded is not None:
+        adapter.network_call = _Timed(recorded, meter, prediction)
     adapter._encode = flagged(adapter._encode, "encoding")
     method.prepare = flagged(method.prepare, "preparing")
     rewards, style = dict(method.rewards), getattr(method, "_vgg", None)
@@ -165,6 +168,7 @@ def watched(adapter: Any, method: Any, meter: Meter, around: Callable[[Any], Any
             method._vgg = style
         for name in (*hooks, "_encode"):
             delattr(adapter, name)
+        adapter.network_call = recorded
         del method.prepare
 
 

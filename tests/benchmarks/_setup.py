@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _memory import recorded
 from _released import GDPOSR, Released, RFSRStep, SeeSRStep
 from _sizes import CROPS, SIZES, TOKENS, WIDTH, images, pipeline, plain_unet, seesr_networks
 from accelerate import Accelerator
@@ -22,6 +23,7 @@ from rewardsr.train import loop
 from rewardsr.train import recipe as recipes
 from rewardsr.train.checkpoint import State
 from rewardsr.train.compiled import compile_networks
+from rewardsr.train.graphs import use_graphs
 from rewardsr.train.optimiser import make_optimiser
 from rewardsr.train.prepare import Setup
 from rewardsr.trainers.base import Method
@@ -49,6 +51,7 @@ def common_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--micro-batch", type=int)
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--cuda-graphs", action="store_true", help="ours records its network calls and replays them")
     parser.add_argument("--output", type=Path, help="append what is printed to this file")
 
 
@@ -167,6 +170,8 @@ def set_up(adapter: Any, method: Method, chosen: Namespace, batch: int) -> Setup
         "batch_size": batch,
         "gradient_checkpointing": chosen.gradient_checkpointing,
     }
+    if chosen.cuda_graphs:
+        use_graphs(adapter, list(method.trained_weights().values()))
     return Setup(
         recipe=parse(recipes.Recipe, content, "benchmark"),
         accelerator=Accelerator(cpu=torch.device(chosen.device).type == "cpu"),
@@ -194,6 +199,10 @@ class Ours:
         """What stays between steps."""
         yield from weights(self._setup.adapter)
         yield from moments(self._optimiser)
+
+    def recorded(self) -> int:
+        """Bytes of CUDA graphs."""
+        return recorded(self._setup.adapter)
 
 
 class Theirs:
@@ -228,6 +237,10 @@ class Theirs:
         yield from weights(self._setup.adapter)
         yield from self._released.holds()
         yield from moments(self._optimiser)
+
+    def recorded(self) -> int:
+        """It has none."""
+        return 0
 
 
 def weights(adapter: Any) -> Iterator[Tensor]:

@@ -13,18 +13,20 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 STEP = ("gdpo_step.py", "--size", "sd21", "--device", "cuda", "--no-count")
+RECORDED = (*STEP, "--cuda-graphs")
 # Name, command (a script of this folder, or a module of Python's), seconds at most.
 PARTS = (
-    ("gpu_tests", ("-m", "pytest", "-q", "-m", "gpu", str(HERE.parent / "test_gpu.py")), 180),
-    ("gdpo", (*STEP, "--form", "paper", "conditional", "shared", "--against", "released"), 90),
-    ("gdpo_batch_2", (*STEP, "--batch", "2", "--no-parts", "--fixed-prompt"), 40),
-    ("rfsr", (*STEP, "--trainer", "rfsr", "--against", "released"), 60),
-    ("checkpointing", (*STEP, "--gradient-checkpointing", "--no-parts"), 30),
+    ("gpu_tests", ("-m", "pytest", "-q", "-m", "gpu", str(HERE.parent)), 180),
+    ("gdpo", (*RECORDED, "--form", "paper", "conditional", "shared", "--against", "released"), 90),
+    ("gdpo_as_written", (*STEP, "--no-parts"), 40),
+    ("gdpo_batch_2", (*RECORDED, "--batch", "2", "--no-parts", "--fixed-prompt"), 40),
+    ("rfsr", (*RECORDED, "--trainer", "rfsr", "--against", "released"), 60),
+    ("checkpointing", (*RECORDED, "--gradient-checkpointing", "--no-parts"), 30),
     ("rewards", ("rewards.py", "--device", "cuda", "--size", "512", "--images", "6", "--metrics", "maniqa,musiq"), 90),
     ("growth", ("growth.py", "--size", "sd21", "--device", "cuda", "--steps", "1"), 120),
     (
         "rfsr_seesr",
-        (*STEP, "--trainer", "rfsr", "--adapter", "seesr", "--rollout", "none", "--against", "released"),
+        (*RECORDED, "--trainer", "rfsr", "--adapter", "seesr", "--rollout", "none", "--against", "released"),
         90,
     ),
     ("compile", (*STEP, "--compile", "--fixed-prompt", "--no-parts"), 540),

@@ -146,7 +146,7 @@ def report_steps(
     found: dict[str, tuple[float, ...]] = {}
     rows.head("step", "seconds", "fastest", "slowest", "working GiB", "in all GiB", "TFLOP", "of matmul")
     for name, run in runs.items():
-        work = working(run.step, device)
+        work = working(run.step, device) + run.recorded()
         found[name] = (statistics.median(taken[name]), work, work + held(run.holds()))
         flops = total(counts[name]) if name in counts else None
         rows.row(
@@ -200,7 +200,8 @@ def main(folder: Path) -> None:
         for form in chosen.form:
             about = f"{chosen.size}, crop {chosen.crop}, batch {batch}"
             about += f", group {chosen.group}" if chosen.trainer == "gdpo" else f", rollout {chosen.rollout}"
-            rows.say(f"\n### {chosen.trainer} on {chosen.adapter}, {form}: {about}{', compiled' * chosen.compile}")
+            about += ", compiled" * chosen.compile + ", recorded" * chosen.cuda_graphs
+            rows.say(f"\n### {chosen.trainer} on {chosen.adapter}, {form}: {about}")
             if device.type == "cuda":
                 torch.cuda.empty_cache()  # of other shapes
             setup = set_up(adapter, method_of(adapter, chosen, form), chosen, batch)
