@@ -4,7 +4,15 @@ from pathlib import PurePath
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    field_validator,
+    model_validator,
+)
 
 from rewardsr.errors import UserError, shortened
 from rewardsr.options import Count, Options, Seed, parse
@@ -167,13 +175,23 @@ class DataRecipe(ProtocolRecipe):
         None, ge=1, le=65_536, description="cut larger held-out images to this many HQ pixels a side"
     )
 
+    @field_validator("train")
+    @classmethod
+    def _shares_add_up(cls, sources: tuple[SourceRecipe, ...]) -> tuple[SourceRecipe, ...]:
+        shares = [source.probability for source in sources if source.probability is not None]
+        if shares and (len(shares) < len(sources) or abs(sum(shares) - 1) > 0.01):
+            raise ValueError("expected a probability of each source, or of none, and 1 as their sum")
+        return sources
+
+    @field_validator("validation")
+    @classmethod
+    def _no_shares(cls, sources: tuple[SourceRecipe, ...]) -> tuple[SourceRecipe, ...]:
+        if any(source.probability is not None for source in sources):
+            raise ValueError("every held-out image is seen, so there is no probability")
+        return sources
+
     @model_validator(mode="after")
-    def _shares_and_captions_fit(self) -> Self:
-        shares = [source.probability for source in self.train if source.probability is not None]
-        if shares and (len(shares) < len(self.train) or abs(sum(shares) - 1) > 0.01):
-            raise ValueError("train: the probabilities of all sources, or of none, are expected, and their sum to be 1")
-        if any(source.probability is not None for source in self.validation):
-            raise ValueError("validation: every held-out image is seen, so there is no probability")
+    def _captions_fit(self) -> Self:
         if self.caption_from == "hq" and self.prompts != "captioner":
             raise ValueError("caption_from is 'hq', but prompts is not 'captioner'")
         return self
