@@ -58,6 +58,7 @@ def test_kernels(drawn, number) -> None:
     assert all(is_share(families[family], share, len(hills)) for family, share in shares.items())  # type: ignore[index]
     for axis in (0, 1):
         assert is_uniform([kernel.sigma[axis] for kernel in hills], 0.2, (3.0, 1.5)[number])
+    assert abs(np.corrcoef(np.array([kernel.sigma for kernel in hills]).T)[0, 1]) < 5 / math.sqrt(len(hills))
     assert is_uniform([kernel.rotation for kernel in hills], -PI, PI)
     for family, low, high in (("generalized", 0.5, 4.0), ("plateau", 1.0, 2.0)):
         betas = [kernel.beta for kernel in hills if kernel.family.startswith(family)]

@@ -25,11 +25,13 @@ def recipe(folder, tmp_path) -> Callable[..., dict]:
     return lambda output="run", **changes: content(folder, str(folder / "base"), str(tmp_path / output), **changes)
 
 
-def test_the_number_of_threads_changes_nothing_and_may_change_on_a_resume(recipe, tmp_path) -> None:
+@pytest.mark.parametrize("name", ["light", "realesrgan"])
+def test_the_number_of_threads_changes_nothing_and_may_change_on_a_resume(name, recipe, tmp_path) -> None:
     plain = {"steps": 4, "accumulate": 2, "batch_size": 2, "optimiser": {"schedule": "constant"}}
-    rewardsr.finetune(recipe("straight", **plain, data={"workers": 0}))
-    rewardsr.finetune(recipe(**plain | {"steps": 2}, data={"workers": 3}))
-    rewardsr.finetune(recipe(**plain, data={"workers": 1}), resume=True)
+    data = {"degradation": {"name": name}}
+    rewardsr.finetune(recipe("straight", **plain, data=data | {"workers": 0}))
+    rewardsr.finetune(recipe(**plain | {"steps": 2}, data=data | {"workers": 3}))
+    rewardsr.finetune(recipe(**plain, data=data | {"workers": 1}), resume=True)
     assert_equal_runs(tmp_path / "straight", tmp_path / "run")
 
 

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from scipy.fft import next_fast_len
 from torch import Tensor
 
+from rewardsr.transfer import to_device
+
 Family = Literal["iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
@@ -94,7 +96,7 @@ def filtered(images: Tensor, kernels: Sequence[Hill | Sinc | None], largest: int
     if not places:
         return images
     windows = torch.stack([_laid_into(kernel.tensor(), largest) for kernel in kernels if kernel is not None])
-    blurred = _correlated(images[places], windows[:, None].to(images))
+    blurred = _correlated(images[places], to_device(windows[:, None].float(), images.device))
     return torch.stack([blurred[places.index(k)] if k in places else image for k, image in enumerate(images)])
 
 
