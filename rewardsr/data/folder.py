@@ -8,7 +8,6 @@ resumed run equals an uninterrupted one, and the size of a batch does not matter
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from threading import Lock
 
@@ -87,7 +86,8 @@ def open_data(
         extras: names of the tensors to read from `<name>.safetensors` in `extras/` in the folder, or else from beside
             the images, where such files are.
         pad: images smaller than the crop are padded by mirroring; else they are left out.
-        max_unreadable: share of the images that may be unreadable, now or when their turn comes; they are left out.
+        max_unreadable: share of the images that may be unreadable, now or (in each process) when their turn comes;
+            they are left out.
         flips: mirror half of the training crops left to right.
         cache_mb: decoded images are kept up to this many megabytes.
         workers: threads that decode, cut out and degrade; 0: whoever asks for a batch makes it.
@@ -296,8 +296,8 @@ class Data:
 
     def _readable(self, seed: int, index: int) -> tuple[Item, Decoded]:
         """The image of a sample, decoded; in place of one that has become unreadable another, drawn for the sample."""
-        item = self.item(seed, index)
-        for attempt in count(1):
+        item, attempt = self.item(seed, index), 0
+        while True:
             if item.shown not in self._unreadable:
                 try:
                     whole = self._read(item)
@@ -306,9 +306,9 @@ class Data:
                     return item, whole
                 except UserError as error:
                     self._leave_out(item, error)
+            attempt += 1
             random = generator(seed, attempt, "instead", index)
             item = self.items[int(torch.randint(len(self.items), (), generator=random))]
-        raise AssertionError("`count` does not end")
 
     def _leave_out(self, item: Item, error: UserError) -> None:
         with self._lock:

@@ -50,9 +50,8 @@ def find(source: SourceRecipe, scale: int) -> Found:
     kind = "LQ images" if source.layout == "lq" else "HQ images"
     if source.dataset is not None:
         table = Table(source)
-        return Found(
-            source.place, kind, _alone([Row(table, number) for number in range(len(table))], kind), table=table
-        )
+        rows = [Row(table, number) for number in range(len(table))]
+        return Found(source.place, kind, _alone(rows, kind), table=table)
     path = expand(source.place)
     if path.is_file() and path.suffix.lower() == ".txt":
         if source.layout == "pairs":
@@ -62,14 +61,15 @@ def find(source: SourceRecipe, scale: int) -> Found:
         what = ": it is a file, and a list of paths is called .txt" if path.exists() else ""
         raise UserError(f"no data folder '{path}'{what}")
     lq, hq = ([path / name for name in names if (path / name).is_dir()] for names in (LQ_FOLDERS, HQ_FOLDERS))
-    paired = source.layout == "pairs" or (source.layout == "auto" and bool(lq) and bool(hq))
-    if paired:
-        found, alone = _matched(_the_lq_folder(path, lq, hq, scale), _the_hq_folder(path, hq, lq))
+    there = [*lq, *hq]
+    if source.layout == "pairs" or (source.layout == "auto" and lq and hq):
+        lq_folder, hq_folder = _the_one(path, _of_scale(lq, scale), there), _the_one(path, hq, there)
+        found, alone = _matched(lq_folder, hq_folder)
         return Found(source.place, "pairs", found, path, alone)
-    if source.layout == "lq" or (source.layout == "auto" and lq):
-        inside = list_images(_the_lq_folder(path, lq, hq, scale) if lq else path, deep=True)
-        return Found(source.place, "LQ images", _alone(inside, "LQ images"), path)
-    inside = list_images(_the_hq_folder(path, hq, lq) if hq else path, deep=True)
+    if source.layout == "auto" and lq:
+        kind = "LQ images"
+    own = hq if kind == "HQ images" else _of_scale(lq, scale)
+    inside = list_images(_the_one(path, own, there) if own else path, deep=True)
     return Found(source.place, kind, _alone(inside, kind), path)
 
 
@@ -95,19 +95,15 @@ def _listed(path: Path) -> Iterator[Path]:
         raise UserError(f"the list '{path}' is empty: a path of an image in each line is expected")
 
 
-def _the_lq_folder(path: Path, lq: Sequence[Path], hq: Sequence[Path], scale: int) -> Path:
-    """The one that fits the scale: with 1, images may be enlarged already."""
+def _of_scale(lq: Sequence[Path], scale: int) -> Sequence[Path]:
+    """The LQ folders that fit the scale: with 1, images may be enlarged already."""
     fitting = [folder for folder in lq if (folder.name == ENLARGED) == (scale == 1)] or list(lq)
     if len(fitting) == 1 and fitting[0].name == ENLARGED and scale != 1:
         raise UserError(
             f"the LQ images in '{fitting[0]}' are enlarged to the size of HQ already, which fits scale 1, not {scale}: "
             "set the adapter's scale to 1, or give the images as they were in lq/"
         )
-    return _the_one(path, fitting, [*lq, *hq])
-
-
-def _the_hq_folder(path: Path, hq: Sequence[Path], lq: Sequence[Path]) -> Path:
-    return _the_one(path, hq, [*lq, *hq])
+    return fitting
 
 
 def _the_one(path: Path, fitting: Sequence[Path], there: Sequence[Path]) -> Path:
