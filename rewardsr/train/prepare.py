@@ -1,7 +1,7 @@
 """From a recipe to everything that training needs, cheap checks first: bad input is refused before any long work."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -88,12 +88,12 @@ def set_up(recipe: Recipe, *, decode: bool = True) -> Setup:
     train, validation = open_folders(recipe, scale, extras)
     rewards = {entry.name: build(entry.name, **entry.options) for entry in recipe.rewards}
     guards = {name: build(name) for name in recipe.guards if name not in rewards}
-    _refuse_without_hq(recipe, method_kind.needs_hq(options), rewards, guards, train, validation)
-    _refuse_two_dropouts(recipe, options)
-    notes = [f"training on {train.said}" + ("" if validation is None else f"; held out: {validation.said}")]
-    notes += [f"device {device}, base in {str(dtype).removeprefix('torch.')}, LoRA in float32"]
+    notes = [f"device {device}, base in {str(dtype).removeprefix('torch.')}, LoRA in float32"]
     together = partial(everywhere, accelerator)
     share = accelerator.process_index, accelerator.num_processes
+    _refuse_without_hq(recipe, method_kind.needs_hq(options), rewards, guards, train, validation)
+    _refuse_two_dropouts(recipe, options)
+    notes.append(f"training on {train.said}" + ("" if validation is None else f"; held out: {validation.said}"))
     if decode and len(train) <= DECODE_UP_TO:
         train.check(*share, together=together)
     elif decode:
@@ -187,7 +187,7 @@ def _with_target(batch: Batch, scale: int) -> Batch:
     if batch.hq is not None:
         return batch
     enlarged = F.interpolate(batch.lq, scale_factor=scale, mode="bicubic", antialias=True).clamp(0, 1)
-    return replace(batch, hq=enlarged)
+    return Batch(batch.lq, enlarged, batch.prompts, batch.paths, batch.extras)
 
 
 def _judged(batch: Batch, window: int | None, scale: int) -> Batch:

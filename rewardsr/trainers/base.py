@@ -103,14 +103,6 @@ class Method(ABC):
         self.micro_batch = chosen if isinstance(chosen, int) else None
         self.rows_per_image = 1
 
-    @classmethod
-    def needs_hq(cls, options: Any) -> str | None:
-        """What of the method compares with HQ images under these options, in words, with the option; None: nothing.
-
-        Asked before the pipeline is loaded; rewards say so themselves.
-        """
-        return None
-
     @abstractmethod
     def prepare(self, batch: Batch, draws: Source) -> Prepared:
         """Everything that needs no gradients: samples, rewards, references. A pure function of its inputs."""
@@ -151,6 +143,14 @@ class Method(ABC):
         Raises:
             UserError: it cannot.
         """
+
+    @classmethod
+    def needs_hq(cls, options: Any) -> str | None:
+        """What of the method compares with HQ images under these options, in words, with the option; None: nothing.
+
+        Asked before the pipeline is loaded; rewards say so themselves.
+        """
+        return None
 
     def after_update(self) -> None:
         """Called when the optimiser has changed the weights; not for a skipped update."""
