@@ -58,6 +58,7 @@ def check(
     prompts: Annotated[
         str | None, typer.Option(help="sidecar or metadata: a missing text counts as a fault; by default it does not")
     ] = None,
+    caption_column: Annotated[str, typer.Option(help="of the texts in metadata.jsonl or in a data set")] = "text",
     max_unreadable: Annotated[float, typer.Option(min=0, max=1, help="as data.max_unreadable of a recipe")] = 0.01,
     as_json: Annotated[bool, typer.Option("--json", help="print everything, with all names, as JSON")] = False,
 ) -> None:
@@ -70,7 +71,7 @@ def check(
     from rewardsr.train.recipe import SourceRecipe
 
     source = parse(SourceRecipe, {"dataset" if dataset else "path": place, "layout": layout}, "data check")
-    found = survey(source, scale, crop, prompts, max_unreadable)
+    found = survey(source, scale, crop, prompts, max_unreadable, caption_column)
     console.say(found.to_json() if as_json else found)
     if found.problems:
         raise UserError(f"'{place}' cannot be used: {'; '.join(found.problems)}")

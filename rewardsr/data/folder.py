@@ -55,6 +55,7 @@ def open_data(
     crop: int | None = None,
     degradation: Degradation | None = None,
     prompts: str = ADAPTER,
+    caption_column: str = "text",
     suffix: str = "",
     captions: Captions | None = None,
     caption_hq: bool = False,
@@ -79,6 +80,7 @@ def open_data(
         prompts: "adapter" leaves the text to the adapter; "sidecar" reads `<name>.txt` from `prompts/` or `tag/` in
             the folder or else from beside the images; "metadata" reads metadata.jsonl, or a column of a data set;
             "captioner" asks `captions`; anything else is the one prompt of all images.
+        caption_column: of the texts in metadata.jsonl or in a data set.
         suffix: follows each of these texts after a comma; `captions` have their own.
         captions: writes prompts from the LQ images; goes together with `prompts="captioner"`.
         caption_hq: they are written from the whole HQ images in training.
@@ -102,7 +104,7 @@ def open_data(
     if captions is not None and prompts != CAPTIONER:
         raise UserError(f"data.captioner is set, but data.prompts is '{prompts}': set it to {CAPTIONER}")
     texts = ADAPTER if captions else prompts
-    wanted = Wanted(scale, crop, pad, max_unreadable, degradation is not None, texts, suffix, extras)
+    wanted = Wanted(scale, crop, pad, max_unreadable, degradation is not None, texts, caption_column, suffix, extras)
     opened = [open_source(source, number, wanted) for number, source in enumerate(sources)]
     items = [item for one in opened for item in one.items]
     said = "; ".join(one.said for one in opened)

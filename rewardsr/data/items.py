@@ -63,6 +63,7 @@ class Wanted:
     max_unreadable: float
     degrades: bool
     prompts: str
+    caption_column: str
     suffix: str
     extras: Sequence[str]
 
@@ -125,7 +126,7 @@ def open_source(source: SourceRecipe, number: int, wanted: Wanted) -> Opened:
         raise UserError(f"'{found.place}' holds HQ images only: set a degradation, or give pairs in lq/ and gt/")
     made = sort_out(found, wanted.scale, wanted.least, number)
     items = _require(found, made, wanted)
-    texts = texts_of(found, items, wanted.prompts, source.caption_column)
+    texts = texts_of(found, items, wanted.prompts, wanted.caption_column)
     if (empty := texts.count("")) > MANY_EMPTY * len(texts) and wanted.prompts in (SIDECAR, METADATA):
         logger.warning("'%s': %d of %d prompts are empty", found.place, empty, len(texts))
     files = _extras_of(found, items, wanted.extras)

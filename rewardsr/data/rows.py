@@ -54,8 +54,8 @@ class Table:
         kind = self._data.features.get(column)
         if getattr(kind, "dtype", None) not in ("string", "large_string"):
             raise UserError(
-                f"data set '{self.place}' has no column '{column}' of texts for prompts 'metadata': set caption_column "
-                f"to one of its columns ({', '.join(self.columns)})"
+                f"data set '{self.place}' has no column '{column}' of texts for prompts 'metadata': set "
+                f"data.caption_column to one of its columns ({', '.join(self.columns)})"
             )
         return [" ".join((text or "").split()) for text in self._data[column]]
 

@@ -190,7 +190,7 @@ def _read_metadata(path: Path, column: str) -> dict[str, str]:
         if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
             raise UserError(f"{where}: expected an object with file_name")
         if column not in entry:
-            raise UserError(f"{where} has no '{column}' ({first_few(sorted(entry))}): set caption_column of the source")
+            raise UserError(f"{where} has no '{column}' ({first_few(sorted(entry))}): set data.caption_column")
         text = entry[column]
         if not isinstance(text, str | None) or len(text or "") > LONGEST:
             raise UserError(f"{where}: '{column}' is no text, or longer than {LONGEST:,} characters")

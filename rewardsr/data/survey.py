@@ -108,7 +108,12 @@ class Survey:
 
 
 def survey(
-    source: SourceRecipe, scale: int = 4, crop: int = 512, prompts: str | None = None, max_unreadable: float = 0.01
+    source: SourceRecipe,
+    scale: int = 4,
+    crop: int = 512,
+    prompts: str | None = None,
+    max_unreadable: float = 0.01,
+    caption_column: str = "text",
 ) -> Survey:
     """Look at every image of a source and what belongs to it; all of them are decoded.
 
@@ -118,6 +123,7 @@ def survey(
         crop: side of the training crops in HQ pixels.
         prompts: "sidecar" or "metadata", which must then be there for each image; None: whatever texts there are.
         max_unreadable: share of the images that may be unreadable.
+        caption_column: of the texts in metadata.jsonl or in a data set.
 
     Raises:
         UserError: as `rewardsr.data.layout.find`, a damaged metadata.jsonl, or other prompts.
@@ -127,7 +133,7 @@ def survey(
     found = find(source, scale)
     made = sort_out(found, scale, crop)
     damaged, same = _decoded(made.usable)
-    captions, texts = _captions(found, prompts, source.caption_column)
+    captions, texts = _captions(found, prompts, caption_column)
     sizes = sorted(made.sizes, key=lambda size: (size[0] * size[1], size))
     return Survey(
         place=found.place,

@@ -107,9 +107,7 @@ def upscale(
     targets = None if folder is None else _targets(sources, folder)
     chosen = (protocol or ProtocolRecipe()).prompted(prompts)
     captions = make_captions(chosen)
-    texts, extras = _beside(sources, ADAPTER if captions else chosen.prompts, adapter.extras)
-    texts = None if texts is None else [with_suffix(text, chosen.prompt_suffix) for text in texts]
-    work = _Work(adapter, sources, texts, extras, captions, seed, color_fix)
+    work = _Work(adapter, sources, *_beside(sources, chosen, adapter.extras), captions, seed, color_fix)
     if folder is None or targets is None:
         _refuse_unreadable(work)
         return [to_pil(work.result(index, work.batch(index))) for index in range(len(sources))]
@@ -308,17 +306,20 @@ def _read(source: Path | Image.Image | Tensor) -> Tensor:
 
 
 def _beside(
-    sources: Sequence[Path | Image.Image | Tensor], prompts: str, names: Sequence[str]
+    sources: Sequence[Path | Image.Image | Tensor], protocol: ProtocolRecipe, names: Sequence[str]
 ) -> tuple[list[str] | None, list[Path] | None]:
-    """Prompts and files of tensors, one an image each; None where there are none."""
-    files = [source for source in sources if isinstance(source, Path)]
+    """Prompts and files of tensors, one an image each; None where there are none, or a captioner writes."""
+    prompts = ADAPTER if protocol.captioner is not None else protocol.prompts
+    files, extras = [source for source in sources if isinstance(source, Path)], None
     if len(files) == len(sources):
         extras = tensor_files(files, names)
         check_tensors(extras or [], names)
-        return resolve_prompts(files, prompts), extras
-    if prompts in (SIDECAR, METADATA):
+    elif prompts in (SIDECAR, METADATA):
         raise UserError(f"prompts '{prompts}' are files beside images, and a PIL image has none: give one text for all")
-    return resolve_prompts([Path()] * len(sources), prompts), None  # no file is looked for
+    else:
+        files = [Path()] * len(sources)  # no file is looked for
+    texts = resolve_prompts(files, prompts, column=protocol.caption_column)
+    return None if texts is None else [with_suffix(text, protocol.prompt_suffix) for text in texts], extras
 
 
 def _targets(sources: Sequence[Path | Image.Image | Tensor], output: Path) -> list[Path]:

@@ -58,6 +58,9 @@ class ProtocolRecipe(Options):
         description="adapter: its own prompt; sidecar: the .txt beside each image; metadata: metadata.jsonl, or the "
         "dataset's column; captioner: data.captioner; else one text for all",
     )
+    caption_column: str = Field(
+        "text", description="with prompts: metadata; of the texts in metadata.jsonl or in a data set"
+    )
     prompt_suffix: str = Field("", description="follows each text after a comma; not with prompts: adapter")
     captioner: str | None = Field(
         None,
@@ -106,7 +109,6 @@ class SourceRecipe(Options):
     config: str | None = Field(None, description="of a data set: which one, where it has several")
     split: str = Field("train", description="of a data set")
     image_column: str = Field("image", description="of a data set")
-    caption_column: str = Field("text", description="of a data set or metadata.jsonl; with prompts: metadata")
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:

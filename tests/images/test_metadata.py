@@ -9,14 +9,14 @@ from rewardsr.data.folder import Data, open_data
 from rewardsr.data.sidecars import resolve_prompts
 from rewardsr.errors import UserError
 from rewardsr.testing import write_images
-from rewardsr.train.recipe import ProtocolRecipe, SourceRecipe
+from rewardsr.train.recipe import ProtocolRecipe
 
 LIGHT = Light(LightOptions(), 4)
 
 
 def opened(folder: Path, prompts: str = "metadata", column: str = "text", **options) -> Data:
-    sources = [SourceRecipe(path=str(folder), caption_column=column)]
-    return open_data(sources, **{"scale": 4, "crop": 16, "degradation": LIGHT, "prompts": prompts, **options})
+    known = {"scale": 4, "crop": 16, "degradation": LIGHT, "prompts": prompts, "caption_column": column}
+    return open_data(folder, **(known | options))
 
 
 def prompts(folder: Path, **options) -> list[str | None]:
@@ -59,7 +59,7 @@ def test_texts_of_pairs_are_those_of_hq(tmp_path) -> None:
         ('\n{"file_name": "000.png",', "line 2 is not JSON"),
         (
             '{"file_name": "000.png", "caption": "a"}',
-            r"line 1 has no 'text' \(caption, file_name\): set caption_column",
+            r"line 1 has no 'text' \(caption, file_name\): set data\.caption_column",
         ),
         ('{"file_name": "000.png", "text": ["a"]}', "line 1: 'text' is no text"),
         ("[" * 100_000, "line 1 is not JSON"),

@@ -54,9 +54,10 @@ def saved(tmp_path) -> Path:
     return tmp_path / "saved"
 
 
-def opened(dataset: Path | str, crop: int | None = 16, prompts: str = "adapter", **source) -> Data:
+def opened(dataset: Path | str, prompts: str = "adapter", caption_column: str = "text", **source) -> Data:
     made = SourceRecipe(dataset=str(dataset), **source)
-    return open_data([made], scale=4, crop=crop, degradation=LIGHT, prompts=prompts, workers=2)
+    texts = {"prompts": prompts, "caption_column": caption_column}
+    return open_data([made], scale=4, crop=16, degradation=LIGHT, workers=2, **texts)
 
 
 def test_rows_are_images_like_files(saved) -> None:
@@ -109,7 +110,7 @@ def test_other_columns(tmp_path) -> None:
     with pytest.raises(UserError, match="no column 'image' of images: set image_column to one of hr"):
         opened(tmp_path)
     with pytest.raises(
-        UserError, match=r"no column 'text' of texts .*set caption_column to one of its columns \(hr, cap"
+        UserError, match=r"no column 'text' of texts .*set data\.caption_column to one of its columns \(hr, cap"
     ):
         opened(tmp_path, prompts="metadata", image_column="hr")
     with pytest.raises(UserError, match="images have no files beside them: prompts 'metadata'"):
