@@ -166,6 +166,12 @@ def check_tokenizer(where: str, tokenizer: Any, text_encoder: Any) -> None:
             )
 
 
+def encoder_layers(vae: Any) -> list[str]:
+    """Names of the convolutions and projections that an autoencoder encodes with, as OSEDiff adapts them."""
+    layers = [name for name, module in vae.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    return [name for name in layers if name.startswith("encoder.") or name == "quant_conv"]
+
+
 def _first(keys: list[str]) -> str:
     return f"{keys[0]} and {len(keys) - 1} more" if len(keys) > 1 else keys[0]
 

@@ -12,7 +12,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rewardsr.adapters._networks import load_network
+from rewardsr import lora
+from rewardsr.adapters._networks import encoder_layers, load_network
 from rewardsr.adapters.stable_diffusion import Parts, Scale, StableDiffusion, check_fit, load_parts, parts_of
 from rewardsr.batch import Condition
 from rewardsr.draws import Source, draw
@@ -21,6 +22,7 @@ from rewardsr.hub.fetch import fetch
 from rewardsr.lora.layers import delta
 from rewardsr.lora.pairs import Pair, even, floats, side_by_side
 from rewardsr.options import FOR_LORA
+from rewardsr.run_folder import FULL, LORA
 from rewardsr.storage import expand
 from rewardsr.weights import read_pickle
 
@@ -41,8 +43,9 @@ class OSEDiff(StableDiffusion):
         scale: Scale = 4
         weights: str | None = Field(
             None,
-            description="what was trained on the base: a released `.pkl` (OSEDiff, GDPO-SR; read without running code, "
-            "merged in float32), or a folder or Hub id with merged `unet/` and, where it was trained, `vae/`",
+            description="what was trained on the base: a folder or Hub id with merged `unet/` and, where it was "
+            "trained, `vae/`; or, merged in float32, the folder of a run (trainer naosd) or its LoRA, or a released "
+            "`.pkl` (OSEDiff, GDPO-SR; read without running code)",
         )
         noise_t: int | None = Field(
             None,
@@ -64,13 +67,17 @@ class OSEDiff(StableDiffusion):
         identity, released, weights = base, None, options.weights
         if weights is not None:
             identity = f"{base} + {weights}"
-            if expand(weights).is_file():
+            if _is_run(weights):
+                trained = cls(parts, base, options)
+                lora.load(trained, weights)
+                lora.merge(trained)
+            elif expand(weights).is_file():
                 released = str(expand(weights))
                 _merge_release(parts.unet, parts.vae, Path(released))
             else:
                 folder, _ = fetch(weights, "weights", ("unet", "vae"))
                 if not (folder / "unet").is_dir():
-                    raise UserError(f"weights '{weights}': expected a released .pkl, or a folder with unet/")
+                    raise UserError(f"weights '{weights}': expected a run, a released .pkl, or a folder with unet/")
                 parts.unet = load_network(folder / "unet")
                 if (folder / "vae").is_dir():
                     parts.vae = load_network(folder / "vae")
@@ -106,6 +113,7 @@ class OSEDiff(StableDiffusion):
             if time is not None and not 0 <= time <= self.schedule.last:
                 raise UserError(f"{option} is {time}, expected 0 to {self.schedule.last}")
         self.steps, self.noise_t = (net_t,), options.noise_t
+        self.encoder_targets = {"vae": encoder_layers(self.vae)}
 
     def _start(self, condition: Condition, generator: Source | None) -> Tensor:
         if self.noise_t is None or generator is None:
@@ -138,8 +146,14 @@ class OSEDiff(StableDiffusion):
                 or not torch.allclose(current.float().cpu(), tensor, atol=1e-2)
             ):
                 raise UserError(f"'{path}' was trained on another base: its frozen {name} differs from this one's")
-        lora = even({("unet", module): side_by_side(several) for module, several in pairs.items()})
-        return dict(lora.tensors), lora.rank, lora.alpha
+        found = even({("unet", module): side_by_side(several) for module, several in pairs.items()})
+        return dict(found.tensors), found.rank, found.alpha
+
+
+def _is_run(weights: str) -> bool:
+    """Whether it is the folder of a run, or a file of one."""
+    path = expand(weights)
+    return path.suffix == ".safetensors" or any((path / name).is_file() for name in (LORA, FULL))
 
 
 def _merge_release(unet: Any, vae: Any, path: Path) -> None:

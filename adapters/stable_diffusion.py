@@ -332,7 +332,8 @@ class StableDiffusion(ISRAdapter):
         )
 
     def _predict(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        return self.unet(z_t.to(self.dtype), t, condition.text.to(self.dtype)).sample
+        precision = precision_of(self.unet)
+        return self.unet(z_t.to(precision), t, condition.text.to(precision)).sample
 
     def _to_latents(self, image: Tensor, generator: Source | None) -> Tensor:
         encoded = self.vae.encode((image * 2 - 1).to(precision_of(self.vae)))

@@ -16,8 +16,9 @@ bf16 network into float32 and back.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
@@ -59,6 +60,8 @@ class ISRAdapter(ABC):
         trainable: those of them that a LoRA sits on.
         encoders: those that `encode` uses: a LoRA there changes the condition, and with it what the reference sees.
         lora_targets: for each of them the module names (suffixes) that the papers adapt.
+        encoder_targets: for components of `encoders` that no LoRA sits on otherwise, names of the modules that
+            supervised training adapts besides.
         base_model: which weights these are.
         licence: licence of the base weights as far as the adapter knows.
         released: file of the family's own form whose LoRA was merged into the base, if there was one.
@@ -82,6 +85,7 @@ class ISRAdapter(ABC):
     trainable: dict[str, nn.Module]
     encoders: ClassVar[tuple[str, ...]] = ("vae",)
     lora_targets: dict[str, Sequence[str]]
+    encoder_targets: Mapping[str, Sequence[str]] = MappingProxyType({})
     base_model: BaseModel
     licence: str = "unknown"
     released: str | None = None

@@ -106,7 +106,7 @@ def finetune(
         bool, typer.Option("--dry-run", help="one step: time, peak memory, what would be saved")
     ] = False,
 ) -> None:
-    """Train a LoRA for a pipeline with rewards."""
+    """Train a LoRA for a pipeline: with rewards, or a one-step base towards HQ images (trainer naosd)."""
     from rewardsr.train.recipe import load_recipe, parse_rewards
 
     overrides: dict[str, Any] = {

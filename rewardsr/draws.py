@@ -7,6 +7,7 @@ a test can replay recorded noise.
 
 import hashlib
 from collections.abc import Sequence
+from copy import copy
 from typing import Protocol
 
 import torch
@@ -20,6 +21,10 @@ class Source(Protocol):
 
     def take(self, shape: tuple[int, ...], high: int | None) -> Tensor:
         """Next numbers of this shape: N(0, 1) float32, or int64 in [0, high) where `high` is given."""
+        ...
+
+    def rows(self, rows: slice) -> "Source":
+        """A source for some rows of the batch: what they draw from it is what they would have drawn from the whole."""
         ...
 
 
@@ -50,6 +55,12 @@ class Draws:
             parts = [torch.randint(high, each, generator=own) for own in self._generators]
         return torch.cat(parts)
 
+    def rows(self, rows: slice) -> "Draws":
+        """The generators of some samples, which go on here and there alike."""
+        part = copy(self)
+        part._generators = self._generators[rows]
+        return part
+
 
 class Replay:
     """A source that gives back recorded tensors in order; for agreement with recorded runs.
@@ -73,6 +84,10 @@ class Replay:
         if tensor.numel() != torch.Size(shape).numel():
             raise ValueError(f"replay holds {tuple(tensor.shape)} next, but {shape} was asked for")
         return tensor.reshape(shape)
+
+    def rows(self, rows: slice) -> "Replay":
+        """The same rows of all recorded tensors that are left."""
+        return Replay([tensor[rows] for tensor in self._recorded])
 
     @property
     def left(self) -> int:

@@ -2,12 +2,13 @@
 
 RECIPE = "recipe.yaml"
 LORA = "pytorch_lora_weights.safetensors"
+FULL = "full_weights.safetensors"  # weights of the base that were trained themselves, where there are any
 METRICS = "metrics.jsonl"
 LOCK = ".lock"  # while a process trains there
 VALIDATION = "validation"
 READY = "hub"  # what a push that found no connection has made ready
 
-CHECKPOINTS = "checkpoints"  # a folder a step, with LORA and these
+CHECKPOINTS = "checkpoints"  # a folder a step, with LORA, FULL and these
 TRAINED = "trained.safetensors"
 METHOD_STATE = "method.safetensors"
 MOMENTS = "optimiser.safetensors"

@@ -13,6 +13,7 @@ from _data import DATA
 from safetensors.torch import save_file
 
 from rewardsr.testing import tiny_pipeline, write_images
+from rewardsr.train.prepare import method_class
 
 STEPS = 3
 SAMPLER = 5  # steps of the samplers: RFSR's early window is then 0 and 1, its late one 4, and 2 and 3 are in neither
@@ -41,19 +42,21 @@ class Row:
     refused_by: Mapping[str, str] = field(default_factory=dict)
 
 
+MANY = {"naosd": "pipelines of one step"}
 ROWS = (
     Row("osediff", "osediff", "sd", {"noise_t": 250, "net_t": 100}),
     Row("osediff without noise", "osediff", "sd", {}, refused_by={"gdpo": "noise_t"}),
-    Row("seesr, tagger", "seesr", "seesr", {"steps": SAMPLER, "tagger": "taggers:Means"}),
-    Row("seesr, files", "seesr", "seesr", {"steps": SAMPLER}, extras=True),
-    Row("sd_upscaler", "sd_upscaler", "upscaler", {"steps": SAMPLER}),
-    Row("stablesr", "stablesr", "stablesr", {"steps": SAMPLER}),
-    Row("flow", "rewardsr.testing.flow:TinyFlow", "flow", {"steps": SAMPLER, "guidance": 1.5}),
+    Row("seesr, tagger", "seesr", "seesr", {"steps": SAMPLER, "tagger": "taggers:Means"}, refused_by=MANY),
+    Row("seesr, files", "seesr", "seesr", {"steps": SAMPLER}, extras=True, refused_by=MANY),
+    Row("sd_upscaler", "sd_upscaler", "upscaler", {"steps": SAMPLER}, refused_by=MANY),
+    Row("stablesr", "stablesr", "stablesr", {"steps": SAMPLER}, refused_by=MANY),
+    Row("flow", "rewardsr.testing.flow:TinyFlow", "flow", {"steps": SAMPLER, "guidance": 1.5}, refused_by=MANY),
 )
 
 # What each trainer gets besides its defaults; the narrow VGG19 is here so that RFSR's style term runs.
 TRAINERS: dict[str, dict[str, Any]] = {
     "gdpo": {"group_size": 2},
+    "naosd": {"full": "none", "lpips_weight": 0},
     "rfsr": {"vgg": str(DATA / "vgg19_narrow.safetensors")},
 }
 
@@ -90,7 +93,7 @@ def recipe(row: Row, trainer: str, base: str, folder: Path, **changes: Any) -> d
         "adapter_options": dict(row.options),
         "trainer": trainer,
         "trainer_options": TRAINERS[trainer],
-        "rewards": [{"name": "detail"}],
+        "rewards": [{"name": "detail", "weight": int(method_class(trainer).rewarded)}],
         "guards": ["psnr"],
         "data": {"train": str(folder / "train"), "validation": str(folder / "held-out"), "crop": CROP},
         "optimiser": {"learning_rate": 1e-3},

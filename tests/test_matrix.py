@@ -16,9 +16,10 @@ import rewardsr
 from rewardsr import Draws, UserError, load_adapter, lora, run_folder
 from rewardsr.data.degrade.contract import make_degradation
 from rewardsr.data.folder import open_data
+from rewardsr.options import parse
 from rewardsr.plugins import names
 from rewardsr.train import finetune
-from rewardsr.train.prepare import Setup
+from rewardsr.train.prepare import Setup, method_class
 from rewardsr.train.recipe import DegradationRecipe
 
 PAIRS = [(trainer, row) for trainer in TRAINERS for row in ROWS if trainer not in row.refused_by]
@@ -91,6 +92,9 @@ def check_log(trainer: str, row: Row, run: Path, sampler: int) -> None:
     if trainer == "gdpo":
         assert min(line["group/pixel_std"] for line in steps) > 0
         return
+    if trainer == "naosd":
+        assert min(line[f"loss/{term}"] for line in steps for term in ("mse", "vsd", "fake")) > 0
+        return
     shares = [(line["share/structure"], line["share/reward"]) for line in steps]
     if sampler == 1:
         assert set(shares) == {(1, 1)}, "a single step is early and late"
@@ -129,11 +133,13 @@ def check_base(trained: rewardsr.ISRAdapter, fresh: rewardsr.ISRAdapter) -> None
 def check_lora(run: Path, adapter: rewardsr.ISRAdapter, content: dict[str, Any]) -> None:
     """The LoRA of the run is finite, and has left the start that its seed gives it in every part of the pipeline."""
     tensors = load_file(run / run_folder.LORA)
-    lora.attach(adapter, seed=content["seed"])
+    kind = method_class(content["trainer"])
+    targets = kind.lora_targets(adapter, parse(kind.Options, content["trainer_options"], "options"))
+    lora.attach(adapter, seed=content["seed"], targets=targets)
     start = lora.state_dict(adapter)
     assert tensors.keys() == start.keys()
     assert all(value.isfinite().all() for value in tensors.values())
-    for component in adapter.trainable:
+    for component in targets:
         own = [name for name in tensors if name.startswith(f"{component}.")]
         still = [name for name in own if ".lora_B." in name and torch.equal(tensors[name], start[name])]
         assert own and not still, f"{component}: {len(still)} of {len(own)} tensors did not move: {still[:3]}"

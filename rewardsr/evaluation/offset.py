@@ -15,7 +15,7 @@ from rewardsr.adapter import ISRAdapter
 from rewardsr.batch import Batch
 from rewardsr.draws import Draws
 from rewardsr.errors import UserError
-from rewardsr.lora.layers import attached, reference
+from rewardsr.lora.layers import reference, tuned
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def latent_offset(adapter: ISRAdapter, images: Iterable[Batch], seed: int = 0) -
     Raises:
         UserError: there is no LoRA, or there are no images.
     """
-    if not attached(adapter):
+    if not tuned(adapter):
         raise UserError("a latent offset is that of a LoRA, and this pipeline carries none: load one first")
 
     def latents(place: int, batch: Batch) -> Tensor:

@@ -27,7 +27,7 @@ from rewardsr.errors import TrainingError, UserError, is_out_of_memory
 from rewardsr.evaluation.pictures import Cell, comparison_row, shown, write_grid
 from rewardsr.evaluation.report import CONFIDENCE, Comparison, Evaluation
 from rewardsr.evaluation.upscale import upscale_tensor
-from rewardsr.lora.layers import attached, reference
+from rewardsr.lora.layers import reference, tuned
 from rewardsr.rewards import build
 from rewardsr.rewards.base import Reward
 from rewardsr.run_folder import VALIDATION
@@ -98,7 +98,7 @@ def evaluate(
     Raises:
         UserError: there is no LoRA, the folder or a metric cannot be had, or as of `HeldOut`.
     """
-    if not attached(adapter):
+    if not tuned(adapter):
         raise UserError("evaluate compares base and tuned, and this pipeline carries no LoRA: load one first")
     chosen = (protocol or ProtocolRecipe()).prompted(prompts)
     folder = open_images(chosen, data, adapter.scale, adapter.extras)

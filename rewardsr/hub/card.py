@@ -89,7 +89,8 @@ def build_card(
         rank=about["rank"],
         alpha=f"{float(about['alpha']):g}",
         seed=recipe.seed,
-        rewards="\n".join(f"| `{kept.name}` | {kept.weight:g} | {licence_of(kept.name)} |" for kept in recipe.rewards),
+        rewards="\n".join(f"| `{kept.name}` | {kept.weight:g} | {licence_of(kept.name)} |" for kept in recipe.rewards)
+        or "| none: trained towards HQ images | | |",
         elsewhere=SECTIONS.get(recipe.adapter, SECTIONS["diffusers"]).substitute(repo=repo, file=LORA),
         licence=licence or "not stated where it was loaded from",
         citation=_citation(recipe.trainer),
@@ -198,7 +199,7 @@ def _results(recipe: Recipe, scores: Evaluation | None, run: Path) -> str:
     pictured = any((run / VALIDATION).glob("*.png"))
     return SECTIONS["measured"].substitute(
         images=len(scores.images),
-        steering=", ".join(f"`{name}`" for name in steering),
+        steering=", ".join(f"`{name}`" for name in steering) or "HQ images alone",
         watched=", ".join(f"`{name}`" for name in watched) or "nothing",
         table=markdown(scores),
         picture=f"![LQ enlarged, base, tuned and HQ]({SAMPLES}/validation.png)" if pictured else "",

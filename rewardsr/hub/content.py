@@ -12,7 +12,7 @@ from rewardsr.errors import UserError, one_line
 from rewardsr.hub.fetch import LARGEST, check_lora
 from rewardsr.options import parse
 from rewardsr.places import without_places
-from rewardsr.run_folder import LORA, METRICS, RECIPE, SAMPLES, VALIDATION
+from rewardsr.run_folder import FULL, LORA, METRICS, RECIPE, SAMPLES, VALIDATION
 from rewardsr.storage import read_bytes
 from rewardsr.train.log import LARGEST_LOG, step_of
 from rewardsr.train.recipe import Recipe, load_recipe, to_yaml
@@ -48,6 +48,11 @@ def read_run(run: Path, keep_paths: bool = False) -> tuple[dict[str, bytes], lis
     if not (run / RECIPE).is_file():
         raise UserError(f"'{run}' is not the folder of a run: no {RECIPE}")
     recipe = load_recipe(str(run / RECIPE), {}, [])
+    if (run / FULL).is_file():
+        raise UserError(
+            f"the run in '{run}' trained weights in full, and what is published is a LoRA: publish its networks, as "
+            "export --format merged writes them"
+        )
     if not (run / LORA).is_file():
         raise UserError(f"the run in '{run}' has no {LORA}: it is not finished; go on with finetune --resume")
     check_lora(run / LORA, f"'{run / LORA}'")

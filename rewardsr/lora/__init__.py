@@ -5,6 +5,7 @@ from rewardsr.lora.file import load_several as load_several
 from rewardsr.lora.file import locate as locate
 from rewardsr.lora.file import read as read
 from rewardsr.lora.file import save as save
+from rewardsr.lora.full import train_in_full as train_in_full
 from rewardsr.lora.layers import NAME as NAME
 from rewardsr.lora.layers import active as active
 from rewardsr.lora.layers import attach as attach

@@ -6,10 +6,11 @@ from torch import nn
 
 from rewardsr.adapter import ISRAdapter
 from rewardsr.errors import UserError
-from rewardsr.lora import layers
+from rewardsr.lora import full, layers
 from rewardsr.lora.file import described, held, put, save
 from rewardsr.lora.formats import FORMATS
 from rewardsr.lora.layers import NAME
+from rewardsr.lora.pairs import Lora
 from rewardsr.lora.targets import tensor_shapes
 from rewardsr.run_folder import DIFFUSERS_HEADER
 from rewardsr.storage import expand, write_folder
@@ -30,10 +31,17 @@ def export(adapter: ISRAdapter, output: Path | str, form: str, *, name: str = NA
         The folder.
 
     Raises:
-        UserError: unknown format, a folder that exists, or a LoRA that the format cannot hold.
+        UserError: unknown format, a folder that exists, a LoRA that the format cannot hold, or weights trained in full
+            beside it, which only merged networks have.
     """
     folder = check_output(output, form)
-    given = held(adapter, name)
+    in_full = full.names(adapter)
+    if in_full and form != "merged":
+        raise UserError(
+            f"{in_full[0]} was trained in full, and {form}'s form holds a LoRA alone: export --format merged, or train "
+            "with trainer_options.full=none"
+        )
+    given = held(adapter, name) if layers.attached(adapter, name) or not in_full else Lora({}, 1, 1.0)
     others = [other for other in layers.names(adapter) if other != name]
     if form == "merged" and others:
         raise UserError(f"merged networks hold one LoRA: merge or detach {', '.join(others)} first")

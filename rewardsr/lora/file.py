@@ -1,4 +1,7 @@
-"""The file of a LoRA: written, found, read and checked against the base that it belongs to."""
+"""The file of a LoRA: written, found, read and checked against the base that it belongs to.
+
+What else a method trains, weights of the base in full, lies in a file beside it (`rewardsr.lora.full`) and goes along.
+"""
 
 import json
 import logging
@@ -15,7 +18,7 @@ from rewardsr.adapter import BaseModel, ISRAdapter
 from rewardsr.errors import UserError, shown
 from rewardsr.hub import fetch
 from rewardsr.json_object import parse_object
-from rewardsr.lora import layers
+from rewardsr.lora import full, layers
 from rewardsr.lora.fingerprint import differing, is_early, matches_early, same_base
 from rewardsr.lora.foreign import VARIATIONS, check_settings
 from rewardsr.lora.layers import NAME
@@ -37,10 +40,17 @@ def file_name(name: str = NAME) -> str:
 def save(adapter: ISRAdapter, folder: Path | str, name: str = NAME) -> Path:
     """Write the LoRA, its strength taken in, to its file in `folder` in one atomic step; returns the file.
 
+    Weights that were trained in full go into another; it is returned where there is no LoRA.
+
     Raises:
-        UserError: the pipeline does not carry it.
+        UserError: the pipeline carries neither.
     """
-    path, given = Path(folder) / file_name(name), held(adapter, name)
+    path, beside = Path(folder) / file_name(name), Path(folder) / run_folder.FULL
+    if full.names(adapter):
+        full.save(adapter, beside, _about(adapter))
+        if not layers.attached(adapter, name):
+            return beside
+    given = held(adapter, name)
     write_safetensors(path, dict(given.tensors), header(adapter, given, name=name))
     return path
 
@@ -61,6 +71,8 @@ def load(
 ) -> None:
     """Attach a saved LoRA (or put it into the one of that name that is attached).
 
+    What was trained in full beside it is loaded, too; a run may have left that alone.
+
     Args:
         adapter: the pipeline that it was trained on.
         source: the file, the folder of a run, or "user/name[@revision]" on the Hub; a pickle only where the pipeline's
@@ -74,10 +86,24 @@ def load(
     """
     _check_strength(scale)
     path = locate(source, name)
+    beside = path.with_name(run_folder.FULL)
+    if path == beside:
+        _load_full(adapter, beside, scale, force_base)
+        return
     given = read(adapter, path, force_base)
+    if given.in_full:
+        _load_full(adapter, beside, scale, force_base)
     put(adapter, given, f"LoRA '{path}'", name)
     layers.set_scale(adapter, scale, name)
     _compare_options(adapter, {path: given})
+
+
+def _load_full(adapter: ISRAdapter, path: Path, scale: float, force_base: bool) -> None:
+    def check(theirs: BaseModel) -> None:
+        if not force_base:
+            _check_base(adapter, path, theirs)
+
+    full.load(adapter, path, scale, check)
 
 
 def load_several(adapter: ISRAdapter, parts: Sequence[tuple[Path | str, float]], force_base: bool = False) -> None:
@@ -94,7 +120,9 @@ def load_several(adapter: ISRAdapter, parts: Sequence[tuple[Path | str, float]],
     for _, weight in parts:
         _check_strength(weight)
     paths = [locate(source) for source, _ in parts]
-    loras = [read(adapter, path, force_base) for path in paths]
+    loras = [read(adapter, path, force_base) for path in paths if path.name != run_folder.FULL]
+    if len(loras) < len(paths) or any(one.in_full for one in loras):
+        raise UserError("weights that were trained in full cannot be combined: load a run that has some alone")
     first = loras[0]
     if any(one.tensors.keys() != first.tensors.keys() for one in loras):
         raise UserError("these LoRAs sit on different modules, and cannot be combined")
@@ -171,12 +199,15 @@ def _check_strength(scale: float) -> None:
 def locate(source: Path | str, name: str = NAME) -> Path:
     """The file of a LoRA: given as such, as the folder of a run, or as "user/name[@revision]" on the Hub.
 
+    Of a run that trained weights in full, and no LoRA, it is the file of these.
+
     Raises:
         UserError: there is none, or the Hub does not give it.
     """
     path = fetch.fetch_lora(str(source)) if fetch.is_reference(str(source)) else expand(source)
     if path.is_dir():
-        path = path / file_name(name)
+        alone = (path / run_folder.FULL).is_file() and not (path / file_name(name)).is_file()
+        path = path / (run_folder.FULL if alone else file_name(name))
     if not path.is_file():
         raise UserError(f"no LoRA at '{path}'")
     return path
@@ -247,7 +278,7 @@ def described(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, st
         }
     except (UserError, TypeError, KeyError) as error:
         raise UserError(f"'{path}' has a damaged header: {error}") from error
-    return Lora(tensors, rank, alpha, targets or None, options), theirs
+    return Lora(tensors, rank, alpha, targets or None, options, about.get("in_full") is True), theirs
 
 
 def _names(value: Any) -> list[str]:
@@ -285,8 +316,6 @@ def header(adapter: ISRAdapter, given: Lora, only: Iterable[str] | None = None, 
         only: the components whose tensors are in the file; all by default.
         name: of the LoRA.
     """
-    from rewardsr import __version__
-
     configs = _configs(adapter, name)
     diffusers: dict[str, Any] = {}
     for component in configs if only is None else only:
@@ -294,19 +323,26 @@ def header(adapter: ISRAdapter, given: Lora, only: Iterable[str] | None = None, 
         diffusers |= {
             f"{component}.{key}": sorted(value) if isinstance(value, set) else value for key, value in config.items()
         }
-    about = {
-        "version": __version__,
-        "adapter": adapter.name,
-        "licence": adapter.licence,
-        "base": asdict(adapter.base_model),
-        "rank": given.rank,
-        "alpha": given.alpha,
-        "options": _options(adapter),
-    }
+    about = {**_about(adapter), "rank": given.rank, "alpha": given.alpha}
+    if full.names(adapter):
+        about["in_full"] = True
     return {
         DIFFUSERS_HEADER: json.dumps(diffusers, sort_keys=True, default=str),
         OUR_HEADER: json.dumps(about, sort_keys=True),
         "format": "pt",
+    }
+
+
+def _about(adapter: ISRAdapter) -> dict[str, Any]:
+    """Which pipeline a file belongs to."""
+    from rewardsr import __version__
+
+    return {
+        "version": __version__,
+        "adapter": adapter.name,
+        "licence": adapter.licence,
+        "base": asdict(adapter.base_model),
+        "options": _options(adapter),
     }
 
 

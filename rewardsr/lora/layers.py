@@ -8,7 +8,7 @@ float32 even on a bf16 base. A tensor is named as in the file: component, module
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rewardsr.adapter import ISRAdapter
 from rewardsr.errors import UserError
+from rewardsr.lora import full
 from rewardsr.lora.pairs import LARGEST_RANK, floats
 from rewardsr.lora.targets import target_shapes
 
@@ -107,6 +108,11 @@ def attached(adapter: ISRAdapter, name: str = NAME) -> bool:
     return next(_layers(adapter, name), None) is not None
 
 
+def tuned(adapter: ISRAdapter) -> bool:
+    """Whether the pipeline is another than its base: it carries our LoRA, or weights that were trained in full."""
+    return attached(adapter) or bool(full.names(adapter))
+
+
 def parameters(adapter: ISRAdapter, name: str = NAME) -> dict[str, nn.Parameter]:
     """The LoRA's tensors by their names in the file, in a fixed order; empty where the pipeline does not carry it."""
     found = {
@@ -130,26 +136,29 @@ def parameters_of(network: nn.Module, name: str = NAME) -> dict[str, nn.Paramete
 def reference(adapter: ISRAdapter, *off: str) -> AbstractContextManager[None]:
     """Inside, these LoRAs (by default the one named "rewardsr") are off and the others as they are.
 
-    So the pipeline is what it was before they were trained, without a second network. Never back-propagate inside:
-    their gradients would be zero, silently.
+    So the pipeline is what it was before they were trained, without a second network. Weights that were trained in full
+    go with the LoRA named "rewardsr". Never back-propagate inside: their gradients would be zero, silently.
     """
-    return _switched(adapter, lambda on: [name for name in on if name not in (off or (NAME,))])
+    gone = off or (NAME,)
+    return _switched(adapter, lambda on: [name for name in on if name not in gone], NAME not in gone)
 
 
 def only(adapter: ISRAdapter, *on: str) -> AbstractContextManager[None]:
     """Inside, exactly these LoRAs are on; without any, the pipeline is its base.
+
+    Weights that were trained in full go with the LoRA named "rewardsr".
 
     Raises:
         UserError: the pipeline does not carry one of them.
     """
     for name in on:
         _require(adapter, name)
-    return _switched(adapter, lambda _: sorted(on))
+    return _switched(adapter, lambda _: sorted(on), NAME in on)
 
 
 @contextmanager
-def _switched(adapter: ISRAdapter, choose: Callable[[list[str]], list[str]]) -> Iterator[None]:
-    """Inside, each layer uses the LoRAs that are chosen from those that it used.
+def _switched(adapter: ISRAdapter, choose: Callable[[list[str]], list[str]], in_full: bool) -> Iterator[None]:
+    """Inside, each layer uses the LoRAs that are chosen from those that it used; `in_full`: and what was so trained.
 
     Writes the attribute that peft's forward pass reads: `set_adapter` and `enable_adapters` would change requires_grad.
     """
@@ -158,7 +167,8 @@ def _switched(adapter: ISRAdapter, choose: Callable[[list[str]], list[str]]) -> 
         layer._active_adapter = choose(on)
     _set_gates(adapter)
     try:
-        yield
+        with nullcontext() if in_full else full.off(adapter):
+            yield
     finally:
         for layer, on in before:
             layer._active_adapter = on
@@ -193,7 +203,7 @@ def switches(adapter: ISRAdapter) -> tuple[object, ...]:
 
 
 def set_scale(adapter: ISRAdapter, scale: float, name: str = NAME) -> None:
-    """Strength of the LoRA: 0 is the base bit for bit, 1 as trained."""
+    """Strength of the LoRA: 0 is the base bit for bit, 1 as trained. Weights that were trained in full stay."""
     for layer in _layers(adapter, name):
         layer.set_scale(name, scale)
 
@@ -261,16 +271,20 @@ def checked(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]
 def merge(adapter: ISRAdapter, name: str = NAME) -> None:
     """Add the LoRA into the base weights and drop it; other LoRAs stay.
 
+    Weights that were trained in full are the base's from then on.
+
     Raises:
-        UserError: there is no such LoRA, or the base is not in float32 (bf16 loses about a tenth of a LoRA).
+        UserError: there is no such LoRA, nor such weights, or the base is not in float32 (bf16 loses about a tenth of a
+            LoRA).
     """
-    if not attached(adapter, name):
+    if not attached(adapter, name) and not full.names(adapter):
         raise UserError(f"nothing to merge: this pipeline carries no {name} LoRA")
     if adapter.dtype != torch.float32:
         raise UserError("merge in float32: load the adapter with dtype=torch.float32, and cast afterwards")
     for layer in _layers(adapter, name):
         layer.get_base_layer().weight.data += layer.get_delta_weight(name).detach()
     detach(adapter, name)
+    full.settle(adapter)
 
 
 def detach(adapter: ISRAdapter, name: str = NAME) -> None:

@@ -36,6 +36,7 @@ class Lora:
         alpha: B A is scaled by alpha / rank.
         targets: module names (suffixes) by component that it sits on; None: those of the adapter.
         options: of the adapter that it was trained with, as far as it depends on them.
+        in_full: whether weights that were trained in full belong to it, in a file beside its own.
     """
 
     tensors: Mapping[str, Tensor]
@@ -43,6 +44,7 @@ class Lora:
     alpha: float
     targets: Mapping[str, Sequence[str]] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    in_full: bool = False
 
     def pairs(self, weight: float = 1.0) -> dict[Place, Pair]:
         """What each module is changed by, times a weight."""

@@ -1,6 +1,7 @@
 """VGG19 features for style distances: torchvision's network and weights, or a file."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class VGG19(nn.Module):
     def __init__(self, weights: Path | str | None = None) -> None:
         super().__init__()
         path = from_url(OWNER, URL, INSTEAD) if weights is None else local_file(OWNER, weights)
-        self.features = _fitted(Checkpoint(OWNER, path, CLASSIFIER))
+        self.features = convolutions(Checkpoint(OWNER, path, CLASSIFIER), GROUPS)
         self.register_buffer("mean", torch.tensor(MEAN)[:, None, None])
         self.register_buffer("std", torch.tensor(STD)[:, None, None])
         self.requires_grad_(False).eval()
@@ -54,13 +55,22 @@ class VGG19(nn.Module):
         return found
 
 
-def _fitted(checkpoint: Checkpoint) -> nn.Sequential:
-    """The convolutional part for tensors `features.N.weight`, whose shapes say how wide it is."""
+def convolutions(checkpoint: Checkpoint, groups: Sequence[int]) -> nn.Sequential:
+    """The convolutional part of a VGG for tensors `features.N.weight`, whose shapes say how wide it is.
+
+    Args:
+        checkpoint: torchvision's.
+        groups: convolutions between its poolings.
+
+    Raises:
+        UserError: the tensors are not those of such a network.
+    """
     kernels = {name: value for name, value in checkpoint.state.items() if name.endswith(".weight")}
-    if len(kernels) != sum(GROUPS) or any(kernel.ndim != 4 for kernel in kernels.values()):
-        raise checkpoint.unfit(f"expected VGG19's {sum(GROUPS)} convolutions features.N.weight")
+    named = all(re.fullmatch(r"features\.\d+\.weight", name) for name in kernels)
+    if not named or len(kernels) != sum(groups) or any(kernel.ndim != 4 for kernel in kernels.values()):
+        raise checkpoint.unfit(f"expected VGG{sum(groups) + 3}'s {sum(groups)} convolutions features.N.weight")
     widths = iter([len(kernels[name]) for name in sorted(kernels, key=lambda name: int(name.split(".")[1]))])
-    plan: list[Any] = [entry for group in GROUPS for entry in (*(next(widths) for _ in range(group)), "M")]
+    plan: list[Any] = [entry for group in groups for entry in (*(next(widths) for _ in range(group)), "M")]
     with torch.device("meta"):  # without storage, and without draws for weights that are replaced anyway
         layers: nn.Sequential = make_layers(plan)
     for module in layers:

@@ -7,7 +7,15 @@ written from the contract alone.
 
 from rewardsr.draws import Replay
 from rewardsr.testing.checks import check_adapter, check_reward
-from rewardsr.testing.networks import tiny_pipeline, write_images
+from rewardsr.testing.networks import tiny_pipeline, untrained_pipeline, write_images
 from rewardsr.testing.trainer_checks import check_trainer
 
-__all__ = ["Replay", "check_adapter", "check_reward", "check_trainer", "tiny_pipeline", "write_images"]
+__all__ = [
+    "Replay",
+    "check_adapter",
+    "check_reward",
+    "check_trainer",
+    "tiny_pipeline",
+    "untrained_pipeline",
+    "write_images",
+]

@@ -1,6 +1,7 @@
 """Tiny real pipelines and images, for tests: diffusers networks of random weights, in diffusers' folder layout."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from rewardsr.adapters._sft import StructEncoder, add_modulation
+from rewardsr.adapters.stable_diffusion import PARTS
 from rewardsr.data.images import write_image
+from rewardsr.hub.fetch import EMBEDDED, fetch
+from rewardsr.json_object import read_object
 
 TEXT_WIDTH = 16
 
@@ -54,6 +58,26 @@ def tiny_pipeline(folder: Path | str, seed: int = 0, autoencoder: str = "kl", fa
         (folder / "model_index.json").write_text(json.dumps(index, indent=2))
     for name, component in components.items():
         component.save_pretrained(folder / name)
+    return folder
+
+
+def untrained_pipeline(folder: Path | str, base: str = EMBEDDED, seed: int = 0) -> Path:
+    """Write a Stable Diffusion pipeline whose UNet has random weights again, for trainings from nothing.
+
+    Args:
+        folder: where to; must not exist.
+        base: whose sizes, autoencoder and text encoder it has: a diffusers folder, or "embedded".
+        seed: of the weights.
+
+    Returns:
+        The folder.
+    """
+    source, folder = fetch(base, "base", PARTS)[0], Path(folder)
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("unet"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = diffusers.UNet2DConditionModel.from_config(read_object(source / "unet" / "config.json"))
+    unet.save_pretrained(folder / "unet")
     return folder
 
 

@@ -79,8 +79,10 @@ class _Check:
         if not (isinstance(self.kind.Options, type) and issubclass(self.kind.Options, Options)):
             yield NOT_STRICT
             return
-        if not lora.attached(self.adapter):
-            lora.attach(self.adapter)
+        options = parse(self.kind.Options, self.options, "options")
+        targets = self.kind.lora_targets(self.adapter, options)
+        if targets and not lora.attached(self.adapter):
+            lora.attach(self.adapter, targets=targets)
         method = self.make()
         yield from self.group_problems(method)
         group = method.prepare(self.batch, self.draws("group"))

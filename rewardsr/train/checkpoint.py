@@ -51,7 +51,8 @@ class State:
 def save(run: Path, method: Method, optimiser: torch.optim.Optimizer, state: State, keep: int) -> Path:
     """Write `run/checkpoints/step-N` and drop all but the last `keep`; returns the folder.
 
-    The LoRA there is the one to use; the weights being trained, which may be others, lie beside it.
+    The LoRA there, and what was trained in full, are those to use; the weights being trained, which may be others, lie
+    beside them.
     """
     path = run / CHECKPOINTS / f"step-{state.step:08d}"
     if path.exists():  # due for more than one reason

@@ -10,6 +10,7 @@ from torch import Tensor
 from rewardsr.adapter import ISRAdapter
 from rewardsr.draws import Draws
 from rewardsr.errors import UserError, one_line
+from rewardsr.lora import full
 from rewardsr.lora.layers import add_gates
 from rewardsr.train.prepare import Setup
 
@@ -49,7 +50,7 @@ def check_one_path(setup: Setup) -> None:
     indices = list(range(recipe.batch_size))
     draws = Draws(recipe.seed, 0, indices, "compile")
     rows = method.micro_batch or method.rows_per_image * recipe.batch_size
-    with _untrained(method.trained_weights()):
+    with _untrained(method.trained_weights()), full.off(adapter):
         try:
             with torch.no_grad():
                 condition = adapter.encode(setup.data.batch(recipe.seed, indices).to(adapter.device), generator=draws)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rewardsr import run_folder
+from rewardsr import lora, run_folder
 from rewardsr.train.checkpoint import State
 from rewardsr.train.loop import step
 from rewardsr.train.memory import choose_micro_batch
@@ -48,10 +48,16 @@ def measure_step(setup: Setup) -> DryRun:
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_resident()
     trainable = sum(parameter.numel() for parameter in setup.method.trained_weights().values())
     run = setup.recipe.output
+    sizes = {run_folder.LORA: 0, run_folder.FULL: 0}
+    for group in setup.method.trained:
+        for name, parameter in group.parameters.items() if group.lora == lora.NAME else ():
+            sizes[run_folder.LORA if ".lora_" in name else run_folder.FULL] += 4 * parameter.numel()
     kept = [value for state in optimiser.state.values() for value in state.values() if torch.is_tensor(value)]
-    # 8 bytes a weight: the LoRA, and the weights being trained.
-    in_checkpoint = 8 * trainable + sum(value.nbytes for value in (*kept, *setup.method.state_dict().values()))
-    would_save = {f"{run}/{run_folder.LORA}": 4 * trainable, f"{run}/{run_folder.CHECKPOINTS}/step-*/": in_checkpoint}
+    # What a run leaves, and the weights being trained.
+    in_checkpoint = sum(sizes.values()) + 4 * trainable
+    in_checkpoint += sum(value.nbytes for value in (*kept, *setup.method.state_dict().values()))
+    would_save = {f"{run}/{file}": size for file, size in sizes.items() if size}
+    would_save[f"{run}/{run_folder.CHECKPOINTS}/step-*/"] = in_checkpoint
     return DryRun(metrics["seconds"], peak / 2**30, trainable, would_save, metrics)
 
 

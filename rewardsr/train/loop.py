@@ -29,7 +29,7 @@ from rewardsr.checks import Gathered, gathered
 from rewardsr.draws import Draws, seed_of
 from rewardsr.errors import TrainingError, UserError, is_out_of_memory
 from rewardsr.evaluation.protocol import HeldOut
-from rewardsr.run_folder import LORA, RECIPE
+from rewardsr.run_folder import RECIPE
 from rewardsr.storage import write_text
 from rewardsr.together import any_process
 from rewardsr.train import checkpoint
@@ -67,7 +67,7 @@ class Result:
     def __str__(self) -> str:
         if not self.finished:
             return f"stopped after step {self.step}; go on with the same command and --resume"
-        return f"finished {self.step} steps; LoRA: {self.output / LORA}"
+        return f"finished {self.step} steps: {self.output}"
 
 
 def train(setup: Setup, run: Path, resume: bool, earlier: Recipe | None = None) -> Result:

@@ -77,6 +77,7 @@ def set_up(recipe: Recipe, *, decode: bool = True) -> Setup:
     accelerator = make_accelerator(device)
     method_kind = method_class(recipe.trainer)
     options = parse(method_kind.Options, recipe.trainer_options, "trainer_options")
+    _check_rewards(recipe, method_kind.rewarded)
     kind = adapter_class(recipe.adapter)
     scale = kind.scale_of(adapter_options(recipe.adapter, recipe.adapter_options))
     # The data is checked before the pipeline is loaded, unless only the pipeline knows its scale.
@@ -88,7 +89,7 @@ def set_up(recipe: Recipe, *, decode: bool = True) -> Setup:
     train, validation = open_folders(recipe, scale, extras)
     rewards = {entry.name: build(entry.name, **entry.options) for entry in recipe.rewards}
     guards = {name: build(name) for name in recipe.guards if name not in rewards}
-    notes = [f"device {device}, base in {str(dtype).removeprefix('torch.')}, LoRA in float32"]
+    notes = [f"device {device}, base in {str(dtype).removeprefix('torch.')}, what is trained in float32"]
     together = partial(everywhere, accelerator)
     share = accelerator.process_index, accelerator.num_processes
     _refuse_without_hq(recipe, method_kind.needs_hq(options), rewards, guards, train, validation)
@@ -122,7 +123,7 @@ def set_up(recipe: Recipe, *, decode: bool = True) -> Setup:
         adapter.encode(train.batch(recipe.seed, [0]))  # says what the family misses of the images
         if validation is not None:
             adapter.encode(next(validation.validation(1, recipe.seed, recipe.data.crop)))
-    _attach(adapter, recipe)
+    _attach(adapter, recipe, method_kind.lora_targets(adapter, options))
     if recipe.gradient_checkpointing:
         notes += [
             f"gradient checkpointing: {name} cannot, and goes without"
@@ -254,13 +255,38 @@ def complete(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"degradation": degradation})})
 
 
-def _attach(adapter: ISRAdapter, recipe: Recipe) -> None:
-    """Our LoRA: a fresh one, or one to start from."""
+def _check_rewards(recipe: Recipe, rewarded: bool) -> None:
+    """Refuse a recipe without rewards for a trainer that they steer, and one that steers where they only watch."""
+    if rewarded and not recipe.rewards:
+        raise UserError(
+            f"trainer '{recipe.trainer}' learns from rewards, and the recipe names none: give it at least one"
+        )
+    steering = [entry.name for entry in recipe.rewards if entry.weight > 0]
+    if steering and not rewarded:
+        raise UserError(
+            f"trainer '{recipe.trainer}' learns from HQ images, and no reward steers it: "
+            f"give '{steering[0]}' weight 0, or name it in guards"
+        )
+
+
+def _attach(adapter: ISRAdapter, recipe: Recipe, targets: Mapping[str, Sequence[str]]) -> None:
+    """Our LoRA: a fresh one, one to start from, or none where there are no targets."""
     own = recipe.lora
     if own.init is None:
-        lora.attach(adapter, own.rank, own.alpha, recipe.seed)
+        if targets:
+            lora.attach(adapter, own.rank, own.alpha, recipe.seed, targets=targets)
         return
+    if not targets:
+        raise UserError(
+            f"lora.init: trainer '{recipe.trainer}' trains no LoRA here, but weights in full: give '{own.init}' to the "
+            "base, as adapter_options.weights"
+        )
     lora.load(adapter, own.init)
+    held = {key.partition(".")[0] for key in lora.parameters(adapter)}
+    if absent := sorted(targets.keys() - held):
+        raise UserError(
+            f"lora.init '{own.init}' has nothing on '{absent[0]}', which trainer '{recipe.trainer}' adapts here, too"
+        )
     rank, alpha = lora.rank_and_alpha(adapter)
     if (rank, alpha) != (own.rank, own.alpha):
         raise UserError(

@@ -271,7 +271,9 @@ class Recipe(Options):
     adapter_options: dict[str, Any] = Field(default_factory=dict)
     trainer: str = Field("gdpo", description="registered name, or module:Name")
     trainer_options: dict[str, Any] = Field(default_factory=dict)
-    rewards: list[RewardRecipe] = Field(min_length=1)
+    rewards: list[RewardRecipe] = Field(
+        default_factory=list, description="what steers the trainer; a supervised one has none that weigh more than 0"
+    )
     guards: list[str] = Field(["psnr", "ssim"], description="metrics watched at validation that do not steer")
     data: DataRecipe
     lora: LoraRecipe = Field(default_factory=LoraRecipe)

@@ -1,8 +1,8 @@
 """What a training method is: `prepare` looks, `losses` learns. The loop that runs it is `rewardsr.train.loop`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Protocol
@@ -55,14 +55,15 @@ class ParameterGroup:
     Attributes:
         name: unique in the method; checkpoints keep weights and moments as `name/key`.
         parameters: by key, in a fixed order, float32.
-        lora: name of the LoRA that they are; None for weights of the base, which are trained in full (`train_in_full`).
+        lora: name of the LoRA that they are. Weights of the base that are trained in full
+            (`rewardsr.lora.train_in_full`) are switched with the LoRA "rewardsr", whether there is one or not.
         clip: largest norm of their gradient; None: the recipe's `optimiser.clip`.
         learning_rate: factor on the recipe's.
     """
 
     name: str
     parameters: Mapping[str, nn.Parameter]
-    lora: str | None = lora.NAME
+    lora: str = lora.NAME
     clip: float | None = None
     learning_rate: float = 1.0
 
@@ -77,6 +78,7 @@ class Method(ABC):
         micro_batch: rows in a network pass; None: all at once. Where the option of that name is "auto", the loop finds
             out how many fit, and changes it where memory runs out later.
         rows_per_image: rows of a pass with gradients that belong to one image; `Groups` sets it.
+        rewarded: whether rewards steer it; a supervised method only watches them.
         differentiates: whether it back-propagates through the rewards; each is then probed before training.
         trains_encoders: whether its losses send gradients through `encode`; if not, a LoRA on the components that
             encode (`ISRAdapter.encoders`) stays as it is.
@@ -92,6 +94,7 @@ class Method(ABC):
     """
 
     Options: ClassVar[type[Options]] = Options
+    rewarded: ClassVar[bool] = True
     differentiates: ClassVar[bool] = False
     trains_encoders: ClassVar[bool] = False
 
@@ -102,6 +105,16 @@ class Method(ABC):
         chosen: int | str | None = getattr(options, "micro_batch", None)
         self.micro_batch = chosen if isinstance(chosen, int) else None
         self.rows_per_image = 1
+
+    @classmethod
+    def lora_targets(cls, adapter: ISRAdapter, options: Any) -> Mapping[str, Sequence[str]]:
+        """What a fresh LoRA sits on, as of `lora.attach`; nothing: the method trains without one.
+
+        Args:
+            adapter: the pipeline.
+            options: of the method.
+        """
+        return {**(adapter.encoder_targets if cls.trains_encoders else {}), **adapter.lora_targets}
 
     @abstractmethod
     def prepare(self, batch: Batch, draws: Source) -> Prepared:
@@ -132,10 +145,14 @@ class Method(ABC):
         """Everything that is trained, by `group/key`."""
         return {f"{group.name}/{key}": value for group in self.trained for key, value in group.parameters.items()}
 
-    @cached_property
-    def reference(self) -> "Reference":
-        """`with method.reference():` is the pipeline without what is trained; see `Reference`."""
-        return Reference(self.adapter, self.trained)
+    def reference(self) -> AbstractContextManager[None]:
+        """Inside, the pipeline is without what is trained, in the same networks: what methods compare with.
+
+        A LoRA that is trained is off, so a run that starts from another LoRA (`lora.init`) is compared with the base,
+        too; weights that are trained in full are as they are in the base, and LoRAs of other names as they were. Never
+        back-propagate inside.
+        """
+        return lora.reference(self.adapter, *dict.fromkeys(group.lora for group in self.trained))
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Refuse images, (height, width) in pixels, that the method cannot take; called before training.
@@ -148,9 +165,9 @@ class Method(ABC):
     def needs_hq(cls, options: Any) -> str | None:
         """What of the method compares with HQ images under these options, in words, with the option; None: nothing.
 
-        Asked before the pipeline is loaded; rewards say so themselves.
+        Asked before the pipeline is loaded; rewards say so themselves. By default a supervised method does.
         """
-        return None
+        return None if cls.rewarded else "supervised training"
 
     def after_update(self) -> None:
         """Called when the optimiser has changed the weights; not for a skipped update."""
@@ -169,56 +186,6 @@ class Method(ABC):
         Raises:
             KeyError: it belongs to other weights.
         """
-
-
-class Reference:
-    """The pipeline without what is trained, in the same networks: the reference that methods compare with.
-
-    A LoRA that is trained is off, so a run that starts from another LoRA (`lora.init`) is compared with the base, too.
-    Networks that are trained in full are as they were before.
-
-    Args:
-        adapter: the pipeline.
-        groups: what is being trained; LoRAs of other names stay as they are.
-    """
-
-    def __init__(self, adapter: ISRAdapter, groups: list[ParameterGroup]) -> None:
-        self._adapter = adapter
-        self._loras = tuple(dict.fromkeys(group.lora for group in groups if group.lora is not None))
-        self._full = [parameter for group in groups if group.lora is None for parameter in group.parameters.values()]
-        self._start = [parameter.detach().clone() for parameter in self._full]
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Inside, nothing that is trained takes part. Never back-propagate inside."""
-        trained = [parameter.data for parameter in self._full]
-        try:
-            for parameter, start in zip(self._full, self._start, strict=True):
-                parameter.data = start
-            with lora.reference(self._adapter, *self._loras) if self._loras else nullcontext():
-                yield
-        finally:
-            for parameter, own in zip(self._full, trained, strict=True):
-                parameter.data = own
-
-
-def train_in_full(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Let the weights of a module of the base be trained themselves, in float32.
-
-    In a network of another precision the module then computes in float32, and gives back the network's.
-
-    Args:
-        module: a layer; its inputs are tensors.
-
-    Returns:
-        Its weights by name, for a `ParameterGroup` with `lora=None`.
-    """
-    precision = next(module.parameters()).dtype
-    module.float().requires_grad_(True)
-    if precision != torch.float32:
-        module.register_forward_pre_hook(lambda _, inputs: tuple(value.float() for value in inputs))
-        module.register_forward_hook(lambda _module, _inputs, output: output.to(precision))
-    return dict(module.named_parameters())
 
 
 @torch.no_grad()

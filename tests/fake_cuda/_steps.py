@@ -13,6 +13,7 @@ import torch
 from _fake import CUDA, FakeCuda, fake_cuda
 from _records import ROOT, Cost, Event
 from accelerate import Accelerator
+from safetensors.torch import save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._mode_utils import no_dispatch
@@ -32,14 +33,13 @@ from rewardsr.draws import Draws
 from rewardsr.evaluation.upscale import upscale_tensor
 from rewardsr.lora import targets
 from rewardsr.options import parse
-from rewardsr.rewards import build
-from rewardsr.rewards.vgg import GROUPS, VGG19
+from rewardsr.rewards import build, lpips, vgg
 from rewardsr.train import loop
 from rewardsr.train import recipe as recipes
 from rewardsr.train.checkpoint import State
 from rewardsr.train.optimiser import make_optimiser
 from rewardsr.train.prepare import Setup, method_class
-from rewardsr.trainers import rfsr
+from rewardsr.trainers import naosd, rfsr
 
 ADAPTERS = ("osediff", "seesr", "stablesr", "sd_upscaler")
 SCALE = 4
@@ -167,20 +167,23 @@ class _Images:
 
 
 def _training(device: FakeCuda, case: Case, folder: Path) -> tuple[Callable[[], Any], Any]:
-    with device.weights():
+    kind, options = method_class(case.trainer), dict(case.options)
+    if case.trainer == "rfsr" and options.get("kl_weight") != 0:
+        options["vgg"] = _write_vgg(folder / "vgg.safetensors", case.size, vgg.GROUPS)
+    if case.trainer == "naosd":
+        options["vgg"] = _write_vgg(folder / "vgg.safetensors", case.size, lpips.GROUPS)
+        options["lpips"] = _write_heads(folder / "heads.safetensors", case.size)
+    given = parse(kind.Options, options, "options")
+    # Quantised weights are told by their type, which here is that of all weights.
+    with device.weights(), mock.patch.object(targets, "Tensor", FakeTensor):
         adapter = make_adapter(case)
-        # Quantised weights are told by their type, which here is that of all weights.
-        with mock.patch.object(targets, "Tensor", FakeTensor):
-            lora.attach(adapter)
+        if sits_on := kind.lora_targets(adapter, given):
+            lora.attach(adapter, targets=sits_on)
         if case.checkpointing:
             adapter.enable_gradient_checkpointing()
-        kind = method_class(case.trainer)
-        options = dict(case.options)
-        if case.trainer == "rfsr" and options.get("kl_weight") != 0:
-            options["vgg"] = _write_vgg(folder / "vgg.safetensors", case.size)
-        rewards = {name: build(name) for name in case.rewards}
-        with mock.patch.object(rfsr, "VGG19", _vgg):
-            method: Any = kind(adapter, rewards, dict.fromkeys(rewards, 1.0), parse(kind.Options, options, "options"))
+        rewards = {name: build(name) for name in case.rewards} if kind.rewarded else {}
+        with mock.patch.object(rfsr, "VGG19", _read(vgg.VGG19)), mock.patch.object(naosd, "LPIPS", _read(lpips.LPIPS)):
+            method: Any = kind(adapter, rewards, dict.fromkeys(rewards, 1.0), given)
         content = {
             "base": "random",
             "output": "nowhere",
@@ -268,14 +271,15 @@ def make_adapter(case: Case) -> Any:
     return adapter.to(torch.device("cuda"), case.dtype)
 
 
-def _write_vgg(path: Path, size: str) -> str:
-    """A file of zeros like torchvision's weights: VGG19 of the real width, or a narrow one."""
-    from safetensors.torch import save_file
+def _widths(size: str) -> tuple[int, ...]:
+    return (64, 128, 256, 512, 512) if size == "sd21" else (4,) * 5
 
-    widths = (64, 128, 256, 512, 512) if size == "sd21" else (4,) * 5
+
+def _write_vgg(path: Path, size: str, groups: tuple[int, ...]) -> str:
+    """A file of zeros like torchvision's weights of a VGG: of the real width, or a narrow one."""
     tensors: dict[str, Tensor] = {}
     place, before = 0, 3
-    for width, count in zip(widths, GROUPS, strict=True):
+    for width, count in zip(_widths(size), groups, strict=True):
         for _ in range(count):
             tensors[f"features.{place}.weight"] = torch.zeros(width, before, 3, 3)
             tensors[f"features.{place}.bias"] = torch.zeros(width)
@@ -285,9 +289,20 @@ def _write_vgg(path: Path, size: str) -> str:
     return str(path)
 
 
-def _vgg(weights: str) -> VGG19:
-    with no_dispatch():  # the file is read as on any machine
-        return VGG19(weights)
+def _write_heads(path: Path, size: str) -> str:
+    """The same for LPIPS's own weights."""
+    save_file({f"lin{n}.model.1.weight": torch.zeros(1, w, 1, 1) for n, w in enumerate(_widths(size))}, path)
+    return str(path)
+
+
+def _read(kind: type[torch.nn.Module]) -> Callable[..., torch.nn.Module]:
+    """A network of weights from files, which are read as on any machine."""
+
+    def made(*files: str) -> torch.nn.Module:
+        with no_dispatch():
+            return kind(*files)
+
+    return made
 
 
 # ---- parts ----
@@ -318,7 +333,8 @@ def watched(device: FakeCuda, adapter: Any, method: Any = None, optimiser: Any =
     def prediction() -> str:
         if method is None or state["preparing"]:
             return "sampling"
-        return "policy forward" if lora.active(adapter) else "reference"
+        on = lora.active(adapter)
+        return "fake score" if on == [naosd.FAKE] else "policy forward" if on else "reference"
 
     def latents() -> str:
         return "LQ encode" if state["encoding"] else "re-encode"
@@ -334,7 +350,7 @@ def watched(device: FakeCuda, adapter: Any, method: Any = None, optimiser: Any =
         (adapter, "_predict", part(prediction)),
     ]
     if method is not None:
-        judges = [*method.rewards.values(), getattr(method, "_vgg", None)]
+        judges = [*method.rewards.values(), getattr(method, "_vgg", None), getattr(method, "_lpips", None)]
         changes += [(kind, "__call__", part("rewards")) for kind in {type(judge) for judge in judges if judge}]
         changes += [
             (method, "prepare", lambda function: flagged("preparing", function)),

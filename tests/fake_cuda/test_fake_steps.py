@@ -16,6 +16,8 @@ PAPER = Case("osediff", "gdpo", "", GROUP)
 ROWS = {
     **{f"{adapter}, gdpo": Case(adapter, "gdpo", "", GROUP) for adapter in ADAPTERS},
     **{f"{adapter}, rfsr": Case(adapter, "rfsr", "") for adapter in ADAPTERS},
+    "osediff, naosd": Case("osediff", "naosd", ""),
+    "micro-batch, naosd": Case("osediff", "naosd", "", {"micro_batch": 1, "full": "all"}, batch=2, checkpointing=True),
     **{f"{adapter}, upscale": Case(adapter, "upscale", "") for adapter in ADAPTERS},
     "shared noise, micro-batch": Case("osediff", "gdpo", "", {**SHARED, "micro_batch": 1}, batch=2, fixed_prompt=True),
     "checkpointing, micro-batch": Case("osediff", "gdpo", "", {**GROUP, "micro_batch": 1}, checkpointing=True),
@@ -33,6 +35,8 @@ LIMITS = {
     "seesr, rfsr": (20, 1),
     "stablesr, rfsr": (18, 1),
     "sd_upscaler, rfsr": (18, 1),
+    "osediff, naosd": (11, 1),
+    "micro-batch, naosd": (20, 1),
     "osediff, upscale": (3, 1),
     "seesr, upscale": (7, 2),
     "stablesr, upscale": (5, 1),

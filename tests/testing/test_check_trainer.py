@@ -41,7 +41,7 @@ class Twice(GDPO):
 
 class Frozen(GDPO):
     def parameters(self):
-        return [*super().parameters(), ParameterGroup("full", {"bias": self.adapter.unet.conv_in.bias}, lora=None)]
+        return [*super().parameters(), ParameterGroup("full", {"bias": self.adapter.unet.conv_in.bias})]
 
 
 class GlobalDraws(GDPO):
@@ -95,7 +95,7 @@ class LeavesOut(GDPO):
     def parameters(self):
         (group,) = super().parameters()
         idle = torch.nn.Parameter(torch.zeros(2))
-        return [group, ParameterGroup("idle", {"weight": idle}, lora=None)]
+        return [group, ParameterGroup("idle", {"weight": idle})]
 
 
 class ReachesOut(GDPO):

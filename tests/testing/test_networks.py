@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from rewardsr.testing import tiny_pipeline
+from rewardsr import load_adapter
+from rewardsr.lora.fingerprint import differing
+from rewardsr.testing import tiny_pipeline, untrained_pipeline
 
 
 def test_tiny_pipelines_are_small_and_the_same_every_time(tmp_path) -> None:
@@ -18,3 +20,14 @@ def test_tiny_pipelines_are_small_and_the_same_every_time(tmp_path) -> None:
 def test_an_unknown_family_is_named(tmp_path) -> None:
     with pytest.raises(ValueError, match="unknown family 'sd4': expected sd, upscaler, stablesr or flow"):
         tiny_pipeline(tmp_path, family="sd4")
+
+
+def test_an_untrained_pipeline_has_random_weights_in_its_unet_alone(tmp_path) -> None:
+    known = load_adapter("osediff", "embedded", noise_t=250)
+    made = [
+        load_adapter("osediff", untrained_pipeline(tmp_path / f"{seed}", seed=seed), noise_t=250) for seed in (0, 1)
+    ]
+    again = load_adapter("osediff", untrained_pipeline(tmp_path / "again"), noise_t=250)
+    parts = [adapter.base_model.fingerprint for adapter in (known, *made, again)]
+    assert differing(parts[0], parts[1]) == differing(parts[1], parts[2]) == ["unet"]
+    assert parts[1] == parts[3]

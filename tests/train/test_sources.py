@@ -56,6 +56,7 @@ def test_a_run_without_targets(recipe, lq_folder, commands) -> None:
             {"trainer": "rfsr", "trainer_options": {"kl_weight": 0}},
             r"the structure term \(trainer_options\.structure_weight\): needs HQ images",
         ),
+        ({"trainer": "naosd", "trainer_options": {}, "rewards": []}, "supervised training: needs HQ images"),
         ({"guards": ["ssim", "psnr"]}, "ssim, psnr compare with HQ images, and data.validation has 3 LQ images in"),
     ],
 )

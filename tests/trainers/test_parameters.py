@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 import rewardsr
 from rewardsr import load_adapter, lora, run_folder
 from rewardsr.adapters.osediff import OSEDiff
+from rewardsr.lora import train_in_full
 from rewardsr.testing import tiny_pipeline, write_images
-from rewardsr.trainers.base import Loss, Method, ParameterGroup, train_in_full
+from rewardsr.trainers.base import Loss, Method, ParameterGroup
 
 CRITIC = "critic"
 
@@ -35,13 +36,13 @@ class Several(Method):
     def __init__(self, *arguments) -> None:
         super().__init__(*arguments)
         lora.attach(self.adapter, rank=2, seed=1, name=CRITIC, targets={"unet": ("conv_out",)}, active=False)
-        self.layer = train_in_full(self.adapter.unet.conv_norm_out)
+        self.layer = train_in_full(self.adapter, "unet.conv_norm_out")
 
     def parameters(self) -> list[ParameterGroup]:
         return [
             *super().parameters(),
             ParameterGroup("critic", lora.parameters(self.adapter, CRITIC), CRITIC, clip=1e-3),
-            ParameterGroup("full", self.layer, None, learning_rate=0.0),
+            ParameterGroup("full", self.layer, learning_rate=0.0),
         ]
 
     def prepare(self, batch, draws) -> "Several":
@@ -80,7 +81,9 @@ def test_groups_have_their_own_weights_clip_and_rate_and_are_kept(folder) -> Non
     assert any(name.startswith("lora/vae.encoder.conv_in") for name in kept)
     fresh = load_adapter("test_parameters:Encoding", folder / "base", noise_t=250)
     norm = dict(fresh.unet.conv_norm_out.named_parameters())
-    assert all(torch.equal(kept[f"full/{name}"], value) for name, value in norm.items())  # at a learning rate of 0
+    assert all(
+        torch.equal(kept[f"full/unet.conv_norm_out.{name}"], value) for name, value in norm.items()
+    )  # at a learning rate of 0
     assert all(value.any() for name, value in kept.items() if ".lora_B." in name)  # the encoder's among them
     # The run's file holds our LoRA, on the autoencoder too, and loads into a fresh pipeline.
     lora.load(fresh, straight)
@@ -90,7 +93,7 @@ def test_groups_have_their_own_weights_clip_and_rate_and_are_kept(folder) -> Non
 def test_a_layer_in_full_is_float32_in_a_bf16_network(folder) -> None:
     adapter = load_adapter("test_parameters:Encoding", folder / "base", noise_t=250, dtype=torch.bfloat16)
     plain = load_adapter("test_parameters:Encoding", folder / "base", noise_t=250, dtype=torch.bfloat16)
-    layer = train_in_full(adapter.unet.conv_in)
+    layer = train_in_full(adapter, "unet.conv_in")
     z, condition = torch.randn(1, 4, 8, 8), adapter.encode(torch.rand(1, 3, 8, 8))
     prediction = adapter.predict(z, 100, condition)
     expected = plain.predict(z, 100, condition)
@@ -110,8 +113,6 @@ def test_the_reference_is_without_any_of_them(folder) -> None:
     method = Several(adapter, {}, {}, None)
     with torch.no_grad():
         before = adapter.sample(adapter.encode(image), rewardsr.Draws(0, 0, [0]))
-        with method.reference():  # made now: what is trained in full is remembered as it is
-            pass
         for group in method.trained:
             for parameter in group.parameters.values():
                 parameter.add_(0.1)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rewardsr.data.loader import one_thread
 from rewardsr.errors import UserError, one_line
 from rewardsr.options import Options, parse
 from rewardsr.plugins import resolve
@@ -43,17 +44,16 @@ def in_words(section: DegradationRecipe) -> str:
     Raises:
         UserError: unknown degradation or option, or a wrong value.
     """
-    plain = degradation_options(DegradationRecipe(name=section.name))
-    changed = _differences(degradation_options(section), plain)
-    return ", ".join([section.name, *(f"{key}={value}" for key, value in changed)])
+    changed = _options(_kind(section.name), section).model_dump(mode="json", exclude_defaults=True)
+    return ", ".join([section.name, *(f"{key}={value}" for key, value in _dotted(changed))])
 
 
-def _differences(options: Mapping[str, Any], plain: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Options with another value, dotted, those of sections too."""
+def _dotted(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Options by their dotted names, those of sections too."""
     for key, value in options.items():
-        if isinstance(value, dict) and isinstance(plain[key], dict):
-            yield from ((f"{key}.{inner}", other) for inner, other in _differences(value, plain[key]))
-        elif value != plain[key]:
+        if isinstance(value, dict):
+            yield from ((f"{key}.{inner}", other) for inner, other in _dotted(value))
+        else:
             yield key, value
 
 
@@ -72,8 +72,9 @@ def make_degradation(section: DegradationRecipe, scale: int) -> Degradation:
     hq = torch.rand((2, 3, 32 * scale, 32 * scale), generator=torch.Generator().manual_seed(0))
     try:
         made: Degradation = kind(options, scale)
-        both, again = (made(hq.clone(), _generators(0, 1)) for _ in range(2))
-        alone = made(hq[1:].clone(), _generators(1))
+        with one_thread():
+            both, again = (made(hq.clone(), _generators(0, 1)) for _ in range(2))
+            alone = made(hq[1:].clone(), _generators(1))
         sound = both.shape == (2, 3, 32, 32) and both.dtype == torch.float32 and bool(((both >= 0) & (both <= 1)).all())
     except UserError:
         raise

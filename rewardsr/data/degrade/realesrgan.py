@@ -1,4 +1,4 @@
-"""The two-pass degradation of Real-ESRGAN (arXiv 2107.10833), with the settings of GDPO-SR, OSEDiff and their kin."""
+"""The two-pass degradation of Real-ESRGAN (arXiv 2107.10833), with GDPO-SR's numbers."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Options of the Real-ESRGAN degradation; the defaults are those that GDPO-SR, OSEDiff and their kin train with."""
+"""Options of the Real-ESRGAN degradation; the defaults are the numbers that GDPO-SR trains with."""
 
 import math
 from typing import Annotated, Literal, Self
