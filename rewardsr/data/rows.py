@@ -135,11 +135,13 @@ def _loaded(source: SourceRecipe) -> Any:
         datasets.config.HF_HUB_OFFLINE = True  # else its client tries for minutes; now it looks into its cache
     try:
         if any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+            if source.config is not None:
+                raise KeyError("a saved data set has no configurations: leave config out")
             saved = datasets.load_from_disk(str(folder))
             if isinstance(saved, datasets.DatasetDict):
                 return saved[source.split]
-            if "split" in source.model_fields_set and str(saved.split) != source.split:
-                raise KeyError(f"it is the split '{saved.split}'")
+            if "split" in source.model_fields_set and (held := str(saved.split or "train")) != source.split:
+                raise KeyError(f"it is the split '{held}'")
             return saved
         return datasets.load_dataset(str(folder) if local else source.dataset, source.config, split=source.split)
     except Exception as error:  # of the Hub's client, of Arrow, or of what reads the files

@@ -159,7 +159,11 @@ def test_a_survey_of_a_table(saved, commands) -> None:
             {"dataset": "nobody/nothing"},
             "data set 'nobody/nothing' is no folder here and in no cache, and there is no c",
         ),
-        ({"dataset": "{saved}", "split": "test"}, "split 'test', cannot be loaded: KeyError: \"it is the split 'None'"),
+        (
+            {"dataset": "{saved}", "split": "test"},
+            "split 'test', cannot be loaded: KeyError: \"it is the split 'train'",
+        ),
+        ({"dataset": "{saved}", "config": "other"}, "a saved data set has no configurations: leave config out"),
         ({"dataset": "{empty}"}, "split 'train', cannot be loaded: "),
     ],
 )
