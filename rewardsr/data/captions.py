@@ -51,7 +51,7 @@ class Captions:
         self._name, self._suffix = name, suffix
         self._captioner = _made(name, options or {})
         self._texts: dict[bytes, str] = {}
-        self._empty = 0
+        self._empty, self._said = 0, False
         self._lock = Lock()  # threads that work ahead ask, too
         self._folder: Path | None = None
         identity = getattr(self._captioner, "identity", None)
@@ -107,12 +107,10 @@ class Captions:
 
     def _count(self, text: str) -> None:
         """Warn once where many texts are empty."""
-        before = self._empty
         self._empty += not text
-        most = MANY_EMPTY * max(JUDGED, len(self._texts))
-        if before <= most < self._empty:
+        if not self._said and self._empty > MANY_EMPTY * max(JUDGED, len(self._texts)):
             logger.warning("captioner '%s': %d of %d texts are empty", self._name, self._empty, len(self._texts))
-            self._empty = -(2**62)  # said
+            self._said = True
 
 
 def _made(name: str, options: Mapping[str, Any]) -> Any:
