@@ -46,8 +46,8 @@ Precision = Annotated[
 Prompts = Annotated[
     str | None,
     typer.Option(
-        help="adapter, sidecar (.txt beside each image), captioner (the run's), or one text for all; by default the "
-        "run's, else adapter"
+        help="adapter, sidecar (.txt beside each image), metadata (metadata.jsonl), captioner (the run's), or one text "
+        "for all; by default the run's, else adapter"
     ),
 ]
 Seed = Annotated[int, typer.Option(help="of the noise")]
@@ -79,8 +79,10 @@ def finetune(
     adapter: Annotated[str | None, typer.Option(help="registered adapter, or module:Name")] = None,
     base: Base = None,
     trainer: Annotated[str | None, typer.Option(help="registered trainer, or module:Name")] = None,
-    data: Annotated[str | None, typer.Option(help="training folder: HQ images, or lq/ and gt/")] = None,
-    validation: Annotated[str | None, typer.Option(help="held-out folder of the same layouts")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="folder of HQ images, of lq/ and gt/ or of lq/, or list of paths (.txt)")
+    ] = None,
+    validation: Annotated[str | None, typer.Option(help="the same for held-out images")] = None,
     rewards: Annotated[str | None, typer.Option(help="name=weight,... (psnr=0.5,musiq=0.5)")] = None,
     output: Annotated[str | None, typer.Option(help="folder of the run")] = None,
     steps: Annotated[int | None, typer.Option(help="optimiser steps")] = None,
@@ -175,7 +177,9 @@ def upscale(
 
 @app.command()
 def evaluate(
-    data: Annotated[Path, typer.Argument(help="folder of lq/ and gt/, or of HQ images")],
+    data: Annotated[
+        Path, typer.Argument(help="folder of lq/ and gt/, of HQ images or of lq/, or list of paths (.txt)")
+    ],
     run: Run = None,
     adapter: AdapterName = "osediff",
     base: BaseOfRun = None,

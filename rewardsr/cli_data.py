@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from rewardsr import console
+from rewardsr.errors import UserError
 
 data = typer.Typer(help="Look at images before a run.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -39,3 +40,38 @@ def preview(
         folder, output, protocol, scale=scale or own_scale, side=side, images=images, draws=draws, seed=seed
     )
     console.say(path)
+
+
+@data.command()
+def check(
+    place: Annotated[
+        str, typer.Argument(metavar="DIR", help="folder of images, list of paths (.txt), or with --dataset its name")
+    ],
+    crop: Annotated[int, typer.Option(min=1, help="side of the training crops in HQ pixels")] = 512,
+    scale: Annotated[int, typer.Option(min=1, help="HQ is this many times LQ")] = 4,
+    layout: Annotated[
+        str, typer.Option(help="hq, pairs (lq/ and gt/), lq (no HQ images), or auto: what the folders are called")
+    ] = "auto",
+    dataset: Annotated[
+        bool, typer.Option("--dataset", help="it is a data set of the package datasets: id on the Hub, or folder")
+    ] = False,
+    prompts: Annotated[
+        str | None, typer.Option(help="sidecar or metadata: a missing text counts as a fault; by default it does not")
+    ] = None,
+    caption_column: Annotated[str, typer.Option(help="of the texts in metadata.jsonl or in a data set")] = "text",
+    max_unreadable: Annotated[float, typer.Option(min=0, max=1, help="as data.max_unreadable of a recipe")] = 0.01,
+    as_json: Annotated[bool, typer.Option("--json", help="print everything, with all names, as JSON")] = False,
+) -> None:
+    """Count images, sizes, what is too small, unreadable, twice there or without partner or text.
+
+    Exit code 2 where a run would refuse the images.
+    """
+    from rewardsr.data.survey import survey
+    from rewardsr.options import parse
+    from rewardsr.train.recipe import SourceRecipe
+
+    source = parse(SourceRecipe, {"dataset" if dataset else "path": place, "layout": layout}, "data check")
+    found = survey(source, scale, crop, prompts, max_unreadable, caption_column)
+    console.say(found.to_json() if as_json else found)
+    if found.problems:
+        raise UserError(f"'{place}' cannot be used: {'; '.join(found.problems)}")

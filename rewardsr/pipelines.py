@@ -288,6 +288,7 @@ def _check_stranger(recipe: Recipe, run: str, uses_base: bool, given: Mapping[st
                 plugins.check(kind, name)
     places = {f"adapter option {key}": value for key, value in recipe.adapter_options.items() if key not in given}
     places |= {f"degradation option {key}": value for key, value in (data.degradation.model_extra or {}).items()}
+    places |= {f"captioner option {key}": value for key, value in data.captioner_options.items()}
     for what, value in places.items():
         for text in _texts(value):
             if is_place(text):

@@ -11,8 +11,8 @@ _ADDRESS = re.compile(r"[\w+.-]+://")
 # One of several parts within a text; no part of an address, nor "and/or".
 _WITHIN = re.compile(r"(?<![\w:/\\.~])(?:~\w*|[A-Za-z]:)?[/\\](?:[^\s/\\'\"]+[/\\])+(?P<last>[^\s/\\'\",;)]*)")
 
-FOLDERS = {"train", "validation", "output"}  # keys of a recipe that hold a path, whatever its form
-PROSE = {"prompts", "prompt", "negative_prompt", "template"}  # and keys that hold words
+FOLDERS = {"train", "validation", "path", "output"}  # keys of a recipe that hold a path, whatever its form
+PROSE = {"prompts", "prompt", "prompt_suffix", "negative_prompt", "template"}  # and keys that hold words
 
 
 def is_place(text: str) -> bool:
@@ -41,7 +41,8 @@ def without_places(value: Any, note: Callable[[str, str, str], None], where: str
         return [without_places(entry, note, f"{where}.{place}".lstrip("."), here) for place, entry in enumerate(value)]
     if not isinstance(value, str):
         return value
-    after = " + ".join(_shortened(part, where.rpartition(".")[2], here) for part in value.split(" + "))
+    key = next((part for part in reversed(where.split(".")) if not part.isdecimal()), "")  # of a list, its own
+    after = " + ".join(_shortened(part, key, here) for part in value.split(" + "))
     if after != value:
         note(where, value, after)
     return after

@@ -122,7 +122,8 @@ def test_wheel_imports_without_the_source_tree(built, tmp_path):
 
 def test_entry_points_name_files_that_are_shipped(pyproject):
     groups = pyproject["project"]["entry-points"]
-    assert set(groups) == {f"rewardsr.{kind}" for kind in ("adapters", "degradations", "rewards", "trainers")}
+    kinds = ("adapters", "captioners", "degradations", "rewards", "trainers")
+    assert set(groups) == {f"rewardsr.{kind}" for kind in kinds}
     modules = {value.partition(":")[0] for group in groups.values() for value in group.values()}
     assert {f"{module.replace('.', '/')}.py" for module in modules} - shipped_files() == set()
 

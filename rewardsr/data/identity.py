@@ -3,14 +3,14 @@
 import hashlib
 import os
 from collections.abc import Iterable
-from pathlib import Path
 
+from rewardsr.data.rows import Stored
 from rewardsr.errors import UserError
 
 BLOCK, BLOCKS = 4096, 4  # bytes; a file of up to BLOCK * BLOCKS is read whole
 
 
-def identity_of(parts: Iterable[Path | str | None]) -> str:
+def identity_of(parts: Iterable[Stored | str | None]) -> str:
     """Hash of files (name, size, and blocks spread over the content), texts and gaps, in this order.
 
     Where the files lie and when they were written does not matter.
@@ -20,7 +20,7 @@ def identity_of(parts: Iterable[Path | str | None]) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
-        if isinstance(part, Path):
+        if isinstance(part, Stored):
             size, content = _sample(part)
             name = os.fsencode(part.name)
             digest.update(b"file %d %d %d " % (len(name), size, len(content)) + name + content)
@@ -32,11 +32,12 @@ def identity_of(parts: Iterable[Path | str | None]) -> str:
     return digest.hexdigest()
 
 
-def _sample(path: Path) -> tuple[int, bytes]:
+def _sample(path: Stored) -> tuple[int, bytes]:
     """Size in bytes, and blocks from the beginning to the very end."""
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
             if size <= BLOCK * BLOCKS:
                 return size, file.read(BLOCK * BLOCKS)
             blocks = []

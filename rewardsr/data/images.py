@@ -17,6 +17,7 @@ import torch
 from PIL import ExifTags, Image, ImageFile
 from torch import Tensor
 
+from rewardsr.data.rows import Stored
 from rewardsr.data.strict import check_pixels, reading, without_remarks
 from rewardsr.errors import UserError
 from rewardsr.storage import expand, write_bytes
@@ -41,7 +42,7 @@ _ODD_MODES = {"F": "floating-point values", "LAB": "Lab colours"}
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_PLANAR = 258, 262, 284
 
 
-def read_image(path: Path | str) -> Tensor:
+def read_image(path: Stored | str) -> Tensor:
     """Read one image file; any number of threads may at a time.
 
     Gray and palette images become RGB, CMYK by PIL's plain conversion (colour profiles and gamma are not applied). What
@@ -49,7 +50,7 @@ def read_image(path: Path | str) -> Tensor:
     counts. PNG and 16-bit gray images keep their precision; of other 16-bit colour files PIL reads the upper 8 bits.
 
     Args:
-        path: the file; its content decides what it is, not its extension.
+        path: the file, or the row of a table; its content decides what it is, not its extension.
 
     Returns:
         (3, H, W) float32 RGB in [0, 1].
@@ -60,7 +61,7 @@ def read_image(path: Path | str) -> Tensor:
     return _floats(read_pixels(path))
 
 
-def read_pixels(path: Path | str) -> Tensor:
+def read_pixels(path: Stored | str) -> Tensor:
     """What `read_image` reads, as uint8 where the file has no more than 8 bits and nothing transparent.
 
     Returns:
@@ -96,7 +97,7 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(to_uint8(image).permute(1, 2, 0).contiguous().cpu().numpy())
 
 
-def image_size(path: Path | str) -> tuple[int, int]:
+def image_size(path: Stored | str) -> tuple[int, int]:
     """Height and width of what `read_image` gives, in pixels; of everyday files from the header alone.
 
     Raises:
@@ -165,10 +166,14 @@ def encode_png(image: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def list_images(folder: Path | str) -> list[Path]:
-    """Image files of a folder (not of folders inside it) of all kinds that PIL reads, sorted by name.
+def list_images(folder: Path | str, deep: bool = False) -> list[Path]:
+    """Image files of a folder of all kinds that PIL reads, sorted by name, and by folder before that.
 
-    Hidden files are left out. A warning names what looks like an image but is none that can be read here.
+    Hidden files and folders are left out. A warning names what looks like an image but is none that can be read here.
+
+    Args:
+        folder: where to look.
+        deep: also in the folders inside it.
 
     Raises:
         UserError: no such folder, or no image in it.
@@ -177,21 +182,33 @@ def list_images(folder: Path | str) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"no folder '{folder}'" + (": it is a file" if folder.exists() else ""))
     try:
-        entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        entries = sorted(_entries(folder, deep))
         images = [path for path in entries if path.suffix.lower() in _extensions() and path.is_file()]
-        inside = [path.name for path in entries if path.is_dir()]
     except OSError as error:
-        raise UserError(f"cannot list '{folder}': {error.strerror or error}") from error
+        raise UserError(f"cannot list '{error.filename or folder}': {error.strerror or error}") from error
     known = set(images)
     skipped = [f"{path.name} ({why})" for path in entries if path not in known and (why := _why_not(path))]
     what = f"{len(skipped)} look like images and are skipped: {', '.join(skipped[:3])}" + ", ..." * (len(skipped) > 3)
     if not images:
+        inside = [] if deep else [path.name for path in entries if path.is_dir()]
         hint = f"; folders inside it are not searched ({', '.join(inside[:3])})" if inside else ""
         looked = "looked for .png, .jpg, .webp, .tif and whatever else PIL reads"
         raise UserError(f"no images in '{folder}' ({looked}){hint}{'; ' + what if skipped else ''}")
     if skipped:
         logger.warning("'%s': %s", folder, what)
     return images
+
+
+def _entries(folder: Path, deep: bool, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """What a folder holds, hidden things aside; links that lead back up are not followed."""
+    above = above | {folder.resolve()}
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if deep and path.is_dir() and path.resolve() not in above:
+            yield from _entries(path, deep, above)
+        else:
+            yield path
 
 
 def _why_not(path: Path) -> str | None:
@@ -219,11 +236,11 @@ def _extensions() -> frozenset[str]:
 
 
 @contextmanager
-def _opened(path: Path | str) -> Iterator[tuple[Image.Image, BinaryIO]]:
+def _opened(path: Stored | str) -> Iterator[tuple[Image.Image, BinaryIO]]:
     """The image, not decoded yet, and its file."""
-    path = Path(path)
+    path = Path(path) if isinstance(path, str) else path
     with reading(path):
-        if not path.is_file():
+        if isinstance(path, Path) and not path.is_file():
             what = "a folder" if path.is_dir() else "no regular file"
             raise UserError(f"no image file '{path}'" + (f": it is {what}" if path.exists() else ""))
         # Not by name: PIL 13 maps uncompressed files into memory as of their turned size, and mixes up their pixels.

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from threading import Lock
 from typing import Generic, TypeVar
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rewardsr.data.images import read_pixels, to_uint8
+from rewardsr.data.rows import Stored
 
 R = TypeVar("R")
 S = TypeVar("S")  # a sample
@@ -173,10 +173,10 @@ class ImageCache:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._bytes = 0
-        self._images: OrderedDict[Path, Tensor] = OrderedDict()
+        self._images: OrderedDict[Stored, Tensor] = OrderedDict()
         self._lock = Lock()
 
-    def read(self, path: Path) -> Tensor:
+    def read(self, path: Stored) -> Tensor:
         """(3, H, W), float32 in [0, 1] or uint8; not to be written to.
 
         Raises:

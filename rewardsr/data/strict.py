@@ -6,7 +6,6 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -20,7 +19,7 @@ _NO_REMARKS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # as `warnings
 
 
 @contextmanager
-def reading(what: Path | str) -> Iterator[None]:
+def reading(what: object) -> Iterator[None]:
     """Turns what goes wrong while `what` is read into one line, and refuses truncated and huge files."""
     with _strict():
         try:

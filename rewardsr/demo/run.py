@@ -129,7 +129,6 @@ def verdict(found: Evaluation, control: Evaluation, constants: Evaluation) -> st
 
 
 def _held_out(recipe: Recipe, adapter: ISRAdapter, base: Callable[[], Any] | None = None) -> HeldOut:
-    assert recipe.data.validation is not None
     images = partial(open_images(recipe.data, recipe.data.validation, adapter.scale).validation, None, 0, None)
     rewards = {name: build(name) for name in METRICS}
     return HeldOut(adapter, images, rewards, seed=1, draws_per_image=DRAWS, picture_side=None, base=base)

@@ -13,7 +13,8 @@ from rewardsr.evaluation.pictures import Cell, write_grid
 from rewardsr.options import parse
 from rewardsr.run_folder import RECIPE
 from rewardsr.storage import expand
-from rewardsr.train.recipe import DegradationRecipe, ProtocolRecipe, assign, assignments_of, load_recipe
+from rewardsr.train.recipe import DegradationRecipe, ProtocolRecipe, assignments_of, load_recipe
+from rewardsr.train.recipe_text import assign
 
 SCALE = 4  # where no recipe says another
 

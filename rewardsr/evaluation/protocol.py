@@ -84,7 +84,8 @@ def evaluate(
 
     Args:
         adapter: with a LoRA loaded.
-        data: folder of pairs (`lq/`, `gt/`), or of HQ images, which are degraded.
+        data: folder of pairs (`lq/`, `gt/`), of HQ images, which are degraded, or of `lq/` alone, for metrics that
+            need no HQ images; or a list of paths.
         metrics: names of rewards or pyiqa metrics.
         draws_per_image: noise draws that a score is averaged over.
         seed: of degradation and noise.
@@ -103,7 +104,7 @@ def evaluate(
     folder = open_images(chosen, data, adapter.scale, adapter.extras)
     rewards = {name: build(name) for name in metrics}
     made = "as they lie there" if folder.items[0].lq else in_words(chosen.degradation)
-    logger.info("LQ images: %s; prompts: %s", made, chosen.prompts)
+    logger.info("%s; LQ images: %s; prompts: %s", folder.said, made, chosen.prompts)
     images = partial(folder.validation, limit, seed, side)
     return HeldOut(adapter, images, rewards, seed=seed, draws_per_image=draws_per_image, pictures=0).score()
 

@@ -16,14 +16,17 @@ from rewardsr.adapter import ISRAdapter
 from rewardsr.batch import Batch
 from rewardsr.data.captions import Captions
 from rewardsr.data.images import encode_png, from_pil, image_size, list_images, read_image, to_pil
+from rewardsr.data.protocol import make_captions
 from rewardsr.data.sidecars import (
     ADAPTER,
+    METADATA,
     SIDECAR,
     check_tensors,
     first_few,
     resolve_prompts,
     stack_tensors,
     tensor_files,
+    with_suffix,
 )
 from rewardsr.draws import Draws, Source
 from rewardsr.errors import UserError, is_out_of_memory, printable
@@ -86,8 +89,8 @@ def upscale(
         color_fix: "none", "adain" or "wavelet".
         seed: image i is sampled with noise from (seed, i).
         protocol: how images are prompted: `recipe.data` of a run; by default the adapter does.
-        prompts: instead of the protocol's: "adapter", "sidecar" (`<stem>.txt` beside the image), "captioner" (the
-            protocol's), or one text for all.
+        prompts: instead of the protocol's: "adapter", "sidecar" (`<stem>.txt` beside the image), "metadata" (the
+            metadata.jsonl in its folder), "captioner" (the protocol's), or one text for all.
         overwrite: make results anew that are there already. Otherwise those of the same image, pipeline and settings
             are kept, and any others are refused.
 
@@ -103,9 +106,8 @@ def upscale(
     folder = None if output is None else expand(output)
     targets = None if folder is None else _targets(sources, folder)
     chosen = (protocol or ProtocolRecipe()).prompted(prompts)
-    captions = None if chosen.captioner is None else Captions(chosen.captioner)
-    beside = _beside(sources, ADAPTER if captions else chosen.prompts, adapter.extras)
-    work = _Work(adapter, sources, *beside, captions, seed, color_fix)
+    captions = make_captions(chosen)
+    work = _Work(adapter, sources, *_beside(sources, chosen, adapter.extras), captions, seed, color_fix)
     if folder is None or targets is None:
         _refuse_unreadable(work)
         return [to_pil(work.result(index, work.batch(index))) for index in range(len(sources))]
@@ -215,7 +217,7 @@ class _Work:
         texts = None if self.texts is None else (self.texts[index],)
         return Batch(
             lq=lq[None],
-            prompts=texts if self.captions is None else self.captions(lq[None]),
+            prompts=texts if self.captions is None else self.captions(lq[None], keep=True),
             paths=(str(source),) if isinstance(source, Path) else (),
             extras=stack_tensors([] if self.extras is None else [self.extras[index]], self.adapter.extras),
         )
@@ -304,17 +306,20 @@ def _read(source: Path | Image.Image | Tensor) -> Tensor:
 
 
 def _beside(
-    sources: Sequence[Path | Image.Image | Tensor], prompts: str, names: Sequence[str]
+    sources: Sequence[Path | Image.Image | Tensor], protocol: ProtocolRecipe, names: Sequence[str]
 ) -> tuple[list[str] | None, list[Path] | None]:
-    """Prompts and files of tensors, one an image each; None where there are none."""
-    files = [source for source in sources if isinstance(source, Path)]
+    """Prompts and files of tensors, one an image each; None where there are none, or a captioner writes."""
+    prompts = ADAPTER if protocol.captioner is not None else protocol.prompts
+    files, extras = [source for source in sources if isinstance(source, Path)], None
     if len(files) == len(sources):
         extras = tensor_files(files, names)
         check_tensors(extras or [], names)
-        return resolve_prompts(files, prompts), extras
-    if prompts == SIDECAR:
-        raise UserError(f"prompts '{SIDECAR}' are files beside images, and a PIL image has none: give one text for all")
-    return resolve_prompts([Path()] * len(sources), prompts), None  # no file is looked for
+    elif prompts in (SIDECAR, METADATA):
+        raise UserError(f"prompts '{prompts}' are files beside images, and a PIL image has none: give one text for all")
+    else:
+        files = [Path()] * len(sources)  # no file is looked for
+    texts = resolve_prompts(files, prompts, column=protocol.caption_column)
+    return None if texts is None else [with_suffix(text, protocol.prompt_suffix) for text in texts], extras
 
 
 def _targets(sources: Sequence[Path | Image.Image | Tensor], output: Path) -> list[Path]:

@@ -149,7 +149,7 @@ def _front_matter(
     if base_model is not None:
         data |= {"base_model": base_model, "base_model_relation": "adapter"}
     if scores is not None:
-        held_out = Path(recipe.data.validation or "held-out").name
+        held_out = ", ".join(Path(source.place).name for source in recipe.data.validation) or "held-out"
         data |= {"model_name": repo.rpartition("/")[2], "metrics": list(scores.rewards)}
         data["eval_results"] = [
             EvalResult(

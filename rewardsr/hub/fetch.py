@@ -62,7 +62,7 @@ def fetch(source: str, what: str, folders: tuple[str, ...], revision: str | None
     Args:
         source: path of a folder, a Hub id ("user/name"), or "embedded" for the small pipeline that comes along.
         what: what is being fetched, for messages ("base").
-        folders: sub-folders that are needed; configuration and safetensors of these are downloaded.
+        folders: sub-folders that are needed ("": the top); configuration and safetensors of these are downloaded.
         revision: branch, tag or commit of a Hub repository.
 
     Returns:
@@ -80,7 +80,8 @@ def fetch(source: str, what: str, folders: tuple[str, ...], revision: str | None
         raise UserError(f"{what} '{source}' is a file: give the folder of a diffusers pipeline, or a Hub id")
     if source.count("/") != 1 or source[:1] in "./~" or source.endswith("/"):
         raise UserError(f"{what} '{source}': no such folder, and not a Hub id of the form user/name")
-    wanted = [f"{folder}/*.{end}" for folder in folders for end in ("json", "txt", "safetensors")]
+    ends = ("json", "txt", "safetensors")
+    wanted = [f"{folder}/*.{end}" if folder else f"*.{end}" for folder in folders for end in ends]
     with _explained(what, source, revision):
         path = Path(
             snapshot_download(
@@ -92,7 +93,9 @@ def fetch(source: str, what: str, folders: tuple[str, ...], revision: str | None
             )
         )
         networks = [folder for folder in folders if (path / folder / "config.json").is_file()]
-        halves = [f"{folder}/*.fp16.*" for folder in networks if not any((path / folder).glob("*.safetensors"))]
+        halves = [
+            f"{folder}/*.fp16.*".lstrip("/") for folder in networks if not any((path / folder).glob("*.safetensors"))
+        ]
         if halves and online():  # networks that are there in half precision only
             snapshot_download(source, revision=path.name, allow_patterns=halves)
     return path, path.name

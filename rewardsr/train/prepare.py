@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 
 from rewardsr import lora
@@ -13,9 +14,9 @@ from rewardsr.batch import Batch
 from rewardsr.data.degrade.contract import degradation_options
 from rewardsr.data.folder import Data
 from rewardsr.data.loader import default_workers
-from rewardsr.data.protocol import open_images
+from rewardsr.data.protocol import open_images, open_training
 from rewardsr.errors import UserError, is_out_of_memory, one_line
-from rewardsr.options import parse
+from rewardsr.options import Options, parse
 from rewardsr.pipelines import adapter_class, adapter_options, choose_device, load_adapter
 from rewardsr.plugins import resolve_class
 from rewardsr.rewards import build
@@ -91,6 +92,9 @@ def set_up(recipe: Recipe, *, decode: bool = True) -> Setup:
     notes = [f"device {device}, base in {str(dtype).removeprefix('torch.')}, what is trained in float32"]
     together = partial(everywhere, accelerator)
     share = accelerator.process_index, accelerator.num_processes
+    _refuse_without_hq(recipe, method_kind.needs_hq(options), rewards, guards, train, validation)
+    _refuse_two_dropouts(recipe, options)
+    notes.append(f"training on {train.said}" + ("" if validation is None else f"; held out: {validation.said}"))
     if decode and len(train) <= DECODE_UP_TO:
         train.check(*share, together=together)
     elif decode:
@@ -98,12 +102,14 @@ def set_up(recipe: Recipe, *, decode: bool = True) -> Setup:
             f"{len(train)} training images: headers were checked, a damaged file stops the run when its turn comes"
         )
     steering = {entry.name: entry.weight for entry in recipe.rewards if entry.weight > 0}
-    sample = _judged(train.batch(recipe.seed, [0]).to(device), getattr(options, "reward_crop", None), scale)
+    sample = _with_target(train.batch(recipe.seed, [0]).to(device), scale)
+    sample = _judged(sample, getattr(options, "reward_crop", None), scale)
     _try_metrics({name: rewards[name] for name in steering}, sample, "a training crop")
     if validation is not None:
         if decode:
             validation.check(*share, recipe.data.validation_limit, together)
-        _try_metrics(rewards | guards, _smallest(validation, recipe).to(device), "the smallest held-out image")
+        smallest = _with_target(_smallest(validation, recipe).to(device), scale)
+        _try_metrics(rewards | guards, smallest, "the smallest held-out image")
     if method_kind.differentiates:
         for name in steering:
             probe_gradient(name, rewards[name], sample)
@@ -143,6 +149,46 @@ def _untrained(adapter: ISRAdapter, method: Method) -> Iterator[str]:
     reached = {key.partition(".")[0] for group in method.trained for key in group.parameters}
     for component in sorted({key.partition(".")[0] for key in lora.parameters(adapter)} - reached):
         yield f"the LoRA on '{component}' stays as it is: this trainer sends no gradients through encoding"
+
+
+def _refuse_without_hq(
+    recipe: Recipe,
+    method: str | None,
+    rewards: Mapping[str, Reward],
+    guards: Mapping[str, Reward],
+    train: Data,
+    validation: Data | None,
+) -> None:
+    """Refuse what compares with HQ images where there are none."""
+    if not train.has_hq:
+        steering = [entry.name for entry in recipe.rewards if entry.weight > 0 and rewards[entry.name].needs_hq]
+        needing = [f"reward {name}" for name in steering] + ([] if method is None else [method])
+        if needing:
+            raise UserError(f"{', '.join(needing)}: needs HQ images, and data.train has {train.said}")
+    if validation is not None and not validation.has_hq:
+        watching = [name for name, metric in (*rewards.items(), *guards.items()) if metric.needs_hq]
+        if watching:
+            raise UserError(
+                f"{', '.join(watching)} compare with HQ images, and data.validation has {validation.said}: leave them "
+                "out of rewards and guards (guards: [lq_consistency])"
+            )
+
+
+def _refuse_two_dropouts(recipe: Recipe, options: Options) -> None:
+    own = getattr(options, "text_dropout", 0)
+    if recipe.data.prompt_dropout and own:
+        raise UserError(
+            f"trainer '{recipe.trainer}' leaves prompts empty itself (trainer_options.text_dropout is {own:g}), and so "
+            "would data.prompt_dropout: set one of them to 0"
+        )
+
+
+def _with_target(batch: Batch, scale: int) -> Batch:
+    """What metrics are tried on: where there is no HQ image, LQ stands in for it, enlarged."""
+    if batch.hq is not None:
+        return batch
+    enlarged = F.interpolate(batch.lq, scale_factor=scale, mode="bicubic", antialias=True).clamp(0, 1)
+    return Batch(batch.lq, enlarged, batch.prompts, batch.paths, batch.extras)
 
 
 def _judged(batch: Batch, window: int | None, scale: int) -> Batch:
@@ -192,9 +238,11 @@ def open_folders(recipe: Recipe, scale: int, extras: Sequence[str] = ()) -> tupl
     """
     data = recipe.data
     workers = default_workers() if data.workers is None else data.workers
-    train = open_images(data, data.train, scale, extras, crop=data.crop, flips=data.flip, workers=workers)
-    validation = None if data.validation is None else open_images(data, data.validation, scale, extras, workers=workers)
-    return train, validation
+    train = open_training(data, scale, extras, workers)
+    if not data.validation:
+        return train, None
+    held_out = open_images(data, data.validation, scale, extras, max_unreadable=data.max_unreadable, workers=workers)
+    return train, held_out
 
 
 def complete(recipe: Recipe) -> Recipe:

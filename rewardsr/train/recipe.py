@@ -1,17 +1,25 @@
 """Recipes: everything that determines a run, validated before anything is loaded."""
 
-import re
+from pathlib import PurePath
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    field_validator,
+    model_validator,
+)
 
-from rewardsr.errors import UserError, one_line, shortened, shown
+from rewardsr.errors import UserError, shortened
 from rewardsr.options import Count, Options, Seed, parse
 from rewardsr.storage import expand, read_text
+from rewardsr.train.recipe_text import assign, read_yaml
 
 LARGEST = 100_000  # bytes of a recipe; the longest of ours has 3,000
-MOST_VALUES, DEEPEST = 10_000, 50  # in a recipe, once its aliases are followed
 
 
 def _of_user(text: str) -> str:
@@ -47,25 +55,117 @@ class ProtocolRecipe(Options):
     )
     prompts: str = Field(
         "adapter",
-        description="adapter: its own prompt; sidecar: the .txt beside each image; captioner: data.captioner; "
-        "else one text for all",
+        description="adapter: its own prompt; sidecar: the .txt beside each image; metadata: metadata.jsonl, or the "
+        "dataset's column; captioner: data.captioner; else one text for all",
     )
-    captioner: str | None = Field(None, description="registered name, or module:Name; with prompts: captioner")
+    caption_column: str = Field(
+        "text", description="with prompts: metadata; of the texts in metadata.jsonl or in a data set"
+    )
+    prompt_suffix: str = Field("", description="follows each text after a comma; not with prompts: adapter")
+    captioner: str | None = Field(
+        None,
+        description="with prompts: captioner; image_to_text or image_tags (transformers), another registered name, or "
+        "module:Name",
+    )
+    captioner_options: dict[str, Any] = Field(
+        default_factory=dict, description="of the captioner itself (model: Hub id or folder, ...)"
+    )
+
+    @model_validator(mode="after")
+    def _prompts_fit(self) -> Self:
+        if self.prompt_suffix and self.prompts == "adapter":
+            raise ValueError("prompt_suffix follows a text, but prompts is 'adapter': set prompts, or no suffix")
+        if self.captioner_options and self.captioner is None:
+            raise ValueError("captioner_options are set, but captioner is not")
+        return self
 
     def prompted(self, prompts: str | None) -> "ProtocolRecipe":
-        """The same with other prompts; None: as they are. A captioner goes where it is not asked."""
-        chosen = self.prompts if prompts is None else prompts
-        captioner = self.captioner if chosen == "captioner" else None
-        return ProtocolRecipe(degradation=self.degradation, prompts=chosen, captioner=captioner)
+        """The same with other prompts; None: as they are. What the new ones do not take goes."""
+        kept = {name: getattr(self, name) for name in ProtocolRecipe.model_fields}
+        if prompts is not None:
+            kept["prompts"] = prompts
+        if kept["prompts"] != "captioner":
+            kept |= {"captioner": None, "captioner_options": {}}
+        if kept["prompts"] == "adapter":
+            kept["prompt_suffix"] = ""
+        return ProtocolRecipe(**kept)
+
+
+class SourceRecipe(Options):
+    """Images from one place: a folder, a list, or a data set of the package `datasets`."""
+
+    path: _Place | None = Field(
+        None, description="folder of images, or text file with the path of an HQ image in each line"
+    )
+    dataset: _Place | None = Field(None, description="instead of a path: id on the Hub, or folder of a data set")
+    layout: Literal["auto", "hq", "pairs", "lq"] = Field(
+        "auto",
+        description="of a path. auto: pairs where there are lq/, lr/ or sr_bicubic/ beside gt/ or hq/; LQ images alone "
+        "where there is only the former; else HQ images, those of subfolders too",
+    )
+    probability: float | None = Field(
+        None, gt=0, le=1, description="share of the training samples; null for all sources: by their numbers of images"
+    )
+    config: str | None = Field(None, description="of a data set: which one, where it has several")
+    split: str = Field("train", description="of a data set")
+    image_column: str = Field("image", description="of a data set")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("expected one of path and dataset")
+        if self.dataset is not None and self.layout == "pairs":
+            raise ValueError("layout: a data set holds single images, hq or lq")
+        only = ("config", "split", "image_column")
+        if self.path is not None and (given := [name for name in only if name in self.model_fields_set]):
+            raise ValueError(f"{given[0]} is of a data set, and this is a path")
+        return self
+
+    @property
+    def place(self) -> str:
+        """Where the images are, for messages."""
+        return str(self.path or self.dataset)
+
+
+def _listed(value: Any) -> Any:
+    """Sources as users write them: a path, a mapping, or a list of both; None: none."""
+    entries = [] if value is None else value if isinstance(value, list | tuple) else [value]
+    return [{"path": str(entry)} if isinstance(entry, str | PurePath) else entry for entry in entries]
+
+
+def _plainly(sources: tuple[SourceRecipe, ...]) -> Any:
+    """As in a recipe: the path alone where a source has no settings of its own."""
+    entries = [source.model_dump(mode="json", exclude_unset=True) for source in sources]
+    plain = [entry["path"] if set(entry) == {"path"} else entry for entry in entries]
+    return plain if len(plain) > 1 else plain[0] if plain else None
+
+
+Sources = Annotated[tuple[SourceRecipe, ...], BeforeValidator(_listed), PlainSerializer(_plainly)]
 
 
 class DataRecipe(ProtocolRecipe):
     """Where images come from, and how they reach the pipeline."""
 
-    train: _Place = Field(description="folder of HQ images, or of paired lq/ and gt/ folders matched by name")
-    validation: _Place | None = Field(None, description="the same for held-out images; None: no validation")
+    train: Sources = Field(
+        min_length=1,
+        description="folder of HQ images, of paired lq/ and gt/ matched by name, or of lq/ alone; a list of paths; a "
+        "data set; or several of these, as {path or dataset, probability, layout, ...}",
+    )
+    validation: Sources = Field((), description="the same for held-out images; null: no validation")
     crop: int = Field(512, ge=1, le=16_384, description="side of the HQ crops in pixels")
+    too_small: Literal["skip", "pad"] = Field(
+        "skip", description="images smaller than the crop are left out and counted, or padded with their mirror image"
+    )
+    max_unreadable: float = Field(
+        0.01, ge=0, le=1, description="share of the images that may be unreadable: they are left out and counted"
+    )
     flip: bool = Field(True, description="mirror crops at random")
+    caption_from: Literal["lq", "hq"] = Field(
+        "lq",
+        description="what the captioner sees in training: each LQ crop as the network gets it, or each HQ image once, "
+        "as a whole; held-out images are captioned from LQ",
+    )
+    prompt_dropout: float = Field(0.0, ge=0, le=1, description="share of the training samples with an empty prompt")
     workers: int | None = Field(
         None,
         ge=0,
@@ -76,6 +176,27 @@ class DataRecipe(ProtocolRecipe):
     validation_side: int | None = Field(
         None, ge=1, le=65_536, description="cut larger held-out images to this many HQ pixels a side"
     )
+
+    @field_validator("train")
+    @classmethod
+    def _shares_add_up(cls, sources: tuple[SourceRecipe, ...]) -> tuple[SourceRecipe, ...]:
+        shares = [source.probability for source in sources if source.probability is not None]
+        if shares and (len(shares) < len(sources) or abs(sum(shares) - 1) > 0.01):
+            raise ValueError("expected a probability of each source, or of none, and 1 as their sum")
+        return sources
+
+    @field_validator("validation")
+    @classmethod
+    def _no_shares(cls, sources: tuple[SourceRecipe, ...]) -> tuple[SourceRecipe, ...]:
+        if any(source.probability is not None for source in sources):
+            raise ValueError("every held-out image is seen, so there is no probability")
+        return sources
+
+    @model_validator(mode="after")
+    def _captions_fit(self) -> Self:
+        if self.caption_from == "hq" and self.prompts != "captioner":
+            raise ValueError("caption_from is 'hq', but prompts is not 'captioner'")
+        return self
 
 
 class LoraRecipe(Options):
@@ -230,7 +351,7 @@ def assignments_of(texts: list[str], option: str) -> dict[str, Any]:
         where = f"{option} {shortened(text, 80)}"
         if not equals or not all(part.strip() for part in key.split(".")):
             raise UserError(f"{where}: expected key=value")
-        found[key.strip()] = _yaml(value, where)
+        found[key.strip()] = read_yaml(value, where)
     return found
 
 
@@ -258,98 +379,19 @@ def to_yaml(recipe: Recipe) -> str:
 def differences(one: Recipe, other: Recipe) -> list[str]:
     """Top-level keys in which two recipes differ so that they are different runs.
 
-    Where images lie makes none, nor in how many threads they are read.
+    Where images lie makes none, nor in how many threads they are read. What a source is (its share, its
+    layout) is told by the identity of the data.
     """
     left, right = (recipe.model_dump(mode="json") for recipe in (one, other))
+    free = {"train": "", "workers": None, "max_unreadable": None}
     for recipe in (left, right):
-        recipe["data"] |= {"train": "", "validation": bool(recipe["data"]["validation"]), "workers": None}
+        recipe["data"] |= free | {"validation": bool(recipe["data"]["validation"])}
     return [key for key in left if key not in FREE_ON_RESUME and left[key] != right[key]]
 
 
 def _read(path: str) -> dict[str, Any]:
     what = f"recipe '{shortened(path, 100)}'"
-    content = _yaml(read_text(expand(path), what, LARGEST), what)
+    content = read_yaml(read_text(expand(path), what, LARGEST), what)
     if not isinstance(content, dict):
         raise UserError(f"{what} is not a mapping of keys to values")
     return content
-
-
-def _yaml(text: str, where: str) -> Any:
-    try:
-        content = yaml.load(text, _Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise UserError(f"{where} is not valid YAML: {shortened(' '.join(str(error).split()), 200)}") from error
-    except RecursionError as error:
-        raise UserError(f"{where} is not valid YAML: it is nested too deeply") from error
-    except Exception as error:  # a value that is not of its tag makes Python stumble in many ways: !!bool x, 2026-13-45
-        raise UserError(f"{where} is not valid YAML: a value does not read as what it is: {one_line(error)}") from error
-    _check_size(content, where)
-    return content
-
-
-def _check_size(content: Any, where: str) -> None:
-    """Refuse what grows or never ends when its aliases are followed, and text that no file can hold."""
-    level = [content]
-    seen = 0
-    for _ in range(DEEPEST):
-        seen += len(level)
-        if seen > MOST_VALUES:
-            raise UserError(f"{where} holds more than {MOST_VALUES:,d} values")
-        below: list[Any] = []
-        for value in level:
-            if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
-                raise UserError(f"{where} holds half of a surrogate pair, which is no character: {shown(value)}")
-            if isinstance(value, dict):
-                below += [*value, *value.values()]
-            elif isinstance(value, list | tuple | set):
-                below += value
-            if len(below) > MOST_VALUES:
-                break
-        level = below
-        if not level:
-            return
-    raise UserError(f"{where} is nested more than {DEEPEST} levels deep")
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 5e-5 (no dot) as the number it is meant as, and refuses a key that is given twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise yaml.YAMLError(f"the key '{key.value}' occurs twice, again in line {key.start_mark.line + 1}")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-    def flatten_mapping(self, node: Any) -> None:
-        super().flatten_mapping(node)
-        if len(node.value) > MOST_VALUES:  # merge keys can multiply at each level
-            raise yaml.YAMLError(f"a mapping has more than {MOST_VALUES:,d} keys")
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def assign(content: Any, dotted: str, value: Any) -> None:
-    """Set a key in sections and lists; `rewards.0.weight` is that of the first reward."""
-    *parents, last = (part.strip() for part in dotted.split("."))
-    for place, part in enumerate(parents):
-        if isinstance(content, list):
-            content = content[_index(content, part, dotted)]
-        else:
-            if content.get(part) is None:
-                content[part] = {}
-            content = content[part]
-        if not isinstance(content, dict | list):
-            raise UserError(f"'{dotted}': '{'.'.join(parents[: place + 1])}' is a value, not a section")
-    content[_index(content, last, dotted) if isinstance(content, list) else last] = value
-
-
-def _index(content: list[Any], part: str, dotted: str) -> int:
-    if part.isascii() and part.isdecimal() and len(part) < 10 and int(part) < len(content):
-        return int(part)
-    held = f"0 to {len(content) - 1}" if content else "nothing: it is empty"
-    raise UserError(f"'{dotted}': '{shortened(part, 40)}' is not in the list, which has {held}")

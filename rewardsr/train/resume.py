@@ -56,15 +56,12 @@ def check_goes_on(state: State, setup: Setup) -> None:
     if state.processes not in (0, processes):
         raise UserError(f"the run had {state.processes} processes, now there are {processes}: resume it with as many")
     state.processes = processes
-    for what, folder, data in (
-        ("train", recipe.data.train, setup.data),
-        ("validation", recipe.data.validation, setup.validation),
-    ):
-        now = "" if data is None else data.identity()
+    for what, data in (("train", setup.data), ("validation", setup.validation)):
+        now, said = ("", "none") if data is None else (data.identity(), data.said)
         if state.data.setdefault(what, now) != now:
             raise UserError(
-                f"the images, prompts or tensors in '{folder}' are not those that the run began with: bring them back, "
-                "or begin a new run from its LoRA (lora.init)"
+                f"the images, prompts or tensors of data.{what} ({said}) are not those that the run began with: bring "
+                "them back, or begin a new run from its LoRA (lora.init)"
             )
     threads = torch.get_num_threads()
     if state.threads not in (0, threads):

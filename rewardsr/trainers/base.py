@@ -161,6 +161,14 @@ class Method(ABC):
             UserError: it cannot.
         """
 
+    @classmethod
+    def needs_hq(cls, options: Any) -> str | None:
+        """What of the method compares with HQ images under these options, in words, with the option; None: nothing.
+
+        Asked before the pipeline is loaded; rewards say so themselves. By default a supervised method does.
+        """
+        return None if cls.rewarded else "supervised training"
+
     def after_update(self) -> None:
         """Called when the optimiser has changed the weights; not for a skipped update."""
 

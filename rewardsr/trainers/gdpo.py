@@ -44,6 +44,11 @@ class GDPO(Method):
         self.groups = Groups(self, "gdpo")
         self._parameters = [p for group in self.trained for p in group.parameters.values()]
 
+    @classmethod
+    def needs_hq(cls, options: GDPOOptions) -> str | None:
+        """The texture share, where rewards are weighted by it."""
+        return "weighting 'attribute' (trainer_options.weighting)" if options.weighting == "attribute" else None
+
     def prepare(self, batch: Batch, draws: Source) -> Group:
         """Sample a group of outputs for each image under the reference policy, and score them."""
         return self.groups.sample(batch, draws)

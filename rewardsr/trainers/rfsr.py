@@ -115,6 +115,11 @@ class RFSR(Method):
         self._vgg = VGG19(options.vgg).to(adapter.device) if "kl" in self.windows else None
         self._ema = EMA(self.trained[0].parameters, options.ema)
 
+    @classmethod
+    def needs_hq(cls, options: RFSROptions) -> str | None:
+        """The structure term."""
+        return "the structure term (trainer_options.structure_weight)" if options.structure_weight else None
+
     # ---- the loop's side ----
 
     @torch.no_grad()

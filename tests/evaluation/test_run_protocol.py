@@ -36,6 +36,8 @@ def made(tmp_path_factory) -> Path:
     write_images(folder / "images", count=3, size=48)
     for path in sorted((folder / "images").glob("*.png")):
         path.with_suffix(".txt").write_text(f"a picture called {path.stem}")
+        with (folder / "images" / "metadata.jsonl").open("a") as file:
+            file.write(json.dumps({"file_name": path.name, "words": f"the words of {path.stem}"}) + "\n")
     tiny_pipeline(folder / "base")
     protocols = {
         "plain": {},
@@ -44,6 +46,7 @@ def made(tmp_path_factory) -> Path:
         "sidecar": {"prompts": "sidecar"},
         "captioned": {"prompts": "captioner", "captioner": "test_run_protocol:Bright"},
         "fixed": {"prompts": "a photograph of a dog"},
+        "metadata": {"prompts": "metadata", "caption_column": "words", "prompt_suffix": "sharp"},
     }
     for name, protocol in protocols.items():
         data = {"train": str(folder / "images"), "validation": str(folder / "images"), "crop": 32, **protocol}
@@ -64,7 +67,7 @@ def made(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["plain", "harsh", "published", "sidecar", "captioned", "fixed"])
+@pytest.mark.parametrize("name", ["plain", "harsh", "published", "sidecar", "captioned", "fixed", "metadata"])
 def test_evaluating_a_run_finds_what_its_validation_found(name, made, commands: Commands, tmp_path) -> None:
     answer = commands("evaluate", made / "images", "--run", made / name, *CPU, "-o", tmp_path / "found.json")
     assert answer.code == 0, answer.err
@@ -99,6 +102,7 @@ def test_options_of_the_command_go_before_the_runs_protocol(made, commands: Comm
         ("sidecar", lambda path: f"a picture called {path.stem}"),
         ("captioned", lambda path: Bright()(read_image(path)[None])[0]),
         ("fixed", lambda path: "a photograph of a dog"),
+        ("metadata", lambda path: f"the words of {path.stem}, sharp"),
     ],
 )
 def test_upscaling_with_a_run_prompts_as_it_did(name, prompt, made, commands: Commands, tmp_path) -> None:

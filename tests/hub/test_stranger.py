@@ -88,6 +88,9 @@ def test_no_file_of_this_machine_is_named(here, published, tiny_base) -> None:
             assert "names a place on a disk" in refusal(base=str(tiny_base)), place
     published(data={"degradation": {"name": "light", "kernel": str(here / "weights.pkl")}})
     assert "degradation option kernel" in refusal(base=str(tiny_base))
+    captioner = {"captioner": "image_tags", "captioner_options": {"model": str(here / "inside")}}
+    published(data={"prompts": "captioner", **captioner})
+    assert "captioner option model" in refusal(base=str(tiny_base))
 
 
 def test_a_local_base_is_said_again_where_it_is_used(here, published, tiny_base) -> None:

@@ -7,6 +7,8 @@ import torch
 from rewardsr.data.captions import Captions
 from rewardsr.data.degrade.light import Light, LightOptions
 from rewardsr.data.folder import Data, open_data
+from rewardsr.errors import UserError
+from rewardsr.options import Options
 
 LIGHT = Light(LightOptions(), 4)
 
@@ -59,6 +61,40 @@ def test_captioners_that_do_not_work_are_refused_before_training(
 ) -> None:
     more = ("--set", "data.prompts=captioner", "--set", f"data.captioner={name}")
     assert message in refused.finetune(tiny_base, hq_folder, tmp_path / "run", *more)
+
+
+class WordOptions(Options):
+    """Of the captioner below."""
+
+    word: str
+    identity: str | None = None
+
+
+class Word:
+    """A captioner with an option, which says that word of each image."""
+
+    Options = WordOptions
+
+    def __init__(self, options: WordOptions) -> None:
+        self._word, self.identity = options.word, options.identity
+
+    def __call__(self, lq: torch.Tensor) -> list[str]:
+        return [self._word]
+
+
+def test_a_captioner_with_options_and_an_identity_is_kept_on_the_disk(hq_folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("REWARDSR_CACHE", str(tmp_path / "cache"))
+    said = []
+    for word, identity in (("one", None), ("two", "first"), ("three", "first"), ("four", "second")):
+        captions = Captions("test_captioners:Word", {"word": word, "identity": identity})
+        data = opened(hq_folder, captions=captions)
+        said.append(next(data.validation()).prompts[0])
+        assert data.batch(0, [0]).prompts == (word,)  # crops, which no other step shows, are not kept
+    assert said == ["one", "two", "two", "four"]
+    files = list((tmp_path / "cache" / "captions").rglob("*.txt"))
+    assert sorted(path.read_text() for path in files) == ["four", "two"]
+    with pytest.raises(UserError, match=r"data\.captioner_options .*'word' is missing"):
+        Captions("test_captioners:Word")
 
 
 def test_a_captioner_and_its_use_go_together(commands, refused, tiny_base, hq_folder, tmp_path) -> None:

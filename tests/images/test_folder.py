@@ -9,6 +9,7 @@ from rewardsr.data.degrade.light import Light, LightOptions
 from rewardsr.data.folder import Data, open_data
 from rewardsr.data.images import read_image, read_pixels, write_image
 from rewardsr.errors import UserError
+from rewardsr.train.recipe import SourceRecipe
 
 LIGHT = Light(LightOptions(), 4)
 
@@ -242,7 +243,7 @@ def test_missing_and_empty_folders(tmp_path) -> None:
 def test_half_of_the_pairs_or_too_many(tmp_path) -> None:
     (tmp_path / "lq").mkdir()
     with pytest.raises(UserError, match="holds lq: pairs are one of"):
-        open_data(tmp_path, scale=4)
+        open_data([SourceRecipe(path=str(tmp_path), layout="pairs")], scale=4)
     (tmp_path / "gt").mkdir()
     (tmp_path / "hq").mkdir()
     with pytest.raises(UserError, match="holds lq, gt, hq"):
@@ -277,12 +278,19 @@ def test_sizes_of_pairs(pairs) -> None:
         open_data(pairs, scale=2)
 
 
-def test_images_smaller_than_the_crop(hq_folder) -> None:
-    with pytest.raises(UserError, match=r"3 of 5 images are smaller than the crop of 36.*001\.png \(33x47\)"):
-        open_hq(hq_folder, crop=36)
+def test_images_smaller_than_the_crop_are_left_out_and_counted(hq_folder, caplog) -> None:
+    data = open_hq(hq_folder, crop=36)
+    assert [item.hq.name for item in data.items] == ["000.png", "004.png"]
+    (said,) = caplog.messages
+    assert said == (
+        f"'{hq_folder}': 3 of 5 images are smaller than the crop of 36 and are left out: 001.png (33x47), "
+        "002.png (64x32), 003.png (32x32)"
+    )
+    assert {Path(path).name for path in data.batch(0, range(8)).paths} == {"000.png", "004.png"}
     make_images(hq_folder, [(3, 9)], start=5)
-    with pytest.raises(UserError, match=r"1 of 6 .*scale 4.*005\.png"):
-        open_hq(hq_folder, crop=None)
+    assert len(open_hq(hq_folder, crop=None)) == 5
+    with pytest.raises(UserError, match=r"no image in .* is as large as the crop of 64: 000\.png \(40x52\).* pad"):
+        open_hq(hq_folder, crop=64)
 
 
 @pytest.mark.parametrize("crop", [0, -4, 2, 30])
@@ -310,5 +318,7 @@ def test_truncation_is_found_by_check(hq_folder) -> None:
         content = (hq_folder / name).read_bytes()
         (hq_folder / name).write_bytes(content[: len(content) // 2])
     data = open_hq(hq_folder)
-    with pytest.raises(UserError, match=r"2 of the image files are unusable.*001\.png.*003\.png"):
+    with pytest.raises(
+        UserError, match=r"2 of 5 images are unreadable, and data.max_unreadable allows 0.*001\.png.*003\.png"
+    ):
         data.check()

@@ -184,14 +184,14 @@ def test_the_check_names_all_damaged_files_in_order(photos, workers) -> None:
         path = photos / f"00{number}.png"
         path.write_bytes(path.read_bytes()[:300])
     data = opened(photos, workers)
-    with pytest.raises(UserError, match=r"4 of the image files are unusable.*001\.png.*004\.png.*005\.png"):
+    with pytest.raises(UserError, match=r"4 of 7 images are unreadable.*001\.png.*004\.png.*005\.png"):
         data.check()
     data.check(limit=1)
 
     def together(work):  # of two processes, the other one has found something, too
         return [work(), [(0, "another's")]]
 
-    with pytest.raises(UserError, match=r"3 of the image files are unusable: another's; .*004\.png.*006\.png"):
+    with pytest.raises(UserError, match=r"3 of 7 images are unreadable.*: another's; .*004\.png.*006\.png"):
         data.check(0, 2, together=together)
     data.close()
 
@@ -205,7 +205,7 @@ def test_switches_of_pil_and_filters_of_warnings_are_as_they_were(photos, monkey
         before = list(warnings.filters)
         data = opened(photos, 3, cache_mb=0)
         for _ in range(3):
-            with pytest.raises(UserError, match=r"1 of the image files are unusable"):
+            with pytest.raises(UserError, match=r"1 of 7 images are unreadable"):
                 data.check()
         data.close()
         assert warnings.filters == before

@@ -103,7 +103,7 @@ def test_defaults_go_by_the_name_and_survive_the_runs_recipe(recipe) -> None:
     for name, rate in LEARNING_RATES.items():
         made = parse(Recipe, recipe(name), "test")
         assert (made.optimiser.learning_rate, made.optimiser.betas is None) == (rate, name == "adafactor")
-        again = rewardsr.train.recipe.load_recipe(None, rewardsr.train.recipe._yaml(to_yaml(made), "test"), [])
+        again = rewardsr.train.recipe.load_recipe(None, rewardsr.train.recipe.read_yaml(to_yaml(made), "test"), [])
         assert again == made
     assert parse(OptimiserRecipe, {"name": "prodigy", "learning_rate": 0.5}, "test").learning_rate == 0.5
     assert parse(OptimiserRecipe, {}, "test").learning_rate == 5e-5

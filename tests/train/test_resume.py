@@ -127,7 +127,7 @@ def test_other_images_are_refused(role, change, recipe, folder) -> None:
     if change == "another name":
         (images / "002.txt").rename(images / "0020.txt")
     before = listing(folder)
-    with pytest.raises(UserError, match=r"role' are not those that the run began with"):
+    with pytest.raises(UserError, match=rf"data.{role} .*role'.* are not those that the run began with"):
         rewardsr.finetune(recipe(steps=2, **data), resume=True)
     assert listing(folder) == before
 

@@ -56,7 +56,7 @@ def test_a_dry_run_decodes_what_a_step_takes_and_a_run_everything(role, recipe, 
     bad.write_bytes(bad.read_bytes()[:200])
     data = {role: str(images), "validation_limit": 8}
     rewardsr.finetune(recipe(data=data, batch_size=1), dry_run=True)
-    with pytest.raises(UserError, match=rf"1 of the image files are unusable: .*{bad.name}"):
+    with pytest.raises(UserError, match=rf"1 of 8 images are unreadable.*{bad.name}"):
         rewardsr.finetune(recipe(data=data))
     if role == "validation":  # what is not looked at may be anything
         assert rewardsr.finetune(recipe(steps=1, data=data | {"validation_limit": 2})).finished
@@ -101,5 +101,5 @@ def test_processes_share_the_check_and_all_end_with_one_line(tmp_path) -> None:
     assert done.returncode == 0, done.stderr
     found = [json.loads(Path(tmp_path / str(rank)).read_text()) for rank in (0, 1)]
     assert [seen for seen, _ in found] == [["000.png", "002.png", "004.png"], ["001.png", "003.png"]]
-    assert found[0][1] == found[1][1] and "1 of the image files are unusable" in found[0][1]
+    assert found[0][1] == found[1][1] and "1 of 5 images are unreadable" in found[0][1]
     assert "003.png" in found[0][1]
