@@ -60,7 +60,7 @@ def test_recipe_that_says_nonsense(refused, tmp_path, monkeypatch, text, says) -
         (("--trainer", "json:dumps"), "expected a subclass of rewardsr.trainers.base.Method"),
         (("--rewards", "psn"), "did you mean"),
         (("--rewards", "psnr=much"), "not a number"),
-        (("--rewards", ""), "'rewards' is []"),
+        (("--rewards", ""), "learns from rewards, and the recipe names none"),
         (("--rewards", "json:JSONDecodeErro"), "has no 'JSONDecodeErro'"),
         (("--set", "adapter_options.nois_t=250"), "did you mean 'noise_t'?"),
         (("--set", "adapter_options.noise_t=soon"), "'noise_t' is 'soon'"),
