@@ -24,8 +24,9 @@ from rewardsr.data.degrade.contract import in_words
 from rewardsr.data.protocol import open_images
 from rewardsr.draws import Draws, seed_of
 from rewardsr.errors import TrainingError, UserError, is_out_of_memory
+from rewardsr.evaluation.offset import Offset, latent_offset, shifted
 from rewardsr.evaluation.pictures import Cell, comparison_row, shown, write_grid
-from rewardsr.evaluation.report import CONFIDENCE, Comparison, Evaluation
+from rewardsr.evaluation.report import CONFIDENCE, Cast, Comparison, Evaluation, OffsetTest
 from rewardsr.evaluation.upscale import upscale_tensor
 from rewardsr.lora.layers import reference, tuned
 from rewardsr.rewards import build
@@ -79,6 +80,7 @@ def evaluate(
     side: int | None = None,
     protocol: ProtocolRecipe | None = None,
     prompts: str | None = None,
+    cast: bool | Path | str = False,
 ) -> Evaluation:
     """Score base against tuned on a data folder, with the same noise; see `HeldOut`.
 
@@ -94,28 +96,41 @@ def evaluate(
         protocol: how images are degraded and prompted: `recipe.data` of a run, which its own validation goes by; by
             default the recipes' defaults.
         prompts: instead of the protocol's.
+        cast: also tell how much of each gain one constant offset of the latents gives, the same for every image
+            (`Evaluation.cast`); this samples each image six times instead of twice. The offset is the LoRA's mean
+            change of the latents (`latent_offset`): True measures it on these images, where it fits them as well as
+            a constant can, so that what is left is no accident of other images; a folder or list (the run's training
+            images, say) on the images there, within the same limit and side.
 
     Raises:
-        UserError: there is no LoRA, the folder or a metric cannot be had, or as of `HeldOut`.
+        UserError: there is no LoRA, a folder or metric cannot be had or has no images, or as of `HeldOut`.
     """
     if not tuned(adapter):
         raise UserError("evaluate compares base and tuned, and this pipeline carries no LoRA: load one first")
     chosen = (protocol or ProtocolRecipe()).prompted(prompts)
     folder = open_images(chosen, data, adapter.scale, adapter.extras)
+    source = folder if isinstance(cast, bool) else open_images(chosen, cast, adapter.scale, adapter.extras)
     rewards = {name: build(name) for name in metrics}
     made = "as they lie there" if folder.items[0].lq else in_words(chosen.degradation)
     logger.info("%s; LQ images: %s; prompts: %s", folder.said, made, chosen.prompts)
+    offset = None
+    if cast is not False:
+        count = len(source.items[:limit])
+        where = f"the {count} images compared" if cast is True else f"{count} images of {cast}"
+        logger.info("cast test: measuring the offset on %s", where)
+        measured = source.validation(limit, seed, side)
+        offset = latent_offset(adapter, measured, where, seed=seed, draws_per_image=draws_per_image)
     images = partial(folder.validation, limit, seed, side)
-    return HeldOut(adapter, images, rewards, seed=seed, draws_per_image=draws_per_image, pictures=0).score()
+    held_out = HeldOut(adapter, images, rewards, seed=seed, draws_per_image=draws_per_image, offset=offset, pictures=0)
+    return held_out.score()
 
 
 @dataclass(frozen=True)
 class _Scored:
-    """One image: its name, the scores of base and tuned by reward, and a row of pictures where it is shown."""
+    """One image: its name, its scores by side ("base", "tuned", ...) and reward, and pictures where it is shown."""
 
     name: str
-    base: dict[str, float]
-    tuned: dict[str, float]
+    scores: dict[str, dict[str, float]]
     cells: list[Cell]
 
 
@@ -134,6 +149,8 @@ class HeldOut:
         draws_per_image: scores are averaged over so many draws of noise; a pipeline without noise takes one.
         color_fix: "none", "adain" or "wavelet".
         base: a context in which the pipeline is the one to compare with; our LoRA off by default.
+        offset: what one constant offset of the latents gives is scored as well: added to those of the base alone, and
+            taken from those of the tuned pipeline (`Evaluation.cast`).
         accelerator: the processes that share the images; None: this one alone.
         run: the run's folder: `score` writes pictures and scores of a step to `validation/` there.
         pictures: the first so many images are shown, enlarged LQ beside base, tuned and HQ.
@@ -158,6 +175,7 @@ class HeldOut:
         draws_per_image: int = 1,
         color_fix: str = "none",
         base: Callable[[], AbstractContextManager[None]] | None = None,
+        offset: Offset | None = None,
         accelerator: Accelerator | None = None,
         run: Path | None = None,
         pictures: int = 4,
@@ -171,7 +189,7 @@ class HeldOut:
         self._adapter, self._images, self._rewards, self._seed = adapter, images, rewards, seed
         self._draws = 1 if adapter.deterministic else draws_per_image
         self._color_fix, self._accelerator, self._run = color_fix, accelerator, run
-        self._reference = base or partial(reference, adapter)
+        self._reference, self._offset = base or partial(reference, adapter), offset
         self._pictures, self._side, self._memory_advice = pictures, picture_side, memory_advice
         self._base: dict[int, tuple[dict[str, float], Tensor | None]] = {}  # scores and, where it is shown, picture
         self.rows: list[list[Cell]] = []
@@ -196,12 +214,10 @@ class HeldOut:
             raise UserError("nothing to evaluate: there are no images")
         found = [scored[position] for position in sorted(scored)]
         self.rows = [image.cells for image in found if image.cells]
-        rewards = {}
-        for name in self._rewards:
-            base, tuned = tuple(image.base[name] for image in found), tuple(image.tuned[name] for image in found)
-            differences = (after - before for before, after in zip(base, tuned, strict=True))
-            rewards[name] = Comparison(base, tuned, *interval(differences))
-        evaluation = Evaluation(tuple(image.name for image in found), rewards, self._seed, self._draws, self._color_fix)
+        rewards = {name: _compared(found, name, "base", "tuned") for name in self._rewards}
+        cast = None if self._offset is None else _cast(found, rewards, self._offset)
+        names = tuple(image.name for image in found)
+        evaluation = Evaluation(names, rewards, self._seed, self._draws, self._color_fix, cast)
         everywhere(self._accelerator, lambda: self._write(step, evaluation))
         return evaluation
 
@@ -236,11 +252,18 @@ class HeldOut:
             self._base[position] = scores, shown(sr[0], self._side) if position < self._pictures else None
         tuned, sr = self._score_side(position, batch, f"{name} (tuned)")
         base, picture = self._base[position]
+        sides = {"base": base, "tuned": tuned}
+        if self._offset is not None:
+            numbers = self._offset.numbers
+            with self._reference(), shifted(self._adapter, numbers):
+                sides["alone"], _ = self._score_side(position, batch, f"{name} (base + offset)")
+            with shifted(self._adapter, -numbers):
+                sides["without"], _ = self._score_side(position, batch, f"{name} (tuned - offset)")
         cells: list[Cell] = []
         if picture is not None:
             hq = None if batch.hq is None else batch.hq[0]
             cells = comparison_row(batch.lq[0], picture, sr[0], hq, Path(name).stem, self._side)
-        return _Scored(name, base, tuned, cells)
+        return _Scored(name, sides, cells)
 
     def _score_side(self, position: int, batch: Batch, where: str) -> tuple[dict[str, float], Tensor]:
         """Scores of the pipeline as it is, averaged over the draws, and `sr` (1, 3, H, W) of the first draw."""
@@ -264,6 +287,18 @@ class HeldOut:
         folder = self._run / VALIDATION
         write_grid(self.rows, folder / f"step-{step:08d}.png")
         write_text(folder / f"step-{step:08d}.json", evaluation.to_json())
+
+
+def _compared(found: Sequence[_Scored], reward: str, before: str, after: str) -> Comparison:
+    """One side against another on all images."""
+    base, tuned = (tuple(image.scores[side][reward] for image in found) for side in (before, after))
+    return Comparison(base, tuned, *interval(late - early for early, late in zip(base, tuned, strict=True)))
+
+
+def _cast(found: Sequence[_Scored], gains: Mapping[str, Comparison], offset: Offset) -> Cast:
+    pairs = (("base", "alone"), ("base", "without"), ("alone", "tuned"))
+    tests = {name: OffsetTest(gain, *(_compared(found, name, *pair) for pair in pairs)) for name, gain in gains.items()}
+    return Cast(tuple(offset.numbers.tolist()), offset.measured_on, tests)
 
 
 def _score(name: str, reward: Reward, sr: Tensor, batch: Batch, where: str) -> float:
