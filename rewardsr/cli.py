@@ -209,10 +209,10 @@ def evaluate(
 
     With --run, images are degraded, prompted and seeded as in that run's own validation.
 
-    --cast tells what one number a channel of the latents, the same for every image and without LoRA, gives of each gain,
-    and what the LoRA gives without it: "mostly a global cast" is more than half. The offset is the mean change of the
-    latents on the images compared, where it looks as good as a constant can, or on others (--cast-on: those the run was
-    trained on, say), within the same limit and side. It takes three times as long.
+    --cast tells what one constant offset of the latents (a number a channel, the same for every image, no LoRA) gives
+    of each gain, and what the LoRA gives without it; above a half it is mostly a global cast. The offset is the mean
+    change of the latents on the images compared, where it looks as good as a constant can, or on others (--cast-on:
+    those the run was trained on, say), within the same limit and side. It takes three times as long.
     """
     if run is None and not lora:
         raise UserError("evaluate compares base and tuned: give --run, or --lora")

@@ -286,7 +286,7 @@ def _markdown_table(table: Sequence[tuple[str, ...]]) -> list[str]:
 def _cast_summary(cast: Cast) -> str:
     return (
         f"offset: mean change of the latents at equal noise, {len(cast.offset)} numbers, measured on "
-        f"{cast.measured_on}; alone: base + offset; without: tuned - offset; both against base"
+        f"{cast.measured_on}; alone: base plus offset; without it: tuned minus offset; both against base"
     )
 
 
