@@ -100,8 +100,8 @@ def compare(recipe: Recipe, run: Path, cast: bool = False) -> tuple[Evaluation, 
         offset = latent_offset(adapter, training.validation(side=OFFSET_SIDE), "the training photographs")
     images = partial(open_images(recipe.data, recipe.data.validation, adapter.scale).validation, None, 0, None)
     rewards = {name: build(name) for name in METRICS}
-    held_out = HeldOut(adapter, images, rewards, seed=1, draws_per_image=DRAWS, picture_side=None, offset=offset)
-    return held_out.score(), held_out.rows
+    held_out = HeldOut(adapter, images, rewards, seed=1, draws_per_image=DRAWS, picture_side=None)
+    return held_out.score(offset=offset), held_out.rows
 
 
 def table_of(found: Evaluation, control: Evaluation) -> str:

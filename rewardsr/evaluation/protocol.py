@@ -113,16 +113,18 @@ def evaluate(
     rewards = {name: build(name) for name in metrics}
     made = "as they lie there" if folder.items[0].lq else in_words(chosen.degradation)
     logger.info("%s; LQ images: %s; prompts: %s", folder.said, made, chosen.prompts)
+    images = partial(folder.validation, limit, seed, side)
+    held_out = HeldOut(adapter, images, rewards, seed=seed, draws_per_image=draws_per_image, pictures=0)
     offset = None
     if cast is not False:
+        for item in folder.items[:limit]:
+            _check_hq(rewards, Path(str(item.shown)).name, item.hq is not None)
         count = len(source.items[:limit])
         where = f"the {count} images compared" if cast is True else f"{count} images of {cast}"
         logger.info("cast test: measuring the offset on %s", where)
         measured = source.validation(limit, seed, side)
         offset = latent_offset(adapter, measured, where, seed=seed, draws_per_image=draws_per_image)
-    images = partial(folder.validation, limit, seed, side)
-    held_out = HeldOut(adapter, images, rewards, seed=seed, draws_per_image=draws_per_image, offset=offset, pictures=0)
-    return held_out.score()
+    return held_out.score(offset=offset)
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,6 @@ class HeldOut:
         draws_per_image: scores are averaged over so many draws of noise; a pipeline without noise takes one.
         color_fix: "none", "adain" or "wavelet".
         base: a context in which the pipeline is the one to compare with; our LoRA off by default.
-        offset: what one constant offset of the latents gives is scored as well: added to those of the base alone, and
-            taken from those of the tuned pipeline (`Evaluation.cast`).
         accelerator: the processes that share the images; None: this one alone.
         run: the run's folder: `score` writes pictures and scores of a step to `validation/` there.
         pictures: the first so many images are shown, enlarged LQ beside base, tuned and HQ.
@@ -175,7 +175,6 @@ class HeldOut:
         draws_per_image: int = 1,
         color_fix: str = "none",
         base: Callable[[], AbstractContextManager[None]] | None = None,
-        offset: Offset | None = None,
         accelerator: Accelerator | None = None,
         run: Path | None = None,
         pictures: int = 4,
@@ -189,18 +188,20 @@ class HeldOut:
         self._adapter, self._images, self._rewards, self._seed = adapter, images, rewards, seed
         self._draws = 1 if adapter.deterministic else draws_per_image
         self._color_fix, self._accelerator, self._run = color_fix, accelerator, run
-        self._reference, self._offset = base or partial(reference, adapter), offset
+        self._reference = base or partial(reference, adapter)
         self._pictures, self._side, self._memory_advice = pictures, picture_side, memory_advice
         self._base: dict[int, tuple[dict[str, float], Tensor | None]] = {}  # scores and, where it is shown, picture
         self.rows: list[list[Cell]] = []
 
-    def score(self, step: int = 0) -> Evaluation:
+    def score(self, step: int = 0, offset: Offset | None = None) -> Evaluation:
         """Score every image before and after fine-tuning; equal in every process.
 
         `sr` is scored as floating point, not as an 8-bit file.
 
         Args:
             step: of the run, for the names of its files.
+            offset: what it gives is scored as well (`Evaluation.cast`): added to the base's latents, and taken from
+                those of the tuned pipeline; the same one in every process.
 
         Raises:
             UserError: no images, a reward needs HQ images that are not there, or a file cannot be read or written.
@@ -208,21 +209,21 @@ class HeldOut:
             ValueError: a batch of several images, or a reward that breaks the contract.
         """
         scored: dict[int, _Scored] = {}
-        for share in everywhere(self._accelerator, self._score_share):
+        for share in everywhere(self._accelerator, partial(self._score_share, offset)):
             scored |= share
         if not scored:
             raise UserError("nothing to evaluate: there are no images")
         found = [scored[position] for position in sorted(scored)]
         self.rows = [image.cells for image in found if image.cells]
         rewards = {name: _compared(found, name, "base", "tuned") for name in self._rewards}
-        cast = None if self._offset is None else _cast(found, rewards, self._offset)
+        cast = None if offset is None else _cast(found, rewards, offset)
         names = tuple(image.name for image in found)
         evaluation = Evaluation(names, rewards, self._seed, self._draws, self._color_fix, cast)
         everywhere(self._accelerator, lambda: self._write(step, evaluation))
         return evaluation
 
     @torch.no_grad()
-    def _score_share(self) -> dict[int, _Scored]:
+    def _score_share(self, offset: Offset | None) -> dict[int, _Scored]:
         """The images of this process, by position."""
         first, every = 0, 1
         if self._accelerator is not None:
@@ -231,20 +232,18 @@ class HeldOut:
         try:
             for turn, batch in enumerate(self._images(first, every)):
                 position = first + turn * every
-                share[position] = self._score_image(position, batch)
+                share[position] = self._score_image(position, batch, offset)
         except Exception as error:
             if self._memory_advice is None or not is_out_of_memory(error):
                 raise
             raise TrainingError(self._memory_advice) from error
         return share
 
-    def _score_image(self, position: int, batch: Batch) -> _Scored:
+    def _score_image(self, position: int, batch: Batch, offset: Offset | None) -> _Scored:
         name = Path(batch.paths[0]).name if batch.paths else f"image {position}"
         if len(batch) != 1:
             raise ValueError(f"expected batches of one image, got {len(batch)}")
-        needing = [] if batch.hq is not None else [key for key, reward in self._rewards.items() if reward.needs_hq]
-        if needing:
-            raise UserError(f"{', '.join(needing)} compare with an HQ image, and {name} has none: leave them out")
+        _check_hq(self._rewards, name, batch.hq is not None)
         batch = batch.to(self._adapter.device)
         if position not in self._base:
             with self._reference():
@@ -253,11 +252,10 @@ class HeldOut:
         tuned, sr = self._score_side(position, batch, f"{name} (tuned)")
         base, picture = self._base[position]
         sides = {"base": base, "tuned": tuned}
-        if self._offset is not None:
-            numbers = self._offset.numbers
-            with self._reference(), shifted(self._adapter, numbers):
+        if offset is not None:
+            with self._reference(), shifted(self._adapter, offset.numbers):
                 sides["alone"], _ = self._score_side(position, batch, f"{name} (base + offset)")
-            with shifted(self._adapter, -numbers):
+            with shifted(self._adapter, -offset.numbers):
                 sides["without"], _ = self._score_side(position, batch, f"{name} (tuned - offset)")
         cells: list[Cell] = []
         if picture is not None:
@@ -287,6 +285,13 @@ class HeldOut:
         folder = self._run / VALIDATION
         write_grid(self.rows, folder / f"step-{step:08d}.png")
         write_text(folder / f"step-{step:08d}.json", evaluation.to_json())
+
+
+def _check_hq(rewards: Mapping[str, Reward], name: str, there: bool) -> None:
+    """Refuse rewards that need the HQ image which this image has not."""
+    needing = [] if there else [key for key, reward in rewards.items() if reward.needs_hq]
+    if needing:
+        raise UserError(f"{', '.join(needing)} compare with an HQ image, and {name} has none: leave them out")
 
 
 def _compared(found: Sequence[_Scored], reward: str, before: str, after: str) -> Comparison:

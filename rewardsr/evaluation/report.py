@@ -220,7 +220,7 @@ def text(evaluation: Evaluation) -> str:
     lines = [*_aligned(rows(evaluation)), summary(evaluation)]
     if evaluation.cast is not None:
         said = [*evaluation.cast.sentences, _cast_summary(evaluation.cast)]
-        lines += ["", *_aligned(cast_rows(evaluation.cast)), *(fill(sentence, WIDTH) for sentence in said)]
+        lines += ["", *_aligned(cast_rows(evaluation.cast)), *(_wrapped(sentence) for sentence in said)]
     return "\n".join(lines)
 
 
@@ -269,6 +269,10 @@ def summary(evaluation: Evaluation) -> str:
     )
 
 
+def _wrapped(sentence: str) -> str:
+    return fill(sentence, WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
 def _tables(evaluation: Evaluation) -> list[tuple[list[tuple[str, ...]], list[str]]]:
     """Every table there is, with what is said of it."""
     tables = [(rows(evaluation), [summary(evaluation)])]
@@ -278,7 +282,8 @@ def _tables(evaluation: Evaluation) -> list[tuple[list[tuple[str, ...]], list[st
 
 
 def _markdown_table(table: Sequence[tuple[str, ...]]) -> list[str]:
-    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in table]
+    escaped = [[cell.replace("|", r"\|") for cell in row] for row in table]
+    lines = [f"| {' | '.join(row)} |" for row in escaped]
     lines.insert(1, f"| :--- |{' ---: |' * (len(table[0]) - 1)}")
     return lines
 

@@ -52,9 +52,10 @@ def images(count: int = 2) -> list[Batch]:
     return [Batch(lq=torch.nn.functional.avg_pool2d(hq, 4), hq=hq) for hq in pixels]
 
 
-def held_out(adapter: ISRAdapter, offset: Offset | None = None, draws: int = 1) -> HeldOut:
+def scored(adapter: ISRAdapter, offset: Offset | None = None, draws: int = 1) -> Evaluation:
     rewards = {name: build(name) for name in ("psnr", "detail")}
-    return HeldOut(adapter, lambda first, every: images(3)[first::every], rewards, draws_per_image=draws, offset=offset)
+    held_out = HeldOut(adapter, lambda first, every: images(3)[first::every], rewards, draws_per_image=draws)
+    return held_out.score(offset=offset)
 
 
 def latents(adapter: ISRAdapter, batch: Batch, seed: int = 0, draw: int = 0, place: int = 0) -> Tensor:
@@ -129,7 +130,7 @@ def test_a_pipeline_of_several_steps_is_judged_by_what_it_decodes(tmp_path) -> N
     found = latent_offset(adapter, images(), "two")
     assert found.numbers.abs().max() > 1e-4
     assert torch.allclose(found.numbers, torch.stack(expected).mean(0), atol=1e-5)
-    cast = held_out(adapter, found, draws=2).score().cast
+    cast = scored(adapter, found, draws=2).cast
     assert cast is not None and cast.rewards["psnr"].alone.differences != cast.rewards["psnr"].gain.differences
 
 
@@ -142,7 +143,7 @@ def test_a_change_that_is_constant_is_all_of_the_gain(adapter) -> None:
         offset = latent_offset(adapter, images(), "two")
         assert torch.allclose(before, offset.numbers[:, None, None].expand_as(before), atol=1e-5)
         assert offset.numbers.abs().max() > 0.05
-        found = held_out(adapter, offset, draws=2).score()
+        found = scored(adapter, offset, draws=2)
     assert found.cast is not None and found.cast.measured_on == "two"
     for name, test in found.cast.rewards.items():
         assert test.gain == found.rewards[name] and abs(test.gain.difference) > 1e-3
@@ -156,7 +157,7 @@ def test_a_change_without_a_mean_is_none_of_the_gain(adapter) -> None:
     with predicting_more(adapter, on_a_checkerboard):
         offset = latent_offset(adapter, images(), "two")
         assert torch.allclose(offset.numbers, torch.zeros(4), atol=1e-6)
-        found = held_out(adapter, offset).score()
+        found = scored(adapter, offset)
     assert found.cast is not None
     assert found.cast.rewards["psnr"].share == pytest.approx(0, abs=0.01)
     for test in found.cast.rewards.values():
@@ -168,8 +169,8 @@ def test_a_change_without_a_mean_is_none_of_the_gain(adapter) -> None:
 def test_scores_are_those_of_images_decoded_by_hand(adapter) -> None:
     moved(adapter)
     offset, draws = Offset(0.5 * ADDED, "nothing"), 2
-    found = held_out(adapter, offset, draws).score()
-    plain = held_out(adapter, None, draws).score()
+    found = scored(adapter, offset, draws)
+    plain = scored(adapter, None, draws)
     assert plain.cast is None and plain.rewards == found.rewards, "the test changes no other figure"
     assert found.cast is not None
     alone, without = [], []
@@ -207,7 +208,7 @@ def test_shifted_decodes_what_was_added_and_stops(adapter) -> None:
 
 
 def test_beside_the_others_in_one_table(adapter) -> None:
-    found = held_out(moved(adapter), Offset(ADDED, "nothing")).score()
+    found = scored(moved(adapter), Offset(ADDED, "nothing"))
     assert found.cast is not None
     alone = {name: test.alone for name, test in found.cast.rewards.items()}
     lines = side_by_side(found, {"tuned": found.rewards, "constant offset": alone}).splitlines()
@@ -227,6 +228,23 @@ def test_it_needs_a_lora_and_images(adapter, hq_folder, tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty"):
         rewardsr.evaluate(adapter, hq_folder, cast=tmp_path / "empty")
+
+
+def test_what_cannot_be_scored_is_refused_before_the_offset_is_measured(adapter, hq_folder, tmp_path) -> None:
+    lora.attach(adapter)
+    (tmp_path / "lq").symlink_to(hq_folder)
+
+    def measure(*_: object, **__: object) -> None:
+        raise AssertionError("measured")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rewardsr.evaluation.protocol.latent_offset", measure)
+        with pytest.raises(UserError, match="psnr compare with an HQ image"):
+            rewardsr.evaluate(adapter, tmp_path, ["psnr"], cast=True)
+        with pytest.raises(UserError, match="name at least one reward"):
+            rewardsr.evaluate(adapter, hq_folder, [], cast=True)
+        with pytest.raises(AssertionError, match="measured"):
+            rewardsr.evaluate(adapter, tmp_path, ["sharpness"], cast=True)
 
 
 def test_evaluate_tells_it_and_records_it(commands: Commands, run, hq_folder, tmp_path) -> None:
