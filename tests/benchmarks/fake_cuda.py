@@ -22,7 +22,7 @@ from _records import Cost
 from _steps import ADAPTERS, Case, Measured, measure
 
 SIDES = {"sd21": 512, "tiny": 64}
-TRAINERS = ("gdpo", "rfsr", "upscale")
+TRAINERS = ("gdpo", "rfsr", "naosd", "upscale")
 ROW = ("peak GB", "kernels", "TFLOP", "traffic GB", "copies", "waits", "estimate ms")
 
 
@@ -41,6 +41,14 @@ def cases(adapter: str, trainer: str) -> Iterator[Case]:
         yield replace(case, label="crop", options=crop)
         yield replace(case, label="checkpointing", checkpointing=True)
         yield replace(case, label="both", options=crop, checkpointing=True)
+        return
+    if trainer == "naosd":
+        if adapter == "osediff":  # it trains one-step pipelines
+            yield replace(case, label="as published")
+            yield replace(case, label="checkpointing", checkpointing=True)
+            yield replace(case, label="checkpointing, b=4", checkpointing=True, batch=4)
+            yield replace(case, label="checkpointing, no distillation", checkpointing=True, options={"vsd_weight": 0})
+            yield replace(case, label="checkpointing, all weights", checkpointing=True, options={"full": "all"})
         return
     yield replace(case, label="paper")
     if adapter == "osediff":
