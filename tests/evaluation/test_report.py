@@ -10,7 +10,17 @@ import torch
 from rewardsr.data.images import read_image
 from rewardsr.errors import UserError
 from rewardsr.evaluation.pictures import comparison_row, grid, shown, write_grid
-from rewardsr.evaluation.report import CAST_HEADINGS, HEADINGS, Cast, Comparison, Evaluation, OffsetTest, markdown, rows
+from rewardsr.evaluation.report import (
+    CAST_HEADINGS,
+    HEADINGS,
+    Cast,
+    Comparison,
+    Evaluation,
+    OffsetTest,
+    cast_rows,
+    markdown,
+    rows,
+)
 
 
 @pytest.fixture
@@ -106,14 +116,13 @@ def test_an_offset_that_gives_more_than_half_of_a_gain_is_a_cast() -> None:
 
 def test_the_cast_has_a_table_of_its_own() -> None:
     evaluation = with_cast(*TESTS)
-    table, said = str(evaluation).split("\n\n")[1].splitlines()[:6], str(evaluation).split("\n\n")[1]
-    assert [line.split("  ")[0].strip() for line in table] == ["reward", *TESTS]
-    assert [line.rpartition("]")[0].split("]")[1].split("[")[0].split()[0] for line in table[1:]] == [
-        *("75", "50", "-", "-", "-")
-    ]
-    assert all(len(line) <= 80 for line in said.splitlines()) and "2 numbers, measured on the 2 images compared" in (
-        " ".join(said.split())
-    )
+    table = cast_rows(evaluation.cast)
+    assert table[0] == CAST_HEADINGS and [row[0] for row in table[1:]] == list(TESTS)
+    assert table[1] == ("cast", "+0.7500 [-0.2500, +1.7500]", "75 %", "+0.1250 [-0.8750, +1.1250]")
+    assert [row[2] for row in table[1:]] == ["75 %", "50 %", "-", "-", "-"]
+    said = str(evaluation).split("\n\n")[1]
+    assert all(len(line) <= 80 for line in said.splitlines())
+    assert "2 numbers, measured on the 2 images compared" in " ".join(said.split())
     lines = markdown(evaluation).splitlines()
     assert f"| {' | '.join(CAST_HEADINGS)} |" in lines and evaluation.cast.sentences[0] in lines
     tables = list(ElementTree.fromstring(f"<all>{evaluation._repr_html_()}</all>"))
