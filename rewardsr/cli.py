@@ -346,7 +346,7 @@ def rewards() -> None:
 
     for name, kind, needs_hq, differentiable, licence in known():
         needs = "needs HQ" if needs_hq else "no HQ"
-        console.say(f"{name:<16} {kind:<9} {needs:<9} {'differentiable' if differentiable else '':<15} {licence}")
+        console.say(f"{name:<18} {kind:<9} {needs:<9} {'differentiable' if differentiable else '':<15} {licence}")
     console.say("any pyiqa metric id works too (musiq, maniqa, clipiqa, ...); so does module:Name")
 
 

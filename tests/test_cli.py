@@ -253,7 +253,7 @@ def test_an_option_of_the_command_line_overrides_the_runs(commands: Commands, ru
 def test_lists(commands: Commands) -> None:
     assert "osediff" in commands("adapters").out
     rewards = commands("rewards").out
-    names = ("psnr", "ssim", "detail", "sharpness", "lq_consistency", "imagereward", "musiq")
+    names = ("psnr", "ssim", "detail", "detail_correlation", "sharpness", "lq_consistency", "imagereward", "musiq")
     assert all(name in rewards for name in names)
 
 

@@ -1,12 +1,13 @@
-"""Detail without a network: how much high frequency there is, and whether it is as much as HQ has.
+"""Detail without a network: how much high frequency there is, whether it is as much as HQ has, and where HQ has it.
 
-Gray is BT.601 luma in full range [0, 1]; the Laplacian is the four-neighbour one, edges replicated.
+Gray is BT.601 luma in full range [0, 1]; the Laplacian is the four-neighbour one, edges replicated. Cells are 8x8
+pixels; those at the right and bottom edge may be smaller.
 """
 
 import torch
 import torch.nn.functional as F
 from kornia.color import rgb_to_grayscale
-from kornia.filters import filter2d
+from kornia.filters import filter2d, filter2d_separable, get_gaussian_kernel1d
 from torch import Tensor
 
 from rewardsr.batch import Batch
@@ -14,16 +15,17 @@ from rewardsr.rewards.fidelity import target
 from rewardsr.rewards.precision import computing
 from rewardsr.transfer import to_device
 
-CELL = 8  # pixels: the neighbourhood in which energy is compared
+CELL = 8  # pixels: the neighbourhood in which detail is compared
 FLOOR = 0.01  # energy below this counts as flat; keeps the logarithm of noise-free areas apart from -inf
+LEVEL = 1 / 255  # high frequencies whose root mean square is well below one 8-bit level count as none
 
 
 class Detail:
     """Agreement of local high-frequency energy with HQ; 0 is best, lower is worse.
 
-    Energy is the absolute Laplacian averaged over 8x8 cells (cells at the right and bottom edge may be smaller); the
-    score is minus the mean over cells of |log(energy_sr + 0.01) - log(energy_hq + 0.01)|. Too smooth costs, and so
-    does sharpening past HQ. Where exactly the detail lies inside a cell does not matter.
+    Energy is the absolute Laplacian averaged over cells; the score is minus the mean over cells of
+    |log(energy_sr + 0.01) - log(energy_hq + 0.01)|. Too smooth costs, and so does sharpening past HQ. Where exactly the
+    detail lies inside a cell does not matter: that is what `detail_correlation` sees.
     """
 
     name = "detail"
@@ -42,6 +44,44 @@ class Detail:
         """
         with computing(sr.device):
             return -(_log_energy(sr) - _log_energy(target(self.name, sr, batch))).abs().mean((1, 2, 3))
+
+
+class DetailCorrelation:
+    """Local correlation of high frequencies with those of HQ: 1 where detail lies as in HQ, 0 where it has no relation.
+
+    High frequencies x (of `sr`) and y (of HQ) are gray minus its Gaussian blur (11x11 pixels, sigma 1.5, edges
+    replicated): details of up to about 8 pixels a period. With <.> the mean over a cell and c = (1/255)^2, a cell's
+    correlation and weight are
+
+        r = (<x y> + c) / sqrt((<x x> + c) (<y y> + c)),    w = sqrt(<y y> + c),
+
+    and the score is sum(w r) / sum(w) over cells: it counts where HQ has detail. c keeps gradients finite, lets two
+    flat cells agree (r = 1), and texture added to a flat one disagree (r towards 0). Brightness has no effect.
+
+    A correlation does not depend on contrast: HQ with half or twice its detail scores nearly 1. That is on purpose: how
+    much there is, `detail` measures; here neither sharpening nor added texture pays, unless it is HQ's. (SSIM's form of
+    r, 2 <x y> over <x x> + <y y>, asks for the right contrast too, and so pays for sharpening a blurred image.)
+    """
+
+    name = "detail_correlation"
+    differentiable = True
+    needs_hq = True
+    licence = "Apache-2.0"
+    light = True
+    kind = "detail"
+
+    def __call__(self, sr: Tensor, batch: Batch) -> Tensor:
+        """Score (B,) in [-1, 1] up to rounding, 1 for HQ itself; `sr` and `batch.hq` are (B, 3, H, W) in [0, 1].
+
+        Raises:
+            UserError: the batch has no HQ images.
+            ValueError: shapes differ.
+        """
+        with computing(sr.device):
+            x, y = _high_frequencies(sr), _high_frequencies(target(self.name, sr, batch))
+            covariance, energy, weight = _cells(x * y) + LEVEL**2, _cells(x * x) + LEVEL**2, _cells(y * y) + LEVEL**2
+            # The square root of HQ's energy is both its part of the correlation and the weight: the two cancel out.
+            return (covariance / energy.sqrt()).sum((1, 2, 3)) / weight.sqrt().sum((1, 2, 3))
 
 
 class Sharpness:
@@ -99,7 +139,18 @@ def _absolute_laplacian(image: Tensor) -> Tensor:
     return filter2d(rgb_to_grayscale(image.float()), kernel, border_type="replicate").abs()
 
 
+def _high_frequencies(image: Tensor) -> Tensor:
+    """Gray (B, 1, H, W) minus its Gaussian blur, of RGB (B, 3, H, W) in [0, 1]."""
+    gray = rgb_to_grayscale(image.float())
+    kernel = to_device(get_gaussian_kernel1d(11, 1.5), image.device)
+    return gray - filter2d_separable(gray, kernel, kernel, border_type="replicate")
+
+
 def _log_energy(image: Tensor) -> Tensor:
     """Logarithm of the energy of each cell (B, 1, ceil(H / 8), ceil(W / 8)), of RGB (B, 3, H, W) in [0, 1]."""
-    energy = F.avg_pool2d(_absolute_laplacian(image), CELL, ceil_mode=True, count_include_pad=False)
-    return (energy + FLOOR).log()
+    return (_cells(_absolute_laplacian(image)) + FLOOR).log()
+
+
+def _cells(values: Tensor) -> Tensor:
+    """Mean of each cell (B, 1, ceil(H / 8), ceil(W / 8)), of (B, 1, H, W)."""
+    return F.avg_pool2d(values, CELL, ceil_mode=True, count_include_pad=False)

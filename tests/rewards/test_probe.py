@@ -32,7 +32,7 @@ def test_built_ins_pass(name: str, rows: int) -> None:
 def test_plain_images_pass() -> None:
     for value in (0.0, 0.5, 1.0):
         images = torch.full((1, 3, 32, 32), value)
-        for name in ("psnr", "ssim", "detail", "lq_consistency"):
+        for name in ("psnr", "ssim", "detail", "detail_correlation", "lq_consistency"):
             probe_gradient(name, build(name), Batch(lq=images[..., ::4, ::4], hq=images))
 
 

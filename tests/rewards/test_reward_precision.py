@@ -100,7 +100,9 @@ def test_switches_are_set_inside_and_put_back(precision: Any, inside: bool, devi
     assert not torch.backends.cudnn.deterministic
 
 
-@pytest.mark.parametrize("name", ["ssim", "detail", "sharpness", "iqa:ssim", "iqa:gmsd", "iqa:nlpd", "iqa:vif"])
+@pytest.mark.parametrize(
+    "name", ["ssim", "detail", "detail_correlation", "sharpness", "iqa:ssim", "iqa:gmsd", "iqa:nlpd", "iqa:vif"]
+)
 def test_formulas_are_exact(name: str, everywhere: None) -> None:
     """pyiqa's own wrapper would convolve in TF32 whatever is set around it."""
     sr, batch = images()
