@@ -11,6 +11,8 @@ import typer
 
 from rewardsr import __version__, console
 from rewardsr.cli_data import data as data_commands
+from rewardsr.cli_import import AdapterName, AdapterOption
+from rewardsr.cli_import import imports as import_commands
 from rewardsr.errors import UserError, printable
 
 app = typer.Typer(
@@ -24,16 +26,13 @@ app = typer.Typer(
 
 logger = logging.getLogger("rewardsr")
 
-imports = typer.Typer(help="Take over what other programs made.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(imports, name="import")
+app.add_typer(import_commands, name="import")
 app.add_typer(data_commands, name="data")
 
 Base = Annotated[str | None, typer.Option(help="diffusers folder, Hub id, or 'embedded'")]
 BaseOfRun = Annotated[
     str | None, typer.Option("--base", help="diffusers folder, Hub id, or 'embedded'; with --run: where its base lies")
 ]
-AdapterName = Annotated[str, typer.Option(help="registered adapter, or module:Name")]
-AdapterOption = Annotated[list[str] | None, typer.Option("--option", help="adapter option, key=value (noise_t=250)")]
 Run = Annotated[str | None, typer.Option(help="folder of a run, or user/name: its adapter, base and LoRA are used")]
 Loras = Annotated[
     list[str] | None, typer.Option("--lora", help="file, folder or user/name[@revision]; several with weights, a:0.7")
@@ -192,6 +191,12 @@ def evaluate(
         int | None, typer.Option(min=1, help="cut larger images to this many HQ pixels a side; by default as the run")
     ] = None,
     prompts: Prompts = None,
+    cast: Annotated[
+        bool, typer.Option("--cast", help="how much of a gain one constant offset of the latents gives")
+    ] = False,
+    cast_on: Annotated[
+        str | None, typer.Option(help="--cast, with the offset measured on the images there (as DATA)")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="also write the scores of every image, as JSON")
     ] = None,
@@ -203,6 +208,11 @@ def evaluate(
     """Compare base and tuned pipeline on the same images and noise, with 95 % intervals.
 
     With --run, images are degraded, prompted and seeded as in that run's own validation.
+
+    --cast tells what one constant offset of the latents (a number a channel, the same for every image, no LoRA) gives
+    of each gain, and what the LoRA gives without it; above a half it is mostly a global cast. The offset is the mean
+    change of the latents on the images compared, where it looks as good as a constant can, or on others (--cast-on:
+    those the run was trained on, say), within the same limit and side. It takes three times as long.
     """
     if run is None and not lora:
         raise UserError("evaluate compares base and tuned: give --run, or --lora")
@@ -223,6 +233,7 @@ def evaluate(
         side=side if side is not None or recipe is None else recipe.data.validation_side,
         protocol=None if recipe is None else recipe.data,
         prompts=prompts,
+        cast=cast if cast_on is None else cast_on,
     )
     console.say(found)
     if output is not None:
@@ -252,42 +263,6 @@ def export(
     for path in sorted(exchange.export(pipeline, output, form).rglob("*")):
         if path.is_file():
             console.say(path)
-
-
-@imports.command("lora")
-def import_lora(
-    source: Annotated[Path, typer.Argument(help="kohya, diffusers or peft file or folder, or the family's checkpoint")],
-    output: Annotated[Path, typer.Argument(help="new folder for the LoRA")],
-    base: Annotated[str, typer.Option(help="the pipeline that it is for: diffusers folder, Hub id, or 'embedded'")],
-    adapter: AdapterName = "osediff",
-    option: AdapterOption = None,
-) -> None:
-    """Turn a LoRA of another program into one that every command here loads; pickles never run code."""
-    from rewardsr import lora
-    from rewardsr.lora import exchange
-    from rewardsr.pipelines import open_run
-
-    exchange.check_output(output)
-    pipeline, _ = open_run(None, adapter, base, option, device="cpu", precision="fp32")
-    path = exchange.import_lora(pipeline, source, output)
-    rank, alpha = lora.rank_and_alpha(pipeline)
-    console.say(f"rank {rank}, alpha {alpha:g}: {path}")
-
-
-@imports.command("stablesr")
-def import_stablesr(
-    source: Annotated[Path, typer.Argument(metavar="CKPT", help="released checkpoint, .ckpt or .safetensors")],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="new folder, with unet/ and struct_encoder/")],
-    prediction: Annotated[
-        str, typer.Option(help="epsilon or v_prediction; auto: tries out which of them the network predicts")
-    ] = "auto",
-    check: Annotated[bool, typer.Option("--check/--no-check", help="whether the network is tried out at all")] = True,
-) -> None:
-    """Turn a StableSR checkpoint into a folder of safetensors, for the adapter's option `weights`."""
-    from rewardsr.adapters.stablesr import import_checkpoint
-
-    found = import_checkpoint(source, output, prediction, check)
-    console.say(f"{output}: predicts {found}; use it with --adapter stablesr --base SD-2.1 --option weights={output}")
 
 
 @app.command()

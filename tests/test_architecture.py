@@ -22,13 +22,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("pipelines",),
     ("evaluation",),
     ("train", "hub"),
-    ("testing", "demo", "doctor", "cli", "cli_data", "", "__main__"),
+    ("testing", "demo", "doctor", "cli", "cli_data", "cli_import", "", "__main__"),
 )
 
 # Where a function may import a module of the package, and why.
 LAZY = {
     "cli": "answers --help without importing what the commands need",
     "cli_data": "as cli",
+    "cli_import": "as cli",
     "__init__": "`import rewardsr` is light; public names are imported when they are first used",
     "lora.layers": "peft takes a second to import, and commands of the Hub need it not",
     "adapters.stablesr": "its networks import those of diffusers, which takes seconds: listing adapters need not",

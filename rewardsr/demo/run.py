@@ -4,7 +4,6 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from textwrap import indent
@@ -19,9 +18,9 @@ from rewardsr.data.protocol import open_images
 from rewardsr.demo.photos import write_folders
 from rewardsr.draws import Draws
 from rewardsr.errors import UserError
-from rewardsr.evaluation.offset import latent_offset, shifted
+from rewardsr.evaluation.offset import latent_offset
 from rewardsr.evaluation.pictures import Cell, write_grid
-from rewardsr.evaluation.protocol import HeldOut, interval
+from rewardsr.evaluation.protocol import HeldOut
 from rewardsr.evaluation.report import Evaluation, side_by_side
 from rewardsr.evaluation.upscale import upscale_tensor
 from rewardsr.pipelines import load_adapter
@@ -64,17 +63,15 @@ def run_demo(output: Path, steps: int | None = None) -> None:
     logger.info("control: the same, with the advantages dealt out at random ...")
     finetune(_shuffled(recipe, control))
 
-    found, rows = compare(recipe, tuned)
+    found, rows = compare(recipe, tuned, cast=True)
     dealt, _ = compare(recipe, control)
-    constants = constant_offset(recipe, tuned)
     write_grid(rows, output / "before_after.png")
-    tables = {"tuned": found, "shuffled": dealt, "constant offset": constants}
-    for name, table in tables.items():
-        write_text(output / f"{name.replace(' ', '_')}.json", table.to_json())
+    for name, table in {"tuned": found, "shuffled": dealt}.items():
+        write_text(output / f"{name}.json", table.to_json())
     logger.info(
-        "\nheld-out photographs, change against the base [95 % interval]:\n" + indent(side_by_side(tables), "  ")
+        "\nheld-out photographs, change against the base [95 % interval]:\n" + indent(table_of(found, dealt), "  ")
     )
-    logger.info(verdict(found, dealt, constants))
+    logger.info(verdict(found, dealt))
     _in_a_fresh_process(tuned, photos, output / "upscaled", _in_this_process(recipe, tuned, photos))
     logger.info(f"done in {time.perf_counter() - began:.0f} s\n")
     logger.info(_where(output))
@@ -91,34 +88,41 @@ def demo_recipe(photos: Path, run: Path, steps: int | None) -> Recipe:
     return load_recipe(str(RECIPE), overrides, [])
 
 
-def compare(recipe: Recipe, run: Path) -> tuple[Evaluation, list[list[Cell]]]:
-    """Base against the LoRA of a run on the held-out photographs, as scores and as pictures."""
+def compare(recipe: Recipe, run: Path, cast: bool = False) -> tuple[Evaluation, list[list[Cell]]]:
+    """Base against the LoRA of a run on the held-out photographs, as scores and as pictures.
+
+    The offset of the cast test is measured on the training photographs.
+    """
     adapter = _tuned(recipe, run)
-    held_out = _held_out(recipe, adapter)
-    return held_out.score(), held_out.rows
+    offset = None
+    if cast:
+        training = open_images(recipe.data, recipe.data.train, adapter.scale)
+        offset = latent_offset(adapter, training.validation(side=OFFSET_SIDE), "the training photographs")
+    images = partial(open_images(recipe.data, recipe.data.validation, adapter.scale).validation, None, 0, None)
+    rewards = {name: build(name) for name in METRICS}
+    held_out = HeldOut(adapter, images, rewards, seed=1, draws_per_image=DRAWS, picture_side=None)
+    return held_out.score(offset=offset), held_out.rows
 
 
-def constant_offset(recipe: Recipe, run: Path) -> Evaluation:
-    """Base against base plus what the LoRA adds to the latents on average over the training photographs."""
-    adapter = _tuned(recipe, run)
-    training = open_images(recipe.data, recipe.data.train, adapter.scale)
-    offset = latent_offset(adapter, training.validation(side=OFFSET_SIDE))
-    with lora.reference(adapter), shifted(adapter, offset):
-        return _held_out(recipe, adapter, base=lambda: shifted(adapter, None)).score()
+def table_of(found: Evaluation, control: Evaluation) -> str:
+    """The run, its shuffled control and its constant offset side by side."""
+    assert found.cast is not None
+    alone = {name: test.alone for name, test in found.cast.rewards.items()}
+    return side_by_side(found, {"tuned": found.rewards, "shuffled": control.rewards, "constant offset": alone})
 
 
-def verdict(found: Evaluation, control: Evaluation, constants: Evaluation) -> str:
+def verdict(found: Evaluation, control: Evaluation) -> str:
     """What the table says, in words; nothing is claimed that it does not show."""
-    gain, drift, shift = (one.rewards[TARGET] for one in (found, control, constants))
+    assert found.cast is not None
+    gain, drift, test = found.rewards[TARGET], control.rewards[TARGET], found.cast.rewards[TARGET]
     beyond = gain.low > max(0.0, abs(drift.difference), abs(drift.low), abs(drift.high))
-    rest = interval(one - other for one, other in zip(gain.tuned, shift.tuned, strict=True))
-    share = f"{shift.difference / gain.difference:.0%}" if gain.difference else "none"
     lines = [
         f"{TARGET}: {gain.difference:+.4f}",
         f"beyond the drift of the shuffled control: {'yes' if beyond else 'NO'}",
         f"beyond a constant offset, one number a channel of the latents and the same for every image: "
-        f"{'yes' if rest[0] > 0 else 'NO'}; that alone gives {shift.difference:+.4f} ({share}), what is left is in "
-        f"[{rest[0]:+.4f}, {rest[1]:+.4f}]",
+        f"{'yes' if test.beyond.low > 0 else 'NO'}; what it gives more is in "
+        f"[{test.beyond.low:+.4f}, {test.beyond.high:+.4f}]",
+        found.cast.sentence(TARGET),
     ]
     for name, floor in GUARDS.items():
         change = found.rewards[name].difference
@@ -126,12 +130,6 @@ def verdict(found: Evaluation, control: Evaluation, constants: Evaluation) -> st
             f"guard {name}: {change:+.4f}, may fall by {-floor:g}: {'held' if change >= floor else 'NOT HELD'}"
         )
     return "\n".join(lines)
-
-
-def _held_out(recipe: Recipe, adapter: ISRAdapter, base: Callable[[], Any] | None = None) -> HeldOut:
-    images = partial(open_images(recipe.data, recipe.data.validation, adapter.scale).validation, None, 0, None)
-    rewards = {name: build(name) for name in METRICS}
-    return HeldOut(adapter, images, rewards, seed=1, draws_per_image=DRAWS, picture_side=None, base=base)
 
 
 def _tuned(recipe: Recipe, run: Path) -> ISRAdapter:

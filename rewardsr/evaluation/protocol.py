@@ -24,8 +24,9 @@ from rewardsr.data.degrade.contract import in_words
 from rewardsr.data.protocol import open_images
 from rewardsr.draws import Draws, seed_of
 from rewardsr.errors import TrainingError, UserError, is_out_of_memory
+from rewardsr.evaluation.offset import Offset, latent_offset, shifted
 from rewardsr.evaluation.pictures import Cell, comparison_row, shown, write_grid
-from rewardsr.evaluation.report import CONFIDENCE, Comparison, Evaluation
+from rewardsr.evaluation.report import CONFIDENCE, Cast, Comparison, Evaluation, OffsetTest
 from rewardsr.evaluation.upscale import upscale_tensor
 from rewardsr.lora.layers import reference, tuned
 from rewardsr.rewards import build
@@ -79,6 +80,7 @@ def evaluate(
     side: int | None = None,
     protocol: ProtocolRecipe | None = None,
     prompts: str | None = None,
+    cast: bool | Path | str = False,
 ) -> Evaluation:
     """Score base against tuned on a data folder, with the same noise; see `HeldOut`.
 
@@ -94,28 +96,43 @@ def evaluate(
         protocol: how images are degraded and prompted: `recipe.data` of a run, which its own validation goes by; by
             default the recipes' defaults.
         prompts: instead of the protocol's.
+        cast: also tell how much of each gain one constant offset of the latents gives, the same for every image
+            (`Evaluation.cast`); this samples each image six times instead of twice. The offset is the LoRA's mean
+            change of the latents (`latent_offset`): True measures it on these images, where it fits them as well as
+            a constant can, so that what is left is no accident of other images; a folder or list (the run's training
+            images, say) on the images there, within the same limit and side.
 
     Raises:
-        UserError: there is no LoRA, the folder or a metric cannot be had, or as of `HeldOut`.
+        UserError: there is no LoRA, a folder or metric cannot be had or has no images, or as of `HeldOut`.
     """
     if not tuned(adapter):
         raise UserError("evaluate compares base and tuned, and this pipeline carries no LoRA: load one first")
     chosen = (protocol or ProtocolRecipe()).prompted(prompts)
     folder = open_images(chosen, data, adapter.scale, adapter.extras)
+    source = folder if isinstance(cast, bool) else open_images(chosen, cast, adapter.scale, adapter.extras)
     rewards = {name: build(name) for name in metrics}
     made = "as they lie there" if folder.items[0].lq else in_words(chosen.degradation)
     logger.info("%s; LQ images: %s; prompts: %s", folder.said, made, chosen.prompts)
     images = partial(folder.validation, limit, seed, side)
-    return HeldOut(adapter, images, rewards, seed=seed, draws_per_image=draws_per_image, pictures=0).score()
+    held_out = HeldOut(adapter, images, rewards, seed=seed, draws_per_image=draws_per_image, pictures=0)
+    offset = None
+    if cast is not False:
+        for item in folder.items[:limit]:
+            _check_hq(rewards, Path(str(item.shown)).name, item.hq is not None)
+        count = len(source.items[:limit])
+        where = f"the {count} images compared" if cast is True else f"{count} images of {cast}"
+        logger.info("cast test: measuring the offset on %s", where)
+        measured = source.validation(limit, seed, side)
+        offset = latent_offset(adapter, measured, where, seed=seed, draws_per_image=draws_per_image)
+    return held_out.score(offset=offset)
 
 
 @dataclass(frozen=True)
 class _Scored:
-    """One image: its name, the scores of base and tuned by reward, and a row of pictures where it is shown."""
+    """One image: its name, its scores by side ("base", "tuned", ...) and reward, and pictures where it is shown."""
 
     name: str
-    base: dict[str, float]
-    tuned: dict[str, float]
+    scores: dict[str, dict[str, float]]
     cells: list[Cell]
 
 
@@ -176,13 +193,15 @@ class HeldOut:
         self._base: dict[int, tuple[dict[str, float], Tensor | None]] = {}  # scores and, where it is shown, picture
         self.rows: list[list[Cell]] = []
 
-    def score(self, step: int = 0) -> Evaluation:
+    def score(self, step: int = 0, offset: Offset | None = None) -> Evaluation:
         """Score every image before and after fine-tuning; equal in every process.
 
         `sr` is scored as floating point, not as an 8-bit file.
 
         Args:
             step: of the run, for the names of its files.
+            offset: what it gives is scored as well (`Evaluation.cast`): added to the base's latents, and taken from
+                those of the tuned pipeline; the same one in every process.
 
         Raises:
             UserError: no images, a reward needs HQ images that are not there, or a file cannot be read or written.
@@ -190,23 +209,21 @@ class HeldOut:
             ValueError: a batch of several images, or a reward that breaks the contract.
         """
         scored: dict[int, _Scored] = {}
-        for share in everywhere(self._accelerator, self._score_share):
+        for share in everywhere(self._accelerator, partial(self._score_share, offset)):
             scored |= share
         if not scored:
             raise UserError("nothing to evaluate: there are no images")
         found = [scored[position] for position in sorted(scored)]
         self.rows = [image.cells for image in found if image.cells]
-        rewards = {}
-        for name in self._rewards:
-            base, tuned = tuple(image.base[name] for image in found), tuple(image.tuned[name] for image in found)
-            differences = (after - before for before, after in zip(base, tuned, strict=True))
-            rewards[name] = Comparison(base, tuned, *interval(differences))
-        evaluation = Evaluation(tuple(image.name for image in found), rewards, self._seed, self._draws, self._color_fix)
+        rewards = {name: _compared(found, name, "base", "tuned") for name in self._rewards}
+        cast = None if offset is None else _cast(found, rewards, offset)
+        names = tuple(image.name for image in found)
+        evaluation = Evaluation(names, rewards, self._seed, self._draws, self._color_fix, cast)
         everywhere(self._accelerator, lambda: self._write(step, evaluation))
         return evaluation
 
     @torch.no_grad()
-    def _score_share(self) -> dict[int, _Scored]:
+    def _score_share(self, offset: Offset | None) -> dict[int, _Scored]:
         """The images of this process, by position."""
         first, every = 0, 1
         if self._accelerator is not None:
@@ -215,20 +232,18 @@ class HeldOut:
         try:
             for turn, batch in enumerate(self._images(first, every)):
                 position = first + turn * every
-                share[position] = self._score_image(position, batch)
+                share[position] = self._score_image(position, batch, offset)
         except Exception as error:
             if self._memory_advice is None or not is_out_of_memory(error):
                 raise
             raise TrainingError(self._memory_advice) from error
         return share
 
-    def _score_image(self, position: int, batch: Batch) -> _Scored:
+    def _score_image(self, position: int, batch: Batch, offset: Offset | None) -> _Scored:
         name = Path(batch.paths[0]).name if batch.paths else f"image {position}"
         if len(batch) != 1:
             raise ValueError(f"expected batches of one image, got {len(batch)}")
-        needing = [] if batch.hq is not None else [key for key, reward in self._rewards.items() if reward.needs_hq]
-        if needing:
-            raise UserError(f"{', '.join(needing)} compare with an HQ image, and {name} has none: leave them out")
+        _check_hq(self._rewards, name, batch.hq is not None)
         batch = batch.to(self._adapter.device)
         if position not in self._base:
             with self._reference():
@@ -236,11 +251,17 @@ class HeldOut:
             self._base[position] = scores, shown(sr[0], self._side) if position < self._pictures else None
         tuned, sr = self._score_side(position, batch, f"{name} (tuned)")
         base, picture = self._base[position]
+        sides = {"base": base, "tuned": tuned}
+        if offset is not None:
+            with self._reference(), shifted(self._adapter, offset.numbers):
+                sides["alone"], _ = self._score_side(position, batch, f"{name} (base + offset)")
+            with shifted(self._adapter, -offset.numbers):
+                sides["without"], _ = self._score_side(position, batch, f"{name} (tuned - offset)")
         cells: list[Cell] = []
         if picture is not None:
             hq = None if batch.hq is None else batch.hq[0]
             cells = comparison_row(batch.lq[0], picture, sr[0], hq, Path(name).stem, self._side)
-        return _Scored(name, base, tuned, cells)
+        return _Scored(name, sides, cells)
 
     def _score_side(self, position: int, batch: Batch, where: str) -> tuple[dict[str, float], Tensor]:
         """Scores of the pipeline as it is, averaged over the draws, and `sr` (1, 3, H, W) of the first draw."""
@@ -264,6 +285,25 @@ class HeldOut:
         folder = self._run / VALIDATION
         write_grid(self.rows, folder / f"step-{step:08d}.png")
         write_text(folder / f"step-{step:08d}.json", evaluation.to_json())
+
+
+def _check_hq(rewards: Mapping[str, Reward], name: str, there: bool) -> None:
+    """Refuse rewards that need the HQ image which this image has not."""
+    needing = [] if there else [key for key, reward in rewards.items() if reward.needs_hq]
+    if needing:
+        raise UserError(f"{', '.join(needing)} compare with an HQ image, and {name} has none: leave them out")
+
+
+def _compared(found: Sequence[_Scored], reward: str, before: str, after: str) -> Comparison:
+    """One side against another on all images."""
+    base, tuned = (tuple(image.scores[side][reward] for image in found) for side in (before, after))
+    return Comparison(base, tuned, *interval(late - early for early, late in zip(base, tuned, strict=True)))
+
+
+def _cast(found: Sequence[_Scored], gains: Mapping[str, Comparison], offset: Offset) -> Cast:
+    pairs = (("base", "alone"), ("base", "without"), ("alone", "tuned"))
+    tests = {name: OffsetTest(gain, *(_compared(found, name, *pair) for pair in pairs)) for name, gain in gains.items()}
+    return Cast(tuple(offset.numbers.tolist()), offset.measured_on, tests)
 
 
 def _score(name: str, reward: Reward, sr: Tensor, batch: Batch, where: str) -> float:

@@ -1,5 +1,6 @@
 """Tables and pictures."""
 
+import json
 import math
 from xml.etree import ElementTree
 
@@ -9,7 +10,17 @@ import torch
 from rewardsr.data.images import read_image
 from rewardsr.errors import UserError
 from rewardsr.evaluation.pictures import comparison_row, grid, shown, write_grid
-from rewardsr.evaluation.report import HEADINGS, Comparison, Evaluation, markdown, rows
+from rewardsr.evaluation.report import (
+    CAST_HEADINGS,
+    HEADINGS,
+    Cast,
+    Comparison,
+    Evaluation,
+    OffsetTest,
+    cast_rows,
+    markdown,
+    rows,
+)
 
 
 @pytest.fixture
@@ -60,6 +71,73 @@ def test_a_notebook_shows_a_table() -> None:
     assert [cell.text for cell in table.iter("th")] == list(HEADINGS)
     assert [cell.text for cell in table.iter("td")] == list(rows(single)[1])
     assert table.find("caption").text.startswith("1 image, 1 draw")
+
+
+def offset_test(gain: float, alone: float, without: float, low: float) -> OffsetTest:
+    base, tuned = (10.0, 20.0), (10.0 + gain, 20.0 + gain)
+    return OffsetTest(
+        Comparison(base, tuned, low, 2 * gain - low),
+        Comparison(base, (10.0 + alone, 20.0 + alone), alone - 1, alone + 1),
+        Comparison(base, (10.0 + without, 20.0 + without), without - 1, without + 1),
+        Comparison((10.0 + alone, 20.0 + alone), tuned, math.nan, math.nan),
+    )
+
+
+TESTS = {
+    "cast": offset_test(1.0, 0.75, 0.125, 0.5),
+    "half": offset_test(1.0, 0.5, 0.5, 0.5),  # no more than a half
+    "doubtful": offset_test(1.0, 0.75, 0.125, 0.0),
+    "lower": offset_test(-1.0, -0.75, -0.125, -1.5),
+    "equal": offset_test(0.0, 0.25, 0.0, 0.0),
+}
+
+
+def with_cast(*names: str) -> Evaluation:
+    tests = {name: TESTS[name] for name in names}
+    gains = {name: test.gain for name, test in tests.items()}
+    return Evaluation(("a", "b"), gains, 0, 1, "none", Cast((0.5, -1.5), "the 2 images compared", tests))
+
+
+def test_an_offset_that_gives_more_than_half_of_a_gain_is_a_cast() -> None:
+    assert [test.mostly for test in TESTS.values()] == [True, False, False, False, False]
+    assert [test.share for test in TESTS.values()] == [0.75, 0.5, 0.75, 0.75, None]
+    said = with_cast(*TESTS).cast.sentences
+    assert said == [
+        "mostly a global cast: of cast's +1.0000, one constant offset of the latents, the same for every image and "
+        "without LoRA, gives +0.7500 (75 %); without it the LoRA gives +0.1250 [-0.8750, +1.1250]",
+        "not mostly a global cast: of half's +1.0000, one constant offset of the latents, the same for every image and "
+        "without LoRA, gives +0.5000 (50 %); without it the LoRA gives +0.5000 [-0.5000, +1.5000]",
+    ]
+    assert with_cast("doubtful", "lower").cast.sentences == [
+        "no reward has a gain (an interval above 0) that an offset could explain"
+    ]
+    assert with_cast("lower").cast.sentence("lower").startswith("lower has no gain")
+
+
+def test_the_cast_has_a_table_of_its_own() -> None:
+    evaluation = with_cast(*TESTS)
+    table = cast_rows(evaluation.cast)
+    assert table[0] == CAST_HEADINGS and [row[0] for row in table[1:]] == list(TESTS)
+    assert table[1] == ("cast", "+0.7500 [-0.2500, +1.7500]", "75 %", "+0.1250 [-0.8750, +1.1250]")
+    assert [row[2] for row in table[1:]] == ["75 %", "50 %", "-", "-", "-"]
+    said = str(evaluation).split("\n\n")[1]
+    assert all(len(line) <= 80 for line in said.splitlines())
+    assert "2 numbers, measured on the 2 images compared" in " ".join(said.split())
+    lines = markdown(evaluation).splitlines()
+    assert f"| {' | '.join(CAST_HEADINGS)} |" in lines and evaluation.cast.sentences[0] in lines
+    tables = list(ElementTree.fromstring(f"<all>{evaluation._repr_html_()}</all>"))
+    assert [len(list(table.iter("tr"))) for table in tables] == [6, 6]
+    assert "mostly a global cast" in tables[1].find("caption").text
+
+
+def test_the_cast_goes_through_json() -> None:
+    evaluation = with_cast("cast", "equal")
+    content = json.loads(evaluation.to_json())
+    assert content["cast"]["rewards"]["cast"]["mostly_a_cast"] and content["cast"]["offset"] == [0.5, -1.5]
+    assert content["cast"]["rewards"]["equal"]["share"] is None
+    assert content["cast"]["rewards"]["cast"]["beyond"]["interval"] == [None, None]
+    again = Evaluation.from_dict(content)
+    assert again.to_json() == evaluation.to_json() and again.cast.rewards["equal"].gain == TESTS["equal"].gain
 
 
 def test_grid_places_every_image(tmp_path) -> None:
