@@ -95,26 +95,26 @@ def test_a_fresh_lora_has_no_preference_with_graphs(bases) -> None:
         assert torch.equal(reference, policy) and float(gradient.norm()) > 0
 
 
+def settings(bases: dict[str, str], data: Path, output: Path, **changed: object) -> dict[str, object]:
+    """A short run in float32."""
+    return {
+        "base": bases["osediff"],
+        "adapter_options": {"noise_t": 250},
+        "trainer_options": {"group_size": 3, "beta": 100},
+        "rewards": [{"name": "psnr"}, {"name": "detail"}],
+        "data": {"train": str(data), "validation": str(data), "validation_limit": 2, "crop": 32},
+        "output": str(output),
+        "device": "cuda",
+        "precision": "fp32",
+        **changed,
+    }
+
+
 def test_a_run_with_graphs_is_the_run_without(bases, hq_folder, tmp_path: Path) -> None:
     found = {}
     for graphs in (False, True):
         run = tmp_path / str(graphs)
-        rewardsr.finetune(
-            {
-                "base": bases["osediff"],
-                "adapter_options": {"noise_t": 250},
-                "trainer_options": {"group_size": 3, "beta": 100},
-                "rewards": [{"name": "psnr"}, {"name": "detail"}],
-                "data": {"train": str(hq_folder), "validation": str(hq_folder), "validation_limit": 2, "crop": 32},
-                "output": str(run),
-                "steps": 5,
-                "accumulate": 2,
-                "validate_every": 2,
-                "device": "cuda",
-                "precision": "fp32",
-                "cuda_graphs": graphs,
-            }
-        )
+        rewardsr.finetune(settings(bases, hq_folder, run, steps=5, accumulate=2, validate_every=2, cuda_graphs=graphs))
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         found[graphs] = [line for line in lines if "loss" in line], load_file(run / LORA)
     (written, plain), (recorded, replayed) = found[False], found[True]
@@ -124,3 +124,13 @@ def test_a_run_with_graphs_is_the_run_without(bases, hq_folder, tmp_path: Path) 
     moved = torch.cat([plain[name].flatten() for name in plain if ".lora_B." in name])
     apart = torch.cat([(plain[name] - replayed[name]).flatten() for name in plain if ".lora_B." in name])
     assert float(apart.norm() / moved.norm()) < 0.05
+
+
+def test_a_dry_run_counts_what_graphs_keep(bases, hq_folder, tmp_path: Path) -> None:
+    peaks = {}
+    for graphs in (False, True):
+        found = rewardsr.finetune(
+            settings(bases, hq_folder, tmp_path / "run", steps=5, cuda_graphs=graphs), dry_run=True
+        )
+        peaks[graphs] = found.peak_gib
+    assert peaks[True] > peaks[False] and not (tmp_path / "run").exists()

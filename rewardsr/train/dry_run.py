@@ -1,4 +1,4 @@
-"""One step of a recipe, taken to measure it."""
+"""A step of a recipe, taken to measure it."""
 
 import sys
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import torch
 
 from rewardsr import lora, run_folder
 from rewardsr.train.checkpoint import State
+from rewardsr.train.graphs import recorded_bytes, use_graphs
 from rewardsr.train.loop import step
 from rewardsr.train.memory import choose_micro_batch
 from rewardsr.train.optimiser import make_optimiser
@@ -19,8 +20,9 @@ class DryRun:
     """What one step of a recipe costs.
 
     Attributes:
-        seconds: of the step, the first one, which is slower than later ones.
-        peak_gib: most memory that was in use: allocated on CUDA, resident of the process elsewhere.
+        seconds: of the step: the first one, slower than later ones; with CUDA graphs the third, which replays them.
+        peak_gib: most memory that was in use: allocated on CUDA, and kept by its graphs; resident of the process
+            elsewhere.
         trainable: number of trainable weights.
         would_save: files that a run would leave, with their sizes in bytes.
         metrics: of the step.
@@ -44,8 +46,13 @@ def measure_step(setup: Setup) -> DryRun:
     choose_micro_batch(setup, state)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    if setup.recipe.cuda_graphs:
+        use_graphs(setup.adapter, list(setup.method.trained_weights().values()))
+        for _ in range(2):  # as written, and recorded
+            step(setup, optimiser, state)
     metrics, _ = step(setup, optimiser, state)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_resident()
+    on_cuda = device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated(device) + recorded_bytes(setup.adapter) if on_cuda else _peak_resident()
     trainable = sum(parameter.numel() for parameter in setup.method.trained_weights().values())
     run = setup.recipe.output
     sizes = {run_folder.LORA: 0, run_folder.FULL: 0}

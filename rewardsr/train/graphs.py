@@ -239,6 +239,14 @@ def use_graphs(adapter: ISRAdapter, weights: Sequence[nn.Parameter]) -> None:
     adapter.network_call = Graphs(adapter, weights, CUDARecorder(adapter.device))
 
 
+def recorded_bytes(adapter: ISRAdapter) -> int:
+    """What an adapter's CUDA graphs keep for themselves; the allocator does not count it as given out."""
+    if adapter.network_call is None:
+        return 0
+    segments = torch.cuda.memory_snapshot()
+    return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) != (0, 0))
+
+
 @contextmanager
 def as_written(adapter: ISRAdapter) -> Iterator[None]:
     """Inside, network calls are neither recorded nor replayed: held-out images have many shapes."""

@@ -63,14 +63,6 @@ def working(step: Callable[[], Any], device: torch.device) -> int:
     return storages.peak
 
 
-def recorded(adapter: Any) -> int:
-    """Bytes that an adapter's CUDA graphs keep for themselves, which the allocator does not count as given out."""
-    if adapter.network_call is None:
-        return 0
-    segments = torch.cuda.memory_snapshot()
-    return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) != (0, 0))
-
-
 def held(*of: Iterable[Tensor]) -> int:
     """Bytes of the storages behind these tensors, each once."""
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for tensors in of for t in tensors}

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _memory import recorded
 from _released import GDPOSR, Released, RFSRStep, SeeSRStep
 from _sizes import CROPS, SIZES, TOKENS, WIDTH, images, pipeline, plain_unet, seesr_networks
 from accelerate import Accelerator
@@ -23,7 +22,7 @@ from rewardsr.train import loop
 from rewardsr.train import recipe as recipes
 from rewardsr.train.checkpoint import State
 from rewardsr.train.compiled import compile_networks
-from rewardsr.train.graphs import use_graphs
+from rewardsr.train.graphs import recorded_bytes, use_graphs
 from rewardsr.train.optimiser import make_optimiser
 from rewardsr.train.prepare import Setup
 from rewardsr.trainers.base import Method
@@ -202,7 +201,7 @@ class Ours:
 
     def recorded(self) -> int:
         """Bytes of CUDA graphs."""
-        return recorded(self._setup.adapter)
+        return recorded_bytes(self._setup.adapter)
 
 
 class Theirs:
