@@ -1,7 +1,7 @@
 """From what lies somewhere to what is used: sizes, texts and tensors of images; what cannot be used is left out."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -214,10 +214,18 @@ def refuse_many(unreadable: Sequence[str], total: int, most: int) -> None:
     """
     if not unreadable:
         return
-    what, those = f"{len(unreadable)} of {total} images are unreadable", "; ".join(unreadable[:3])
+    what, those = f"{len(unreadable)} of {total} images are unreadable", "; ".join(_briefly(unreadable[:3]))
     if len(unreadable) > most:
         raise UserError(f"{what}, and data.max_unreadable allows {most}: {those}")
     logger.warning("%s and are left out: %s", what, those)
+
+
+def _briefly(errors: Sequence[str]) -> Iterator[str]:
+    """Messages of which the later ones leave out the folder that the first one names: a line holds few whole paths."""
+    first = errors[0]
+    folder = first[: first.rfind("/") + 1]
+    yield first
+    yield from (f"'{error[len(folder) :]}" if folder and error.startswith(folder) else error for error in errors[1:])
 
 
 def texts_of(found: Found, items: Sequence[Item], prompts: str, column: str) -> Sequence[str | None]:
