@@ -105,3 +105,16 @@ def refused(commands, tmp_path, contacted):
 
     check.finetune = lambda *arguments, **options: judged(lambda: commands.finetune(*arguments, **options))
     return check
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory, tiny_base, tiny_seesr) -> dict[str, str]:
+    """A tiny base of every built-in adapter, by its name."""
+    from rewardsr.testing import tiny_pipeline
+
+    folder = tmp_path_factory.mktemp("bases")
+    made = {"sd_upscaler": "upscaler", "stablesr": "stablesr"}
+    return {kind: str(tiny_pipeline(folder / kind, family=family)) for kind, family in made.items()} | {
+        "osediff": str(tiny_base),
+        "seesr": str(tiny_seesr),
+    }

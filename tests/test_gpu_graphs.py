@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 import rewardsr
 from rewardsr import Batch, Draws, load_adapter, lora
 from rewardsr.run_folder import LORA
-from rewardsr.testing import tiny_pipeline
 from rewardsr.train.graphs import use_graphs
 
 pytestmark = [
@@ -18,16 +17,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 KINDS = ("osediff", "sd_upscaler", "seesr", "stablesr")
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory, tiny_base, tiny_seesr) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("bases")
-    made = {"sd_upscaler": "upscaler", "stablesr": "stablesr"}
-    return {kind: str(tiny_pipeline(folder / kind, family=family)) for kind, family in made.items()} | {
-        "osediff": str(tiny_base),
-        "seesr": str(tiny_seesr),
-    }
 
 
 def make(kind: str, base: str):

@@ -47,7 +47,7 @@ def measure_step(setup: Setup) -> DryRun:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     if setup.recipe.cuda_graphs:
-        use_graphs(setup.adapter, list(setup.method.trained_weights().values()))
+        use_graphs(setup.adapter, setup.method.trained_weights().values())
         for _ in range(2):  # as written, and recorded
             step(setup, optimiser, state)
     metrics, _ = step(setup, optimiser, state)

@@ -65,7 +65,7 @@ class Graphs:
         recorder: of the device.
     """
 
-    def __init__(self, adapter: ISRAdapter, weights: Sequence[nn.Parameter], recorder: Recorder) -> None:
+    def __init__(self, adapter: ISRAdapter, weights: Iterable[nn.Parameter], recorder: Recorder) -> None:
         self._adapter, self._weights, self._recorder = adapter, tuple(weights), recorder
         self._known: dict[Hashable, _Graph | bool] = {}
         self._pool = recorder.pool()
@@ -234,7 +234,7 @@ def _looks(value: Tensor) -> Hashable:
     return tuple(value.shape), value.dtype, value.requires_grad
 
 
-def use_graphs(adapter: ISRAdapter, weights: Sequence[nn.Parameter]) -> None:
+def use_graphs(adapter: ISRAdapter, weights: Iterable[nn.Parameter]) -> None:
     """Let the adapter's network calls be recorded and replayed; graphs of before are forgotten."""
     adapter.network_call = Graphs(adapter, weights, CUDARecorder(adapter.device))
 

@@ -94,7 +94,7 @@ def train(setup: Setup, run: Path, resume: bool, earlier: Recipe | None = None) 
         compile_networks(setup.adapter)
         check_one_path(setup)
     if recipe.cuda_graphs:
-        use_graphs(setup.adapter, list(setup.method.trained_weights().values()))
+        use_graphs(setup.adapter, setup.method.trained_weights().values())
     if accelerator.is_main_process:
         write_text(run / RECIPE, to_yaml(recipe))
     for note in (*setup.notes, *_other_end(state, recipe, earlier)):

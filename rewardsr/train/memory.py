@@ -62,7 +62,7 @@ def lower_micro_batch(setup: Setup, state: State) -> bool:
         return False
     setup.method.micro_batch = state.micro_batch = now // 2
     if setup.adapter.network_call is not None:  # they hold the memory of what was too much
-        use_graphs(setup.adapter, list(setup.method.trained_weights().values()))
+        use_graphs(setup.adapter, setup.method.trained_weights().values())
     logger.warning("out of memory: the step is taken again, and all that follow, with %d rows at once", now // 2)
     if setup.accelerator.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -170,7 +170,7 @@ def set_up(adapter: Any, method: Method, chosen: Namespace, batch: int) -> Setup
         "gradient_checkpointing": chosen.gradient_checkpointing,
     }
     if chosen.cuda_graphs:
-        use_graphs(adapter, list(method.trained_weights().values()))
+        use_graphs(adapter, method.trained_weights().values())
     return Setup(
         recipe=parse(recipes.Recipe, content, "benchmark"),
         accelerator=Accelerator(cpu=torch.device(chosen.device).type == "cpu"),

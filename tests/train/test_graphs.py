@@ -13,7 +13,6 @@ from runs import content
 
 from rewardsr import Batch, Draws, UserError, load_adapter, lora
 from rewardsr.options import parse
-from rewardsr.testing import tiny_pipeline
 from rewardsr.train import loop
 from rewardsr.train.graphs import MOST, Graphs, as_written
 from rewardsr.train.optimiser import make_optimiser
@@ -41,16 +40,6 @@ class Again:
             method()()
 
         return replay
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory, tiny_base, tiny_seesr) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("bases")
-    made = {"sd_upscaler": "upscaler", "stablesr": "stablesr"}
-    return {kind: str(tiny_pipeline(folder / kind, family=family)) for kind, family in made.items()} | {
-        "osediff": str(tiny_base),
-        "seesr": str(tiny_seesr),
-    }
 
 
 class Calls:
