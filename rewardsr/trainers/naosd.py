@@ -62,10 +62,11 @@ class NAOSDOptions(Options):
     )
     fake_rank: int = Field(4, ge=1, le=4096, description="of the second LoRA; its alpha is twice that")
     fake_learning_rate: float = Field(1.0, gt=0, le=1e6, description="of the second LoRA: times the recipe's")
-    full: Literal["input", "all", "none"] = Field(
+    full: Literal["input", "denoiser", "all", "none"] = Field(
         "input",
         description="input: LoRA, and the first convolution of the denoiser in full, as published; none: LoRA alone; "
-        "all: no LoRA, but all weights of denoiser and encoder, which a base that starts random needs",
+        "denoiser, all: no LoRA, but all weights of the denoiser, or of denoiser and encoder, which a base that "
+        "starts random needs",
     )
     micro_batch: MicroBatch = Field(
         "auto",
@@ -98,7 +99,7 @@ class NAOSD(Method):
     @classmethod
     def lora_targets(cls, adapter: ISRAdapter, options: NAOSDOptions) -> Mapping[str, Sequence[str]]:
         """Denoiser and encoder, unless all of their weights are trained."""
-        return {} if options.full == "all" else super().lora_targets(adapter, options)
+        return {} if options.full in ("denoiser", "all") else super().lora_targets(adapter, options)
 
     def __init__(
         self, adapter: ISRAdapter, rewards: dict[str, Reward], weights: dict[str, float], options: NAOSDOptions
@@ -199,15 +200,21 @@ class NAOSD(Method):
             z_t = schedule.add_noise(z0.detach(), noise, t)
             with lora.only(adapter, FAKE):
                 fake = schedule.x0(z_t, adapter.predict(z_t, t, condition), t)
-            negative = replace(
-                condition, **{name: value.expand(len(z0), *value.shape[1:]) for name, value in self._negative.items()}
-            )
             with lora.only(adapter):
-                both = adapter.predict(torch.cat([z_t, z_t]), torch.cat([t, t]), condition.beside(negative))
-            wanted, unwanted = both.chunk(2)
-            guided = unwanted + self.options.vsd_guidance * (wanted - unwanted)
-            real = schedule.x0(z_t, guided, t)
+                real = schedule.x0(z_t, self._guided(z_t, t, condition), t)
         return vsd_loss(z0, real, fake)
+
+    def _guided(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """What the frozen base predicts under classifier-free guidance; a guidance of 1 leaves the negative out."""
+        adapter, guidance = self.adapter, self.options.vsd_guidance
+        if guidance == 1:
+            return adapter.predict(z_t, t, condition)
+        negative = replace(
+            condition, **{name: value.expand(len(z_t), *value.shape[1:]) for name, value in self._negative.items()}
+        )
+        both = adapter.predict(torch.cat([z_t, z_t]), torch.cat([t, t]), condition.beside(negative))
+        wanted, unwanted = both.chunk(2)
+        return unwanted + guidance * (wanted - unwanted)
 
     def fake_error(self, z0: Tensor, condition: Condition, draws: Source) -> Tensor:
         """Mean squared error of the fake score's prediction on latents `z0` (B, C, h, w) as of any time; scalar."""
@@ -241,6 +248,8 @@ def _places(adapter: ISRAdapter, full: str) -> list[str]:
         return []
     if full == "input":
         return [f"{component}.conv_in" for component in adapter.trainable]
+    if full == "denoiser":
+        return list(adapter.trainable)
     parts_of = {
         component: dict.fromkeys(name.partition(".")[0] for name in found)
         for component, found in adapter.encoder_targets.items()

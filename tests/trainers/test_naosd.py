@@ -22,7 +22,7 @@ from rewardsr.trainers.naosd import FAKE, NAOSD
 
 HERE = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE)}
-KINDS = ("input", "none", "all")
+KINDS = ("input", "none", "denoiser", "all")
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,7 @@ def test_what_is_trained(folder) -> None:
     encoder = {f"lora/vae.{name}" for name, _ in network.vae.named_parameters()}
     encoder = {name for name in encoder if name.startswith(("lora/vae.encoder.", "lora/vae.quant_conv."))}
     assert parts["all"] - fake == own | encoder
+    assert parts["denoiser"] - fake == own
 
 
 @pytest.mark.parametrize("full", KINDS)
@@ -130,6 +131,20 @@ def test_the_squared_error_is_that_of_images_between_minus_one_and_one(folder) -
     assert float(loss.metrics["loss/mse"]) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_a_guidance_of_one_asks_the_frozen_base_once(folder, monkeypatch) -> None:
+    """What is left out there is what would cancel out: the prediction that is guided away from."""
+    found, rows = [], []
+    for guidance in (1.0, 1.0 + 1e-6):
+        method = make(adapter_on(folder), full="none", vsd_guidance=guidance)
+        given, z0 = method.adapter.encode(batch()), torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        plain = method.adapter.predict
+        monkeypatch.setattr(
+            method.adapter, "predict", lambda z, *rest, plain=plain: rows.append(len(z)) or plain(z, *rest)
+        )
+        found.append(method.distillation(z0, given, Draws(0, 0, [0, 1])))
+    assert rows == [2, 2, 2, 4] and abs(float(found[0] - found[1])) <= 1e-4 * float(found[0])
+
+
 @pytest.mark.parametrize("full", KINDS)
 def test_in_bf16_what_is_trained_stays_float32(full, folder) -> None:
     method = make(adapter_on(folder, dtype=torch.bfloat16), full=full)
@@ -155,7 +170,9 @@ def test_a_run_that_goes_on_ends_like_a_straight_one(full, folder) -> None:
     assert lines(straight) == lines(resumed)
     told = lines(straight)[-2]
     assert {"loss", "loss/mse", "loss/lpips", "loss/vsd", "loss/fake", "grad_norm", "grad_norm/fake"} <= told.keys()
-    assert (straight / LORA).is_file() == (full != "all") and (straight / FULL).is_file() == (full != "none")
+    assert (straight / LORA).is_file() == (full in ("input", "none")) and (straight / FULL).is_file() == (
+        full != "none"
+    )
     assert not any(FAKE in name for name in ours if name.startswith((LORA, FULL)))
     kept = load_file(newest(straight) / TRAINED)
     assert all(value.any() for name, value in kept.items() if ".lora_B." in name)
