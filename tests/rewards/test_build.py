@@ -102,7 +102,7 @@ def test_pyiqa_ids_need_no_prefix() -> None:
         ("pnsr", {}, "unknown reward 'pnsr': did you mean 'psnr'"),
         ("musik", {}, "unknown reward 'musik': did you mean 'musiq'"),
         ("sharpnes", {}, "'sharpness'"),
-        ("qqqqqq", {}, "known: detail, detail_correlation, imagereward, lq_consistency, psnr"),
+        ("qqqqqq", {}, "known: detail, detail_correlation, imagereward, lq_consistency, perceptual, psnr"),
         ("iqa:musik", {}, "pyiqa has no metric 'musik': did you mean 'musiq'"),
         ("psnr", {"crop": 4}, "options of reward 'psnr': unknown key 'crop': known: none"),
         ("piqe", {"crop": 4}, "metric 'piqe' has no option 'crop'"),
@@ -146,6 +146,7 @@ def test_table() -> None:
     assert list(rows) == plugins.names("rewards")
     assert rows["psnr"] == Known("psnr", "fidelity", True, True, "Apache-2.0")
     assert rows["imagereward"] == Known("imagereward", "detail", False, True, "Apache-2.0")
+    assert rows["perceptual"] == Known("perceptual", "fidelity", True, True, "Apache-2.0")
     assert rows["sharpness"] == Known("sharpness", "detail", False, True, "Apache-2.0")
 
 

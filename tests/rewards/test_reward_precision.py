@@ -15,6 +15,7 @@ from rewardsr.batch import Batch
 from rewardsr.errors import UserError
 from rewardsr.rewards import build, distances, iqa
 from rewardsr.rewards import imagereward as imagereward_module
+from rewardsr.rewards import perceptual as perceptual_module
 from rewardsr.rewards.precision import chosen, computing
 
 pytest.importorskip("pyiqa")
@@ -134,11 +135,12 @@ def test_networks_compute_as_they_are_told(
         asked.append((device.type, precision))
         return computing(device, precision)
 
-    for module in (iqa, imagereward_module):
+    for module in (iqa, imagereward_module, perceptual_module):
         monkeypatch.setattr(module, "computing", spy)
     for make in (
         lambda precision: build("iqa:musiq", weights=musiq, precision=precision, **SMALL),
         lambda precision: imagereward(weights, vocabulary, precision=precision),
+        lambda precision: build("perceptual", precision=precision),
     ):
         reward, exact, (sr, batch) = make(precision), make("fp32"), images()
         expected = exact(sr, batch)
