@@ -4,6 +4,9 @@ Loss = MSE + 2 LPIPS + VSD of `sr` against HQ. Variational score distillation (P
 super-resolution OSEDiff, arXiv 2406.08177) moves the latents of `sr` to where the frozen text-to-image base finds them
 likelier than a second LoRA does, the fake score, which learns in the same step what the outputs look like. Both are the
 one network: base, base with that LoRA, and base with what is trained.
+
+Two more terms are 0 as published: the energy score of two draws of an image, a distribution term that needs no teacher,
+for a base that knows no pictures or a pipeline whose draws shall differ; and the distance of the reward `perceptual`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,11 +24,11 @@ from rewardsr.batch import Batch, Condition, parts
 from rewardsr.draws import Source, draw
 from rewardsr.errors import TrainingError, UserError
 from rewardsr.options import Options
+from rewardsr.rewards import lpips, perceptual
 from rewardsr.rewards.base import Reward
-from rewardsr.rewards.lpips import LPIPS, SMALLEST
 from rewardsr.schedule import VP
 from rewardsr.trainers.base import Loss, Method, MicroBatch, ParameterGroup, Scalar
-from rewardsr.trainers.distillation import vsd_loss
+from rewardsr.trainers.distillation import ENERGY_SMALLEST, energy_loss, vsd_loss
 
 FAKE = "fake"  # the LoRA that is the fake score
 INSTEAD = (
@@ -50,6 +53,20 @@ class NAOSDOptions(Options):
         description="of variational score distillation; 0: no texture that the base would draw but HQ does not force, "
         "and a shorter step. A base that starts random teaches nothing: 0 there",
     )
+    energy_weight: _Weight = Field(
+        0.0,
+        description="of the energy score of two draws of each image, which is least where draws are distributed as HQ "
+        "is, given LQ; needs a pipeline that draws noise, and upscales every image twice: the other terms are means "
+        "over both",
+    )
+    energy_apart: _Share = Field(
+        1.0,
+        description="weight of what keeps the two draws apart; 1: the energy score; less: more faithful, and draws "
+        "differ less",
+    )
+    perceptual_weight: _Weight = Field(
+        0.0, description="of the distance of the reward perceptual, for who has no weights of VGG16"
+    )
     vgg: str | None = Field(None, description="VGG16 weights for LPIPS; null: torchvision's")
     lpips: str | None = Field(None, description="LPIPS's own weights, of its authors' vgg.pth; null: from the Hub")
     vsd_times: tuple[_Share, _Share] = Field(
@@ -70,8 +87,8 @@ class NAOSDOptions(Options):
     )
     micro_batch: MicroBatch = Field(
         "auto",
-        description="images in a pass with gradients; auto: as many as fit the card, on a CPU all; null: the whole "
-        "batch",
+        description="images in a pass with gradients, each with its two draws where energy_weight has some; auto: as "
+        "many as fit the card, on a CPU all; null: the whole batch",
     )
 
 
@@ -86,9 +103,11 @@ class Pairs:
 class NAOSD(Method):
     """The method: `losses` upscales with gradients, encoder and decoder included, and compares with HQ.
 
+    Under the energy score an image is encoded once and upscaled twice, with noise of its own each time.
+
     Raises:
-        UserError: a pipeline of several steps or another kind of schedule, options that leave nothing to train on, or
-            weights of LPIPS that cannot be had.
+        UserError: a pipeline of several steps or another kind of schedule, or one that draws no noise under the energy
+            score; options that leave nothing to train on; or weights of LPIPS or `perceptual` that cannot be had.
     """
 
     Options = NAOSDOptions
@@ -110,13 +129,23 @@ class NAOSD(Method):
                 f"naosd trains pipelines of one step of diffusion, and adapter '{adapter.name}' takes "
                 f"{len(adapter.steps)} of {adapter.schedule}: use osediff"
             )
-        if not options.mse_weight + options.lpips_weight + options.vsd_weight:
-            raise UserError("naosd has nothing to train on: mse_weight, lpips_weight and vsd_weight are all 0")
+        weights_of = {name: getattr(options, name) for name in type(options).model_fields if name.endswith("_weight")}
+        if not any(weights_of.values()):
+            raise UserError(f"naosd has nothing to train on: {', '.join(weights_of)} are all 0")
+        if options.energy_weight and adapter.deterministic:
+            raise UserError(
+                f"naosd: energy_weight compares two draws of an image, and adapter '{adapter.name}' is deterministic "
+                "as configured: set its option noise_t (GDPO-SR: noise_t=250, net_t=100), or energy_weight=0"
+            )
         first, last = (round(share * (adapter.schedule.last + 1)) for share in options.vsd_times)
         if options.vsd_weight and first >= last:
             raise UserError(f"naosd: vsd_times {list(options.vsd_times)} hold no time: give [first, last) of [0, 1]")
         self._times = first, last
-        self._lpips = LPIPS(options.vgg, options.lpips, INSTEAD).to(adapter.device) if options.lpips_weight else None
+        self._lpips = self._perceptual = None
+        if options.lpips_weight:
+            self._lpips = lpips.LPIPS(options.vgg, options.lpips, INSTEAD).to(adapter.device)
+        if options.perceptual_weight:
+            self._perceptual = perceptual.Perceptual(perceptual.PerceptualOptions())
         if options.vsd_weight:
             self._negative = _text(adapter, options.negative_prompt)
             if not lora.attached(adapter, FAKE):
@@ -139,13 +168,18 @@ class NAOSD(Method):
         return groups
 
     def check_size(self, size: tuple[int, int]) -> None:
-        """Refuse images, height and width in pixels, that LPIPS cannot take.
+        """Refuse images, height and width in pixels, that a term cannot take.
 
         Raises:
             UserError: they are too small.
         """
-        if self._lpips is not None and min(size) < SMALLEST:
-            raise UserError(f"naosd: LPIPS needs {SMALLEST} pixels a side, not {min(size)}; or set lpips_weight=0")
+        for option, term, smallest in (
+            ("lpips_weight", "LPIPS", lpips.SMALLEST),
+            ("perceptual_weight", "the reward perceptual", perceptual.SMALLEST),
+            ("energy_weight", "the energy score", ENERGY_SMALLEST),
+        ):
+            if getattr(self.options, option) and min(size) < smallest:
+                raise UserError(f"naosd: {term} needs {smallest} pixels a side, not {min(size)}; or set {option}=0")
 
     def prepare(self, batch: Batch, draws: Source) -> Pairs:
         """The images.
@@ -173,24 +207,36 @@ class NAOSD(Method):
 
     def _upscaled(self, batch: Batch, draws: Source) -> tuple[Loss, Tensor, Condition]:
         """The loss on these images; the latents of `sr` and what they are conditioned on, without gradients."""
-        adapter, options = self.adapter, self.options
-        assert batch.hq is not None
+        adapter = self.adapter
         condition = adapter.encode(batch, generator=draws)
+        if self.options.energy_weight:
+            batch, condition = batch.repeat(2), condition.repeat(2)
         z_t = adapter.start(condition, draws)
         z0 = adapter.schedule.x0(z_t, adapter.predict(z_t, adapter.net_t, condition), adapter.net_t)
         sr = adapter.decode(z0, condition)
         given = replace(condition, latents=condition.latents.detach())
-        terms: dict[str, Tensor] = {}
-        if options.mse_weight:
-            terms["mse"] = options.mse_weight * 4 * F.mse_loss(sr, batch.hq)  # 4: of images in [-1, 1]
-        if self._lpips is not None:
-            terms["lpips"] = options.lpips_weight * self._lpips(sr, batch.hq).mean()
-        if options.vsd_weight:
-            terms["vsd"] = options.vsd_weight * self.distillation(z0, given, draws)
+        terms = self._terms(sr, batch)
+        if self.options.vsd_weight:
+            terms["vsd"] = self.options.vsd_weight * self.distillation(z0, given, draws)
         total = torch.stack(list(terms.values())).sum()
         metrics: dict[str, Scalar] = {"loss": total.detach()}
         metrics |= {f"loss/{name}": term.detach() for name, term in terms.items()}
         return Loss(total, metrics), z0.detach(), given
+
+    def _terms(self, sr: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """The weighted terms that compare `sr` with HQ; under the energy score the draws of an image are adjacent."""
+        options, terms = self.options, dict[str, Tensor]()
+        assert batch.hq is not None
+        if options.mse_weight:
+            terms["mse"] = options.mse_weight * 4 * F.mse_loss(sr, batch.hq)  # 4: of images in [-1, 1]
+        if self._lpips is not None:
+            terms["lpips"] = options.lpips_weight * self._lpips(sr, batch.hq).mean()
+        if self._perceptual is not None:
+            terms["perceptual"] = -options.perceptual_weight * self._perceptual(sr, batch).mean()
+        if options.energy_weight:
+            score = energy_loss(sr.unflatten(0, (-1, 2)), batch.hq[::2], options.energy_apart)
+            terms["energy"] = options.energy_weight * score
+        return terms
 
     def distillation(self, z0: Tensor, condition: Condition, draws: Source) -> Tensor:
         """The loss of variational score distillation on latents `z0` (B, C, h, w); scalar, gradients reach `z0`."""

@@ -182,7 +182,7 @@ def _training(device: FakeCuda, case: Case, folder: Path) -> tuple[Callable[[], 
         if case.checkpointing:
             adapter.enable_gradient_checkpointing()
         rewards = {name: build(name) for name in case.rewards} if kind.rewarded else {}
-        with mock.patch.object(rfsr, "VGG19", _read(vgg.VGG19)), mock.patch.object(naosd, "LPIPS", _read(lpips.LPIPS)):
+        with mock.patch.object(rfsr, "VGG19", _read(vgg.VGG19)), mock.patch.object(lpips, "LPIPS", _read(lpips.LPIPS)):
             method: Any = kind(adapter, rewards, dict.fromkeys(rewards, 1.0), given)
         content = {
             "base": "random",

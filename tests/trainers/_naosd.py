@@ -1,4 +1,4 @@
-"""What the tests of the supervised trainer share: a tiny base, LPIPS's weights, recipes."""
+"""What the tests of the supervised trainer share: a tiny base, LPIPS's weights, images, recipes."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from _lpips import write_lpips
 from runs import content
 from safetensors.torch import load_file
 
-from rewardsr import lora
+from rewardsr import Batch, load_adapter, lora
 from rewardsr.run_folder import FULL, LORA, MOMENTS, TRAINED
 from rewardsr.testing import tiny_pipeline, write_images
 from rewardsr.trainers.naosd import NAOSD, NAOSDOptions
@@ -19,6 +19,15 @@ def write_base(folder: Path) -> Path:
     tiny_pipeline(folder / "base")
     write_lpips(folder)
     return folder
+
+
+def adapter_on(folder: Path, **more):
+    return load_adapter("osediff", folder / "base", **{"noise_t": 250, "net_t": 100, "scale": 4, **more})
+
+
+def batch(count: int = 2) -> Batch:
+    random = torch.Generator().manual_seed(5)
+    return Batch(torch.rand(count, 3, 8, 8, generator=random), torch.rand(count, 3, 32, 32, generator=random))
 
 
 def recipe(folder: Path, output: str, **changes) -> dict:

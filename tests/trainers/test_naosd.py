@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from _naosd import left, make, newest, recipe, write_base
+from _naosd import adapter_on, batch, left, make, newest, recipe, write_base
 from runs import lines
 from safetensors.torch import load_file
 
 import rewardsr
-from rewardsr import Batch, Draws, load_adapter, lora
+from rewardsr import Batch, Draws, lora
 from rewardsr.options import parse
 from rewardsr.run_folder import FULL, LORA, TRAINED
 from rewardsr.storage import write_text
@@ -28,15 +28,6 @@ KINDS = ("input", "none", "denoiser", "all")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return write_base(tmp_path_factory.mktemp("naosd"))
-
-
-def adapter_on(folder: Path, **more):
-    return load_adapter("osediff", folder / "base", noise_t=250, net_t=100, scale=4, **more)
-
-
-def batch(count: int = 2) -> Batch:
-    random = torch.Generator().manual_seed(5)
-    return Batch(torch.rand(count, 3, 8, 8, generator=random), torch.rand(count, 3, 32, 32, generator=random))
 
 
 def gradients(method: NAOSD, images: Batch | None = None) -> dict[str, torch.Tensor]:
