@@ -49,6 +49,10 @@ class GDPO(Method):
         """The texture share, where rewards are weighted by it."""
         return "weighting 'attribute' (trainer_options.weighting)" if options.weighting == "attribute" else None
 
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Refuse images that tiles do not fill; see `Groups.check_size`."""
+        self.groups.check_size(size)
+
     def prepare(self, batch: Batch, draws: Source) -> Group:
         """Sample a group of outputs for each image under the reference policy, and score them."""
         return self.groups.sample(batch, draws)
@@ -84,8 +88,9 @@ class GDPO(Method):
         total = torch.zeros((), device=task.z_t.device)
         gradient = [torch.zeros_like(parameter) for parameter in self._parameters]
         first = image * self.groups.size
+        tiles = len(advantages) // self.groups.size
         for rows in self.groups.chunks(first, first + self.groups.size):
-            chunk = advantages[rows.start - first : rows.stop - first]
+            chunk = advantages[(rows.start - first) * tiles : (rows.stop - first) * tiles]
             reference = self.groups.reference_errors(task, rows)
             policy = self.groups.errors(task, rows)
             part = preference_logit(policy[None], reference[None], chunk[None], self.options.beta).sum()

@@ -5,11 +5,13 @@ would have given each output. Policy and reference are compared on the same task
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -47,6 +49,13 @@ class GroupOptions(Options):
         None, ge=1, le=10_000, description="steps that a group is sampled with; None: all of the pipeline's"
     )
     shared_noise: bool = Field(False, description="conditional: one noise for a group, so one policy pass serves it")
+    reward_tile: int | None = Field(
+        None,
+        ge=8,
+        le=10**5,
+        description="rewards judge tiles of so many pixels a side, and each tile is a group of its own: many more "
+        "comparisons from the same outputs, for rewards that say something of a tile (psnr); None: whole images",
+    )
     weighting: Literal["fixed", "attribute"] = Field(
         "fixed", description="fixed: the rewards' weights; attribute: shared by the texture share of HQ"
     )
@@ -72,7 +81,7 @@ class Group:
     Attributes:
         condition: of the B images.
         latents: (B*G, C, h, w) of the outputs, as the reference denoised them; `paper` with one step: re-encoded.
-        advantages: (B, G).
+        advantages: (B, G); with `reward_tile` (B, G * P), the P tiles of an output adjacent.
         metrics: what to log of the sampling.
     """
 
@@ -130,6 +139,9 @@ class Groups:
             raise UserError(f"{name} needs at least one reward with a positive weight")
         if options.weighting == "attribute" and {reward.kind for reward in rewards.values()} != {"fidelity", "detail"}:
             raise UserError("weighting 'attribute' needs rewards of both kinds: fidelity (psnr) and detail (musiq)")
+        unit = math.lcm(adapter.compression, adapter.scale)
+        if options.reward_tile is not None and options.reward_tile % unit:
+            raise UserError(f"{name}: reward_tile is {options.reward_tile}, expected a multiple of {unit} pixels here")
         self.adapter, self.rewards, self.weights, self.options = adapter, rewards, weights, options
         self.reference = method.reference
         self.size = options.group_size
@@ -137,6 +149,16 @@ class Groups:
         self.rows_per_image = method.rows_per_image = 1 if options.shared_noise else self.size
         self._method = method
         self._warned = False
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Refuse images, height and width in pixels, that tiles do not fill.
+
+        Raises:
+            UserError: they are no multiple of `reward_tile`.
+        """
+        tile = self.options.reward_tile
+        if tile is not None and any(side % tile for side in size):
+            raise UserError(f"tiles of {tile} pixels (reward_tile) do not fill images of {size[1]}x{size[0]}")
 
     # ---- sampling and scoring ----
 
@@ -155,18 +177,38 @@ class Groups:
             latents = adapter.sample_latents(members, draws, steps, rows=self._method.micro_batch)
             sr = self._by_pixels(lambda rows: adapter.decode(latents[rows], members.rows(rows)), members)
             scores = self._score(sr, batch.repeat(self.size))
+            advantages = group_advantages(scores, self._reward_weights(self._judged(batch)))
             if self.options.preference == "paper" and adapter.one_step:
                 # The original draws a fresh posterior sample of every output, and so does this.
                 noise = draw(latents.shape, draws)
                 latents = self._by_pixels(lambda rows: adapter.to_latents(sr[rows], Replay([noise[rows]])), members)
-        advantages = group_advantages(scores, self._reward_weights(batch))
         if self.options.shuffle_advantages:  # drawn last, so that the control is the same run otherwise
             advantages = advantages.gather(1, draw(advantages.shape, draws, device=advantages.device).argsort(1))
-        return Group(condition, latents, advantages, self._metrics(sr, scores, advantages))
+        metrics = self._metrics(sr, scores, advantages)
+        tiles = len(advantages) // len(batch)
+        return Group(condition, latents, advantages.unflatten(0, (-1, tiles)).movedim(1, 2).flatten(1), metrics)
 
     def _score(self, sr: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """(B, G) scores by reward."""
-        return {name: self._scored(r, sr, batch).unflatten(0, (-1, self.size)) for name, r in self.rewards.items()}
+        """(B, G) scores by reward; of tiles (B * P, G)."""
+        judged, outputs = (
+            self._judged(batch),
+            sr if self.options.reward_tile is None else _tiles(sr, self.options.reward_tile),
+        )
+        tiles = len(outputs) // len(sr)
+        scores = {name: self._scored(reward, outputs, judged) for name, reward in self.rewards.items()}
+        return {
+            name: values.unflatten(0, (-1, self.size, tiles)).movedim(2, 1).flatten(0, 1)
+            for name, values in scores.items()
+        }
+
+    def _judged(self, batch: Batch) -> Batch:
+        """What rewards see of these images: all, or their tiles, those of an image adjacent."""
+        side = self.options.reward_tile
+        if side is None:
+            return batch
+        lq = _tiles(batch.lq, side // self.adapter.scale)
+        tiled = batch.repeat(len(lq) // len(batch))
+        return replace(tiled, lq=lq, hq=None if batch.hq is None else _tiles(batch.hq, side))
 
     def _scored(self, reward: Reward, sr: Tensor, batch: Batch) -> Tensor:
         """(B*G,) scores, `reward_batch` images at a time: a network may take gigabytes an image (MANIQA: 2.3).
@@ -259,11 +301,18 @@ class Groups:
         return Task(members, z_t, t, adapter.schedule.target(group.latents, noise, t))
 
     def errors(self, task: Task, rows: slice) -> Tensor:
-        """Mean squared error (over C, H, W) of the predictions in these rows, (N,): one value an output."""
+        """Mean squared error (over C, H, W) of the predictions in these rows, (N,): one value an output.
+
+        With `reward_tile` (N * P,): each tile's share of it, so that those of an output add up to it.
+        """
         prediction = self.adapter.predict(task.z_t[rows], task.t[rows], task.condition.rows(rows))
         each = self.size // self.rows_per_image
         target = task.target[rows.start * each : rows.stop * each]
-        return (prediction.repeat_interleave(each, 0) - target).square().mean((1, 2, 3))
+        squares = (prediction.repeat_interleave(each, 0) - target).square()
+        if self.options.reward_tile is None:
+            return squares.mean((1, 2, 3))
+        shares = F.avg_pool2d(squares.mean(1, keepdim=True), self.options.reward_tile // self.adapter.compression)
+        return (shares / shares[0].numel()).flatten()
 
     def reference_errors(self, task: Task, rows: slice) -> Tensor:
         """`errors` of the reference; to be asked before those of the policy, whose graph would be held meanwhile."""
@@ -271,3 +320,9 @@ class Groups:
         # Without its LoRA no other network keeps anything for gradients.
         with self.reference():
             return self.errors(task, rows).detach()
+
+
+def _tiles(images: Tensor, side: int) -> Tensor:
+    """(N * P, C, side, side) of (N, C, H, W): the P tiles of an image adjacent, by rows."""
+    cut = images.unflatten(-1, (-1, side)).unflatten(-3, (-1, side))  # (N, C, rows, side, columns, side)
+    return cut.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
