@@ -1,104 +1,74 @@
-"""What the embedded pipeline was trained on and watched on: crops of photographs that come with scikit-image."""
+"""What the embedded pipeline is trained on: varied crops of a folder of photographs."""
 
-import importlib.util
 import random
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from rewardsr.data.degrade.light import Light, LightOptions
-from rewardsr.demo import photos
+from rewardsr.data.images import list_images
 
-TRAIN: tuple[str, ...] = (
-    *("astronaut", "brick", "cell", "clock", "coins"),
-    *("grass", "gravel", "hubble", "ihc", "moon"),
-    *("motorcycle_left", "motorcycle_right", "page", "retina", "text"),
-)
-"""Names of the training pictures: all that are not held out."""
-
-# How often a training picture is drawn, 1 where not named. Pictures of things come first: text, cells and stars
-# look unlike what people enlarge.
-_WEIGHTS = {
-    "astronaut": 5,
-    "motorcycle_left": 4,
-    "motorcycle_right": 4,
-    "coins": 3,
-    "clock": 2,
-    "grass": 2,
-    "gravel": 2,
-}
-
-
-def development() -> list[photos.HeldOut]:
-    """Four crops of the portrait that comes with matplotlib: neither trained on nor reported, only watched.
-
-    Empty where matplotlib is not installed.
-    """
-    spec = importlib.util.find_spec("matplotlib")
-    if spec is None or not spec.submodule_search_locations:
-        return []
-    path = Path(next(iter(spec.submodule_search_locations))) / "mpl-data" / "sample_data" / "grace_hopper.jpg"
-    if not path.is_file():
-        return []
-    image = photos.read_photo(path)
-    pairs = []
-    for index, (top, left) in enumerate(((0, 0), (0, 256), (256, 0), (256, 256))):
-        hq = image[:, top : top + 256, left : left + 256].contiguous()
-        lq = photos.FROZEN(hq[None], [torch.Generator().manual_seed(index)])[0]
-        pairs.append(photos.HeldOut(f"portrait {index}", lq, hq))
-    return pairs
+LONGEST = 1400  # pixels: larger photographs are made smaller, which makes them crisper, too
+LEVELS = (1.0, 0.7, 0.5, 0.35)  # sizes that a photograph is shown in: small copies show more at once
+SMALLEST = 128  # pixels a side of a level
 
 
 class Crops:
-    """Draws training pairs: crops of a pyramid of every photograph, varied and then degraded."""
+    """Draws training images: crops of a pyramid of every photograph, varied, and degraded where pairs are asked for."""
 
-    def __init__(self, names: list[str], seed: int) -> None:
+    def __init__(self, folder: Path, seed: int) -> None:
         self.light = Light(LightOptions(), scale=4)
         self.draw = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
-        self.levels = {name: _pyramid(photos.load_photo(name)) for name in names}
-        self.names = names
-        self.weights = [_WEIGHTS.get(name, 1) for name in names]
+        self.pyramids = [pyramid(path) for path in list_images(folder)]
+
+    def images(self, size: int, count: int) -> Tensor:
+        """`hq` `(count, 3, size, size)` float32 in [0, 1]."""
+        return torch.stack([self._vary(self._crop(size)) for _ in range(count)])
 
     def batch(self, size: int, count: int) -> tuple[Tensor, Tensor]:
         """`lq` `(count, 3, size / 4, size / 4)` and `hq` `(count, 3, size, size)`."""
-        pairs = []
-        for _ in range(count):
-            hq = self._vary(self._crop(size))
-            pairs.append((self.light(hq[None], [self.generator])[0], hq))
-        return torch.stack([lq for lq, _ in pairs]), torch.stack([hq for _, hq in pairs])
+        hq = self.images(size, count)
+        return self.light(hq, [self.generator] * count), hq
 
     def _crop(self, size: int) -> Tensor:
-        name = self.draw.choices(self.names, self.weights)[0]
-        image = self.draw.choice([level for level in self.levels[name] if min(level.shape[1:]) >= size])
-        top = self.draw.randint(0, image.shape[1] - size)
-        left = self.draw.randint(0, image.shape[2] - size)
-        return image[:, top : top + size, left : left + size]
+        level = self.draw.choice([level for level in self.draw.choice(self.pyramids) if min(level.size) >= size])
+        left, top = self.draw.randint(0, level.width - size), self.draw.randint(0, level.height - size)
+        pixels = np.asarray(level.crop((left, top, left + size, top + size)))
+        return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
 
     def _vary(self, hq: Tensor) -> Tensor:
         draw = self.draw
         if draw.random() < 0.5:
             hq = hq.transpose(1, 2)
         hq = hq.flip([axis for axis in (1, 2) if draw.random() < 0.5])
-        if draw.random() < 0.5:
+        if draw.random() < 0.25:
             hq = hq[draw.sample(range(3), 3)]
         if draw.random() < 0.5 and torch.equal(hq[0], hq[1]):
-            # Most textures are gray pictures: a random ramp of colours turns them into colour textures.
+            # A random ramp of colours turns a gray picture into a coloured one.
             dark, bright = torch.rand(2, 3, 1, 1, generator=self.generator)
             hq = dark * 0.5 + (0.5 + 0.5 * bright - 0.5 * dark) * hq
-        elif draw.random() < 0.5:
+        elif draw.random() < 0.3:
             contrast = draw.uniform(0.4, 1.0)
             hq = hq * contrast + draw.uniform(0, 1 - contrast)
         return hq.clamp(0, 1).contiguous()
 
 
-def _pyramid(image: Tensor) -> list[Tensor]:
-    """The picture at full, 0.7, 0.5 and 0.35 size: small copies are crisper and show more at once."""
-    levels = [image]
-    for factor in (0.7, 0.5, 0.35):
-        small = F.interpolate(image[None], scale_factor=factor, mode="bicubic", antialias=True)[0].clamp(0, 1)
-        if min(small.shape[1:]) >= 64:
-            levels.append(small)
-    return levels
+def pyramid(path: Path) -> list[Image.Image]:
+    """A photograph in all sizes that are large enough, RGB of 8 bits."""
+    with Image.open(path) as image:
+        whole = image.convert("RGB")
+    whole.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
+    sizes = [(round(whole.width * level), round(whole.height * level)) for level in LEVELS]
+    return [whole.resize(size, Image.Resampling.LANCZOS) for size in sizes if min(size) >= SMALLEST]
+
+
+def write_levels(photographs: Path, out: Path) -> None:
+    """Write every size of every photograph to a folder that a recipe's `data.train` can name."""
+    out.mkdir(parents=True)
+    for path in list_images(photographs):
+        for place, level in enumerate(pyramid(path)):
+            level.save(out / f"{path.stem}-{place}.png")

@@ -16,7 +16,8 @@ import torch
 from torch.nn.functional import interpolate
 
 from rewardsr.data.degrade.contract import Degradation, make_degradation
-from rewardsr.demo.photos import load_photo
+from rewardsr.data.images import read_image
+from rewardsr.demo.photos import HELD_OUT
 from rewardsr.train.recipe import DegradationRecipe
 
 CROP, SCALE = 512, 4
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64, help="for each figure")
     parser.add_argument("--device", default="cpu")
     chosen = parser.parse_args()
-    photo = interpolate(load_photo("coffee")[None, :, :, :400], (CROP, CROP), mode="bicubic", antialias=True).clamp(
+    photo = interpolate(read_image(HELD_OUT / "coffee.png")[None], (CROP, CROP), mode="bicubic", antialias=True).clamp(
         0, 1
     )
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, HQ of {CROP}x{CROP}, {chosen.device}\n")

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from scipy import stats
+from skimage.data import coffee
 from torch import Tensor
 
 from rewardsr.data.degrade.contract import degradation_options, make_degradation
@@ -18,11 +19,10 @@ from rewardsr.data.degrade.kernels import Hill, Sinc
 from rewardsr.data.degrade.noise import Gaussian, Poisson, _poisson
 from rewardsr.data.degrade.realesrgan import RealESRGAN
 from rewardsr.data.degrade.settings import RealESRGANOptions
-from rewardsr.demo.photos import load_photo
 from rewardsr.errors import UserError
 from rewardsr.train.recipe import DegradationRecipe
 
-COFFEE = load_photo("coffee")  # 400x600
+COFFEE = torch.from_numpy(coffee()).permute(2, 0, 1).float() / 255  # 400x600
 
 
 def draws(*seeds: int) -> list[torch.Generator]:
