@@ -33,22 +33,22 @@ def examine() -> Iterator[str]:
     """Lines of the report: versions, devices, connection, and for everything missing what it is for."""
     yield f"rewardsr {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     for name in REQUIRED:
-        yield f"{name:<16} {_version(name) or 'MISSING: install rewardsr again'}"
+        yield f"{name:<32} {_version(name) or 'MISSING: install rewardsr again'}"
     for name, purpose in OPTIONAL.items():
-        yield f"{name:<16} {_version(name) or f'not installed: needed for {purpose}'}"
-    yield f"{'pkg_resources':<16} {'found' if find_spec('pkg_resources') else 'MISSING: install setuptools<81'}"
+        yield f"{name:<32} {_version(name) or f'not installed: needed for {purpose}'}"
+    yield f"{'pkg_resources':<32} {'found' if find_spec('pkg_resources') else 'MISSING: install setuptools<81'}"
     import torch
 
-    yield f"{'CPU':<16} {torch.get_num_threads()} threads"
+    yield f"{'CPU':<32} {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(index)
             bf16 = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16"
-            yield f"{f'cuda:{index}':<16} {card.name}, {card.total_memory / 2**30:.0f} GiB, {bf16}"
+            yield f"{f'cuda:{index}':<32} {card.name}, {card.total_memory / 2**30:.0f} GiB, {bf16}"
     else:
-        yield f"{'cuda':<16} none: training at full size needs a GPU; the demo and tests run on the CPU"
-    yield f"{'mps':<16} {'found' if torch.backends.mps.is_available() else 'none'}"
-    yield f"{'Hub':<16} {'reachable' if online() else 'not reachable: local folders and the cache work'}"
+        yield f"{'cuda':<32} none: training at full size needs a GPU; the demo and tests run on the CPU"
+    yield f"{'mps':<32} {'found' if torch.backends.mps.is_available() else 'none'}"
+    yield f"{'Hub':<32} {'reachable' if online() else 'not reachable: local folders and the cache work'}"
 
 
 def _version(name: str) -> str | None:

@@ -18,7 +18,7 @@ from rewardsr.train import recipe as recipes
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-RECIPES = [*sorted(EXAMPLES.glob("*.yaml")), ROOT / "rewardsr" / "demo" / "recipe.yaml"]
+RECIPES = sorted([*EXAMPLES.glob("*.yaml"), *(ROOT / "rewardsr" / "demo").glob("*.yaml")])
 
 
 @pytest.fixture(autouse=True)

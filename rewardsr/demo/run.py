@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from textwrap import indent
@@ -15,11 +16,11 @@ from rewardsr import lora, run_folder
 from rewardsr.adapter import ISRAdapter
 from rewardsr.data.images import list_images, read_image
 from rewardsr.data.protocol import open_images
-from rewardsr.demo.photos import write_folders
+from rewardsr.demo.photos import SOFT, write_folders
 from rewardsr.draws import Draws
 from rewardsr.errors import UserError
 from rewardsr.evaluation.offset import latent_offset
-from rewardsr.evaluation.pictures import Cell, write_grid
+from rewardsr.evaluation.pictures import Cell, closeup, write_grid
 from rewardsr.evaluation.protocol import HeldOut
 from rewardsr.evaluation.report import Evaluation, side_by_side
 from rewardsr.evaluation.upscale import upscale_tensor
@@ -31,21 +32,23 @@ from rewardsr.train.recipe import Recipe, load_recipe
 
 logger = logging.getLogger(__name__)
 
-RECIPE = Path(__file__).parent / "recipe.yaml"
-DRAWS = 4  # noise draws that each score averages
-# What the demo promises of the metrics that must hold, and checks: 0.1 dB, 0.005, and a tenth of the base's distances.
-GUARDS = {"psnr": -0.1, "ssim": -0.005, "structure": -0.0075, "lq_consistency": -0.0012}
-TARGET = "detail"
-OFFSET_SIDE = 256  # pixels of each training photograph that the constant offset is measured on
-METRICS = (TARGET, *GUARDS, "sharpness")
+RECIPES = {name: Path(__file__).parent / f"{name}.yaml" for name in ("gdpo", "rfsr")}
+SHUFFLED = "gdpo-shuffled"
+DRAWS = 1  # noise draws that each score averages
+TARGET = "detail_correlation"
+# What the demo promises of the metrics that must hold, and checks: 0.1 dB, 0.005, 0.0075, and 2.5 levels of 255.
+GUARDS = {"psnr": -0.1, "ssim": -0.005, "structure": -0.0075, "lq_consistency": -0.01}
+METRICS = (TARGET, *GUARDS, "detail")
+OFFSET_IMAGES, OFFSET_SIDE = 4, 256  # training photographs that the constant offset is measured on, and their pixels
+CLOSEUP, ZOOM = 84, 3  # pixels a side of what the picture shows of each photograph, and how much larger
 
 
 def run_demo(output: Path, steps: int | None = None) -> None:
-    """Fine-tune the embedded pipeline and a shuffled control, compare them and a constant offset, and use the LoRA.
+    """Tune the embedded pipeline with GDPO, a shuffled control and RFSR, compare them, and use what came out.
 
     Args:
         output: new or empty folder for everything.
-        steps: instead of the recipe's.
+        steps: instead of the recipes'.
 
     Raises:
         UserError: the folder is not empty.
@@ -54,98 +57,113 @@ def run_demo(output: Path, steps: int | None = None) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"'{output}' is not empty: remove it, or choose another folder with --output")
     began = time.perf_counter()
-    photos, tuned, control = output / "photos", output / "run", output / "control"
-    write_folders(photos)
-    recipe = demo_recipe(photos, tuned, steps)
-    logger.info("recipe:\n" + indent(RECIPE.read_text(), "  "))
-    logger.info(f"fine-tuning on {photos / 'train'} ...")
-    finetune(recipe)
-    logger.info("control: the same, with the advantages dealt out at random ...")
-    finetune(_shuffled(recipe, control))
-
-    found, rows = compare(recipe, tuned, cast=True)
-    dealt, _ = compare(recipe, control)
-    write_grid(rows, output / "before_after.png")
-    for name, table in {"tuned": found, "shuffled": dealt}.items():
-        write_text(output / f"{name}.json", table.to_json())
-    logger.info(
-        "\nheld-out photographs, change against the base [95 % interval]:\n" + indent(table_of(found, dealt), "  ")
+    photos = output / "photos"
+    write_folders(photos, SOFT)
+    recipes = {name: demo_recipe(name, photos, output / name, steps) for name in RECIPES}
+    options = {**recipes["gdpo"].trainer_options, "shuffle_advantages": True}
+    recipes[SHUFFLED] = recipes["gdpo"].model_copy(
+        update={"trainer_options": options, "output": str(output / SHUFFLED)}
     )
-    logger.info(verdict(found, dealt))
-    _in_a_fresh_process(tuned, photos, output / "upscaled", _in_this_process(recipe, tuned, photos))
+    for name, recipe in recipes.items():
+        if name in RECIPES:
+            logger.info(f"recipe of {name}:\n" + indent(RECIPES[name].read_text(), "  "))
+        else:
+            logger.info("control: gdpo again, with the advantages dealt out at random ...")
+        finetune(recipe)
+
+    logger.info("comparing all of them on held-out photographs ...")
+    found, rows = compare(recipes, photos / "val")
+    write_grid(rows, output / "before_after.png")
+    write_grid([closeup(row, CLOSEUP, ZOOM) for row in rows], output / "closeups.png")
+    for name, table in found.items():
+        write_text(output / f"{name}.json", table.to_json())
+    logger.info("\nchange against the base [95 % interval over photographs]:")
+    for name in RECIPES:
+        control = found[SHUFFLED] if name == "gdpo" else None
+        logger.info(f"\n{name}\n{indent(table_of(found[name], control), '  ')}\n{verdict(found[name], control)}")
+    _in_a_fresh_process(output / "rfsr", photos, output / "upscaled", _in_this_process(recipes["rfsr"], photos))
     logger.info(f"done in {time.perf_counter() - began:.0f} s\n")
     logger.info(_where(output))
 
 
-def demo_recipe(photos: Path, run: Path, steps: int | None) -> Recipe:
-    """The demo's recipe for these folders."""
+def demo_recipe(name: str, photos: Path, run: Path, steps: int | None = None) -> Recipe:
+    """One of the demo's recipes for these folders."""
     overrides: dict[str, Any] = {
         "data.train": str(photos / "train"),
-        "data.validation": str(photos / "val"),
         "output": str(run),
         "steps": steps,
     }
-    return load_recipe(str(RECIPE), overrides, [])
+    return load_recipe(str(RECIPES[name]), overrides, [])
 
 
-def compare(recipe: Recipe, run: Path, cast: bool = False) -> tuple[Evaluation, list[list[Cell]]]:
-    """Base against the LoRA of a run on the held-out photographs, as scores and as pictures.
+def compare(recipes: Mapping[str, Recipe], pairs: Path) -> tuple[dict[str, Evaluation], list[list[Cell]]]:
+    """Base against the LoRA of each run on the held-out photographs, as scores and as pictures.
 
-    The offset of the cast test is measured on the training photographs.
+    But for the control, each is compared with its own constant offset, which is measured on training photographs.
     """
-    adapter = _tuned(recipe, run)
-    offset = None
-    if cast:
-        training = open_images(recipe.data, recipe.data.train, adapter.scale)
-        offset = latent_offset(adapter, training.validation(side=OFFSET_SIDE), "the training photographs")
-    images = partial(open_images(recipe.data, recipe.data.validation, adapter.scale).validation, None, 0, None)
+    first = next(iter(recipes.values()))
+    adapter = load_adapter(first.adapter, first.base, **first.adapter_options)
+    training = open_images(first.data, first.data.train, adapter.scale)
+    images = partial(open_images(first.data, str(pairs), adapter.scale).validation, None, 0, None)
     rewards = {name: build(name) for name in METRICS}
-    held_out = HeldOut(adapter, images, rewards, seed=1, draws_per_image=DRAWS, picture_side=None)
-    return held_out.score(offset=offset), held_out.rows
+    count = len(list_images(pairs / "lq"))
+    held_out = HeldOut(adapter, images, rewards, seed=1, draws_per_image=DRAWS, picture_side=None, pictures=count)
+    found: dict[str, Evaluation] = {}
+    rows: list[list[Cell]] = []
+    for name, recipe in recipes.items():
+        lora.load(adapter, Path(recipe.output))
+        offset = None
+        if name != SHUFFLED:
+            sample = training.validation(OFFSET_IMAGES, side=OFFSET_SIDE)
+            offset = latent_offset(adapter, sample, f"{OFFSET_IMAGES} training photographs")
+        found[name] = held_out.score(offset=offset)
+        if name != SHUFFLED:
+            rows = _beside(rows, held_out.rows, name)
+    return found, rows
 
 
-def table_of(found: Evaluation, control: Evaluation) -> str:
-    """The run, its shuffled control and its constant offset side by side."""
+def _beside(rows: list[list[Cell]], more: list[list[Cell]], name: str) -> list[list[Cell]]:
+    """Rows LQ | base | ... | HQ with one more run in them."""
+    rows = rows or [[*row[:2], row[-1]] for row in more]
+    return [[*row[:-1], (name, of[2][1]), row[-1]] for row, of in zip(rows, more, strict=True)]
+
+
+def table_of(found: Evaluation, control: Evaluation | None) -> str:
+    """A run, its constant offset, what it gives without that, and its shuffled control side by side."""
     assert found.cast is not None
-    alone = {name: test.alone for name, test in found.cast.rewards.items()}
-    return side_by_side(found, {"tuned": found.rewards, "shuffled": control.rewards, "constant offset": alone})
+    tests = found.cast.rewards
+    columns = {
+        "tuned": found.rewards,
+        "offset alone": {name: test.alone for name, test in tests.items()},
+        "without it": {name: test.without for name, test in tests.items()},
+    }
+    return side_by_side(found, columns if control is None else columns | {"shuffled": control.rewards})
 
 
-def verdict(found: Evaluation, control: Evaluation) -> str:
+def verdict(found: Evaluation, control: Evaluation | None) -> str:
     """What the table says, in words; nothing is claimed that it does not show."""
     assert found.cast is not None
-    gain, drift, test = found.rewards[TARGET], control.rewards[TARGET], found.cast.rewards[TARGET]
-    beyond = gain.low > max(0.0, abs(drift.difference), abs(drift.low), abs(drift.high))
-    lines = [
-        f"{TARGET}: {gain.difference:+.4f}",
-        f"beyond the drift of the shuffled control: {'yes' if beyond else 'NO'}",
-        f"beyond a constant offset, one number a channel of the latents and the same for every image: "
-        f"{'yes' if test.beyond.low > 0 else 'NO'}; what it gives more is in "
-        f"[{test.beyond.low:+.4f}, {test.beyond.high:+.4f}]",
-        found.cast.sentence(TARGET),
-    ]
+    gain, test = found.rewards[TARGET], found.cast.rewards[TARGET]
+    half = gain.difference / 2
+    said = {"a gain: its interval is above 0": gain.low > 0}
+    if control is not None:
+        said["beyond the drift of the shuffled control"] = gain.low > abs(control.rewards[TARGET].difference)
+    said["a constant offset of the latents alone gives less than half"] = test.alone.difference < half
+    said["without that offset more than half is left"] = test.without.difference > half
     for name, floor in GUARDS.items():
         change = found.rewards[name].difference
-        lines.append(
-            f"guard {name}: {change:+.4f}, may fall by {-floor:g}: {'held' if change >= floor else 'NOT HELD'}"
-        )
+        said[f"guard {name}: {change:+.4f}, may fall by {-floor:g}"] = change >= floor
+    lines = [
+        f"{TARGET}: {gain.difference:+.4f}",
+        *(f"{text}: {'yes' if holds else 'NO'}" for text, holds in said.items()),
+    ]
     return "\n".join(lines)
 
 
-def _tuned(recipe: Recipe, run: Path) -> ISRAdapter:
-    adapter = load_adapter(recipe.adapter, recipe.base, **recipe.adapter_options)
-    lora.load(adapter, run)
-    return adapter
-
-
-def _shuffled(recipe: Recipe, run: Path) -> Recipe:
-    options = {**recipe.trainer_options, "shuffle_advantages": True}
-    return recipe.model_copy(update={"trainer_options": options, "output": str(run)})
-
-
-def _in_this_process(recipe: Recipe, run: Path, photos: Path) -> list[Tensor]:
+def _in_this_process(recipe: Recipe, photos: Path) -> list[Tensor]:
     """What `upscale` gives for the held-out LQ photographs."""
-    adapter = _tuned(recipe, run)
+    adapter: ISRAdapter = load_adapter(recipe.adapter, recipe.base, **recipe.adapter_options)
+    lora.load(adapter, Path(recipe.output))
     return [
         upscale_tensor(adapter, read_image(file)[None], generator=Draws(0, 0, [index], "upscale"))[0]
         for index, file in enumerate(list_images(photos / "val" / "lq"))
@@ -155,7 +173,7 @@ def _in_this_process(recipe: Recipe, run: Path, photos: Path) -> list[Tensor]:
 def _in_a_fresh_process(run: Path, photos: Path, output: Path, expected: list[Tensor]) -> None:
     """Run the command that a user would, and compare its pictures with this process's."""
     command = ["upscale", str(photos / "val" / "lq"), "--run", str(run), "--output", str(output), "--device", "cpu"]
-    logger.info("in a fresh process: rewardsr " + " ".join(command))
+    logger.info("\nin a fresh process: rewardsr " + " ".join(command))
     subprocess.run([sys.executable, "-m", "rewardsr", *command], check=True)
     written = [read_image(path) for path in sorted(output.glob("*.png"))]
     worst = max(float((a - b).abs().max()) for a, b in zip(written, expected, strict=True))
@@ -166,10 +184,11 @@ def _in_a_fresh_process(run: Path, photos: Path, output: Path, expected: list[Te
 
 def _where(output: Path) -> str:
     return f"""\
-  before/after picture   {output / "before_after.png"}
-  LoRA                   {output / "run" / run_folder.LORA}
-  metrics of every step  {output / "run" / run_folder.METRICS}
-  tables, per image      {output / "tuned.json"}
+  look at this first     {output / "closeups.png"} (LQ | base | gdpo | rfsr | HQ, {ZOOM} times enlarged)
+  whole photographs      {output / "before_after.png"}
+  LoRAs                  {output / "gdpo" / run_folder.LORA}, {output / "rfsr" / run_folder.LORA}
+  metrics of every step  {output / "rfsr" / run_folder.METRICS}
+  tables, per image      {output / "gdpo.json"}, {output / "rfsr.json"}
   upscaled photographs   {output / "upscaled"}
 
 your own pipeline and photographs:

@@ -57,6 +57,33 @@ def shown(image: Tensor, side: int | None = None) -> Tensor:
     return (part if part.dtype == torch.uint8 else to_uint8(part)).cpu()
 
 
+def closeup(row: Sequence[Cell], side: int, zoom: int) -> list[Cell]:
+    """A row cut to the window with the most detail in its last image, and enlarged; pixels stay squares.
+
+    Args:
+        row: captions and images of one size, the last one the one to judge by: HQ, where there is one.
+        side: of the window in pixels; a smaller image stays whole.
+        zoom: whole number of times that it is enlarged.
+
+    Raises:
+        ValueError: images of several sizes, or something that is not an image.
+    """
+    pictures = [shown(image) for _, image in row]
+    if len({picture.shape for picture in pictures}) != 1:
+        raise ValueError("closeup: expected images of one size")
+    height, width = pictures[-1].shape[-2:]
+    tall, wide = min(side, height), min(side, width)
+    fine = pictures[-1].float().mean(0)
+    fine = (fine - F.avg_pool2d(fine[None], 5, 1, 2, count_include_pad=False)[0]).abs()
+    energy = F.avg_pool2d(fine[None], (tall, wide), 1)[0]
+    top, left = divmod(int(energy.argmax()), energy.shape[-1])
+    windows = [picture[:, top : top + tall, left : left + wide] for picture in pictures]
+    return [
+        (caption, window.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
+        for (caption, _), window in zip(row, windows, strict=True)
+    ]
+
+
 def grid(cells: Sequence[Sequence[Cell]]) -> Tensor:
     """Images in rows and columns with a caption above each, on white.
 

@@ -9,7 +9,7 @@ import torch
 
 from rewardsr.data.images import read_image
 from rewardsr.errors import UserError
-from rewardsr.evaluation.pictures import comparison_row, grid, shown, write_grid
+from rewardsr.evaluation.pictures import closeup, comparison_row, grid, shown, write_grid
 from rewardsr.evaluation.report import (
     CAST_HEADINGS,
     HEADINGS,
@@ -169,6 +169,23 @@ def test_grid_of_unequal_sizes_and_sides() -> None:
 
 def test_captions_of_any_script() -> None:
     grid([[("图像.png – é", torch.zeros(3, 8, 80))]])
+
+
+def test_a_closeup_shows_the_detail_of_hq_in_every_image() -> None:
+    hq = torch.full((3, 40, 60), 0.5)
+    hq[:, 21:29:2, 33:45] = 1.0  # the only detail: stripes
+    other = torch.arange(60).expand(3, 40, 60) / 60
+    (name, left), (_, right) = closeup([("base", other), ("HQ", hq)], side=16, zoom=3)
+    assert name == "base" and left.shape == right.shape == (3, 48, 48)
+    small = right[:, ::3, ::3].float() / 255
+    assert torch.equal(small.repeat_interleave(3, 1).repeat_interleave(3, 2) * 255, right.float())
+    assert float((small == 1).float().sum()) == 3 * 4 * 12, "all stripes are in the window"
+    column = round(float(left[0, 0, 0]) / 255 * 60)
+    assert any(torch.equal(shown(hq)[:, top : top + 16, column : column + 16], right[:, ::3, ::3]) for top in range(25))
+    whole = closeup([("HQ", torch.zeros(3, 8, 8))], side=16, zoom=2)
+    assert whole[0][1].shape == (3, 16, 16)
+    with pytest.raises(ValueError, match="one size"):
+        closeup([("LQ", torch.zeros(3, 4, 4)), ("HQ", torch.zeros(3, 8, 8))], side=4, zoom=1)
 
 
 def test_grid_refuses(tmp_path) -> None:
