@@ -21,6 +21,7 @@ def test_the_stages_of_its_training_make_a_pipeline(photographs, tmp_path, monke
     for stage in (prior, restorer):
         monkeypatch.setattr(stage, "SHAPES", ((64, 2),))
     autoencoder.train(photographs, tmp_path / "vae", steps=2, seed=0, lr=1e-3)
+    autoencoder.train(photographs, tmp_path / "vae", steps=1, seed=0, lr=1e-3, steady=tmp_path / "vae")
     prior.train(photographs, tmp_path / "vae", tmp_path / "pipeline", steps=2, seed=0, lr=1e-3)
     restorer.train(photographs, tmp_path / "pipeline", tmp_path / "restorer", steps=2, seed=0, lr=1e-3)
     adapter = load_adapter("osediff", tmp_path / "restorer", noise_t=250, net_t=100)

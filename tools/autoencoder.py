@@ -12,8 +12,6 @@ a trained one for that alone: of what a shift does, the part that is the same fo
 """
 
 import argparse
-import copy
-import math
 import time
 from pathlib import Path
 
@@ -24,12 +22,14 @@ from diffusers import AutoencoderDC
 from diffusers.models.autoencoders.autoencoder_dc import ResBlock
 from torch import Tensor, nn
 
+from rewardsr.trainers.distillation import laplacian
 from tools import crops
+from tools.learning import Learner
 
 SIZE, COUNT = 64, 8  # pixels a side of a crop, crops in a batch
 NOISE = 0.3  # largest standard deviation of the noise that decoding has to stand, against latents of 1
-STEADY = 0.5  # largest length of it where only the decoder goes on
 SHIFT = 1.0  # largest length of the constant, over channels, against latents of 1
+STEADY = 0.5  # the same where only the decoder goes on
 
 
 def build(seed: int) -> AutoencoderDC:
@@ -53,13 +53,6 @@ def build(seed: int) -> AutoencoderDC:
         if isinstance(module, ResBlock):
             nn.init.zeros_(module.norm.weight)  # every block starts as the identity, which learns faster
     return vae
-
-
-def laplacian(image: Tensor) -> Tensor:
-    """Second differences of every channel, `(B, 3, H - 2, W - 2)`."""
-    middle = image[..., 1:-1, 1:-1]
-    around = image[..., :-2, 1:-1] + image[..., 2:, 1:-1] + image[..., 1:-1, :-2] + image[..., 1:-1, 2:]
-    return around - 4 * middle
 
 
 def losses(vae: AutoencoderDC, images: Tensor) -> Tensor:
@@ -102,16 +95,12 @@ def steady_losses(vae: AutoencoderDC, images: Tensor) -> Tensor:
 
 def train(photos: Path, out: Path, steps: int, seed: int, lr: float, steady: Path | None = None) -> None:
     """Train, and save the averaged weights to `out` every 1,000 steps and at the end."""
+    torch.manual_seed(seed)
     vae = build(seed) if steady is None else AutoencoderDC.from_pretrained(steady, torch_dtype=torch.float32)
     vae.encoder.requires_grad_(steady is None)
-    average = copy.deepcopy(vae)
-    data = crops.Crops(photos, seed)
-    trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=1e-4, fused=True)
+    learner, data = Learner(vae, lr, steps), crops.Crops(photos, seed)
     begin, log = time.monotonic(), np.zeros(4)
     for step in range(1, steps + 1):
-        for group in optimiser.param_groups:
-            group["lr"] = lr * min(1, step / 200) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         lq, hq = data.batch(SIZE, COUNT)
         # Enlarged LQ images among them: their blur and noise are to be in the latents as well.
         enlarged = F.interpolate(lq, scale_factor=4, mode="bicubic", antialias=True).clamp(0, 1)
@@ -120,19 +109,13 @@ def train(photos: Path, out: Path, steps: int, seed: int, lr: float, steady: Pat
             parts = losses(vae, hq[torch.randperm(COUNT)])
         else:
             parts = steady_losses(vae, hq.lerp(enlarged, torch.rand(COUNT, 1, 1, 1)))
-        optimiser.zero_grad()
-        parts.sum().backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
-        with torch.no_grad():
-            keep = min(0.999, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(average.parameters()), list(vae.parameters()), 1 - keep)
+        learner.step(step, parts.sum())
         log += parts.detach().numpy()
         if step % 200 == 0:
             print(f"step {step} {(time.monotonic() - begin) / 60:.1f} min losses {log / 200}", flush=True)
             log[:] = 0
         if step % 1000 == 0 or step == steps:
-            average.save_pretrained(out)
+            learner.average.save_pretrained(out)
 
 
 def _log_energy(image: Tensor) -> Tensor:

@@ -1,25 +1,23 @@
 """Train the denoiser of the embedded pipeline as a small latent diffusion model, from random weights.
 
-    python -m tools.prior --photos DIR --vae DIR --steps 8000 --out PIPELINE
+    python -m tools.prior --photos DIR --vae DIR --steps 6000 --out PIPELINE
 
-It learns to denoise latents of HQ photographs at all times, which makes it what Stable Diffusion is to OSEDiff: the
-base that stage one (`examples/naosd_embedded.yaml`) starts from, and whose knowledge of textures distillation passes
-on. The autoencoder is the one of `tools.autoencoder` and stays as it is; the text encoder is random.
+It learns to denoise latents of HQ photographs at all times, which makes it what Stable Diffusion is to OSEDiff: what
+`tools.restorer` starts from. The autoencoder is the one of `tools.autoencoder` and stays as it is; the text encoder is
+random.
 """
 
 import argparse
-import copy
-import math
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC
-from torch import nn
 
 from rewardsr.schedule import VP
 from tools import crops
+from tools.learning import Learner
 from tools.pipeline import LATENT_STD, build, prompts, save
 
 SHAPES = ((64, 16), (128, 4))  # pixels a side of a crop, crops in a batch; taken in turn
@@ -30,15 +28,12 @@ def train(photos: Path, vae_folder: Path, out: Path, steps: int, seed: int, lr: 
     vae = AutoencoderDC.from_pretrained(vae_folder, torch_dtype=torch.float32).requires_grad_(False).eval()
     parts = build(vae, seed)
     unet, schedule, texts = parts["unet"], VP(parts["scheduler"].alphas_cumprod), prompts(parts)
-    average, data = copy.deepcopy(unet), crops.Crops(photos, seed)
-    optimiser = torch.optim.AdamW(unet.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=1e-4, fused=True)
+    learner, data = Learner(unet, lr, steps), crops.Crops(photos, seed)
     begin, log = time.monotonic(), 0.0
     for step in range(1, steps + 1):
-        for group in optimiser.param_groups:
-            group["lr"] = lr * min(1, step / 200) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         size, count = SHAPES[step % len(SHAPES)]
         hq = data.images(size, count)
-        # Little noise more often than much: that is where textures are decided, and where stage one works.
+        # Little noise more often than much: that is where textures are decided, and where restoration works.
         t = (1000 * torch.rand(count).pow(1.5)).long()
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             z0 = vae.encode(hq * 2 - 1).latent.float() * LATENT_STD
@@ -47,19 +42,13 @@ def train(photos: Path, vae_folder: Path, out: Path, steps: int, seed: int, lr: 
         with torch.autocast("cpu", torch.bfloat16):
             prediction = unet(schedule.add_noise(z0, noise, t), t, encoder_hidden_states=text).sample.float()
         loss = F.mse_loss(prediction, noise)
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimiser.step()
-        with torch.no_grad():
-            keep = min(0.999, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(average.parameters()), list(unet.parameters()), 1 - keep)
+        learner.step(step, loss)
         log += loss.item()
         if step % 200 == 0:
             print(f"step {step} {(time.monotonic() - begin) / 60:.1f} min loss {log / 200:.4f}", flush=True)
             log = 0.0
         if step % 2000 == 0 or step == steps:
-            save({**parts, "unet": average}, out)
+            save({**parts, "unet": learner.average}, out)
 
 
 if __name__ == "__main__":
@@ -67,7 +56,7 @@ if __name__ == "__main__":
     parser.add_argument("--photos", type=Path, required=True)
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     arguments = parser.parse_args()

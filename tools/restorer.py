@@ -8,19 +8,18 @@ speed only: `naosd` has the same loss in float32, and finishes what comes out he
 """
 
 import argparse
-import copy
-import math
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from rewardsr.schedule import VP
 from rewardsr.trainers.distillation import energy_loss, energy_score
 from tools import crops
+from tools.learning import Learner
 from tools.pipeline import load, prompts, save
 
 NOISE_T, NET_T = 250, 100
@@ -34,12 +33,10 @@ def train(photos: Path, start: Path, out: Path, steps: int, seed: int, lr: float
     parts = load(start)
     vae, unet = parts["vae"], parts["unet"].requires_grad_(True).train()
     schedule, factor, texts = VP(parts["scheduler"].alphas_cumprod), vae.config.scaling_factor, prompts(parts)
-    average, data = copy.deepcopy(unet), crops.Crops(photos, seed)
-    optimiser = torch.optim.AdamW(unet.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=1e-4, fused=True)
+    learner = Learner(unet, lr, steps, warm_up=100, decay=0.998)
+    data = crops.Crops(photos, seed)
     begin, log = time.monotonic(), np.zeros(2)
     for step in range(1, steps + 1):
-        for group in optimiser.param_groups:
-            group["lr"] = lr * min(1, step / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         size, count = SHAPES[step % len(SHAPES)]
         lq, hq = data.batch(size, count)
         enlarged = F.interpolate(lq, scale_factor=4, mode="bicubic", antialias=True).clamp(0, 1)
@@ -53,19 +50,13 @@ def train(photos: Path, start: Path, out: Path, steps: int, seed: int, lr: float
             images = vae.decode(z0 / factor).sample.float() / 2 + 0.5
         image = energy_loss(_pairs(images), hq, APART)
         latent = 0.02 * energy_score(_pairs(z0), z_hq, 2, APART)
-        optimiser.zero_grad()
-        (image + latent).backward()
-        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimiser.step()
-        with torch.no_grad():
-            keep = min(0.998, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(average.parameters()), list(unet.parameters()), 1 - keep)
+        learner.step(step, image + latent)
         log += [image.item(), latent.item()]
         if step % 100 == 0:
             print(f"step {step} {(time.monotonic() - begin) / 60:.1f} min losses {log / 100}", flush=True)
             log[:] = 0
         if step % 500 == 0 or step == steps:
-            save({**parts, "unet": average}, out)
+            save({**parts, "unet": learner.average}, out)
 
 
 def _pairs(draws: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def energy_loss(sr: Tensor, hq: Tensor, apart: float = 1.0) -> Tensor:
         apart: in [0, 1]; less than 1 is more faithful, and draws differ less.
     """
     scores = [energy_score(sr, hq, patch, apart) for patch in PATCHES]
-    detail = energy_score(_laplacian(sr), _laplacian(hq), DETAIL_PATCH, apart)
+    detail = energy_score(laplacian(sr), laplacian(hq), DETAIL_PATCH, apart)
     return torch.stack(scores).mean() + DETAIL_WEIGHT * detail
 
 
@@ -68,7 +68,7 @@ def _distance(one: Tensor, other: Tensor, patch: int) -> Tensor:
     return (squares + 1e-6).sqrt().mean()
 
 
-def _laplacian(image: Tensor) -> Tensor:
+def laplacian(image: Tensor) -> Tensor:
     """Sum of the four neighbours minus four times the pixel, (..., H - 2, W - 2) of (..., H, W)."""
     rows = image[..., :-2, 1:-1] + image[..., 2:, 1:-1]
     columns = image[..., 1:-1, :-2] + image[..., 1:-1, 2:]
