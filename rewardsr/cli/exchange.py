@@ -1,4 +1,4 @@
-"""`rewardsr import ...`: what other programs made."""
+"""`rewardsr import ...` and `rewardsr export`: what other programs made, and what they read."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,11 +6,9 @@ from typing import Annotated
 import typer
 
 from rewardsr import console
+from rewardsr.cli.options import AdapterName, AdapterOption, BaseOfRun, Loras, Run
 
 imports = typer.Typer(help="Take over what other programs made.", no_args_is_help=True, rich_markup_mode=None)
-
-AdapterName = Annotated[str, typer.Option(help="registered adapter, or module:Name")]
-AdapterOption = Annotated[list[str] | None, typer.Option("--option", help="adapter option, key=value (noise_t=250)")]
 
 
 @imports.command("lora")
@@ -47,3 +45,27 @@ def import_stablesr(
 
     found = import_checkpoint(source, output, prediction, check)
     console.say(f"{output}: predicts {found}; use it with --adapter stablesr --base SD-2.1 --option weights={output}")
+
+
+def export(
+    output: Annotated[Path, typer.Argument(help="new folder")],
+    form: Annotated[str, typer.Option("--format", help="diffusers, peft, kohya (ComfyUI), osediff or merged")],
+    run: Run = None,
+    adapter: AdapterName = "osediff",
+    base: BaseOfRun = None,
+    option: AdapterOption = None,
+    lora: Loras = None,
+    strength: Annotated[float, typer.Option(help="of the LoRA, taken into the files")] = 1.0,
+    force_base: Annotated[bool, typer.Option("--force-base", help="load a LoRA of another base")] = False,
+) -> None:
+    """Write a LoRA in the form of another program; merged networks serve as an adapter's `weights`."""
+    from rewardsr.lora import exchange
+    from rewardsr.pipelines import open_run
+
+    exchange.check_output(output, form)
+    pipeline, _ = open_run(
+        run, adapter, base, option, lora, strength=strength, device="cpu", precision="fp32", force_base=force_base
+    )
+    for path in sorted(exchange.export(pipeline, output, form).rglob("*")):
+        if path.is_file():
+            console.say(path)

@@ -1,0 +1,52 @@
+"""The command line. It turns options into calls and results into text; everything else lives elsewhere.
+
+Heavy imports happen inside the commands, so that `--help` is quick.
+"""
+
+import logging
+from typing import Annotated
+
+import typer
+
+from rewardsr import __version__, console
+from rewardsr.cli.data import data
+from rewardsr.cli.evaluate import evaluate
+from rewardsr.cli.exchange import export, imports
+from rewardsr.cli.finetune import finetune
+from rewardsr.cli.hub import pull, push, search
+from rewardsr.cli.show import adapters, demo, doctor, rewards
+from rewardsr.cli.upscale import upscale
+
+app = typer.Typer(
+    name="rewardsr",
+    help="Fine-tune diffusion-based image super-resolution pipelines with image-quality rewards.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+for command in (finetune, upscale, evaluate, export, push, pull, search, adapters, rewards, doctor, demo):
+    app.command()(command)
+app.add_typer(imports, name="import")
+app.add_typer(data, name="data")
+
+
+def main() -> None:
+    """Entry point: runs a command; the user's mistakes become one line and exit code 2."""
+    console.run(app)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.say(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version")
+    ] = False,
+) -> None:
+    console.listen(logging.getLogger("rewardsr"))
