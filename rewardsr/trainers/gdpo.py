@@ -17,7 +17,7 @@ from rewardsr.batch import Batch
 from rewardsr.draws import Source
 from rewardsr.rewards.base import Reward
 from rewardsr.trainers.base import Loss, Method
-from rewardsr.trainers.groups import Group, GroupOptions, Groups, Task
+from rewardsr.trainers.groups import Group, GroupOptions, Groups, Task, by_group
 from rewardsr.trainers.preferences import gdpo_loss, preference_logit
 
 
@@ -60,45 +60,58 @@ class GDPO(Method):
     def losses(self, group: Group, draws: Source) -> Iterator[Loss]:
         """The loss of a group, in as few passes as `micro_batch` allows; each is to be back-propagated at once."""
         task, images = self.groups.task(group, draws), len(group.condition)
+        advantages = group.advantages.unflatten(0, (images, -1))
         each = self.rows_per_image
         rows = self.micro_batch or images * each
         if rows < each:
             for image in range(images):
-                yield self._accumulated(task, group.advantages[image], image)
+                yield self._accumulated(task, advantages[image], image)
             return
         for start in range(0, images, rows // each):
-            yield self._at_once(task, group.advantages[start : start + rows // each], start)
+            yield self._at_once(task, advantages[start : start + rows // each], start)
 
     def _at_once(self, task: Task, advantages: Tensor, first: int) -> Loss:
-        """The loss of images whose groups fit one pass: those from `first` on, with advantages (N, G)."""
-        each = self.rows_per_image
-        rows = slice(first * each, (first + len(advantages)) * each)
-        reference = self.groups.reference_errors(task, rows).reshape(advantages.shape)
-        policy = self.groups.errors(task, rows).reshape(advantages.shape)
-        loss, accuracy = gdpo_loss(policy, reference, advantages, self.options.beta)
-        weight = len(advantages) * each / len(task.condition)
+        """The loss of images whose groups fit one pass: those from `first` on, with advantages (N, P, G) of P tiles."""
+        each, (images, tiles, members) = self.rows_per_image, advantages.shape
+        rows = slice(first * each, (first + images) * each)
+        reference = by_group(self.groups.reference_errors(task, rows), members, tiles)
+        policy = by_group(self.groups.errors(task, rows), members, tiles)
+        loss, accuracy = gdpo_loss(policy, reference, advantages.flatten(0, 1), self.options.beta)
+        weight = images * each / len(task.condition)
         return Loss(loss * weight, {"loss": loss.detach(), "implicit_accuracy": accuracy}, weight)
 
     def _accumulated(self, task: Task, advantages: Tensor, image: int) -> Loss:
-        """The loss of one image whose group does not fit one pass, of advantages (G,): exact, and no second pass.
+        """The loss of one image whose group does not fit one pass, of advantages (P, G): exact, chunk by chunk.
 
-        The gradient of -logsigmoid(s) is -(1 - sigmoid(s)) ds: ds is accumulated chunk by chunk, and scaled at the end
-        when s is known.
+        The gradient of -logsigmoid(s) is -(1 - sigmoid(s)) ds. A single ds is accumulated, and scaled at the end when s
+        is known. Those of several tiles are scaled each by its own s, which takes a pass to find out before.
         """
-        total = torch.zeros((), device=task.z_t.device)
-        gradient = [torch.zeros_like(parameter) for parameter in self._parameters]
         first = image * self.groups.size
-        tiles = len(advantages) // self.groups.size
-        for rows in self.groups.chunks(first, first + self.groups.size):
-            chunk = advantages[(rows.start - first) * tiles : (rows.stop - first) * tiles]
-            reference = self.groups.reference_errors(task, rows)
-            policy = self.groups.errors(task, rows)
-            part = preference_logit(policy[None], reference[None], chunk[None], self.options.beta).sum()
-            for whole, partial in zip(gradient, torch.autograd.grad(part, self._parameters), strict=True):
-                whole += partial
+        chunks = [
+            (rows, advantages[:, rows.start - first : rows.stop - first])
+            for rows in self.groups.chunks(first, first + self.groups.size)
+        ]
+        alone = len(advantages) == 1
+        known = torch.zeros(len(advantages), device=task.z_t.device)
+        for chunk in [] if alone else chunks:
+            known += self._logits(task, *chunk).detach()
+        total = torch.zeros_like(known)
+        gradient = [torch.zeros_like(parameter) for parameter in self._parameters]
+        for chunk in chunks:
+            part = self._logits(task, *chunk)
             total += part.detach()
+            scaled = part if alone else part * -torch.sigmoid(-known)
+            torch._foreach_add_(gradient, torch.autograd.grad(scaled.mean(), self._parameters))
         weight = self.groups.size / len(task.condition)
-        factor = -torch.sigmoid(-total) * weight
+        factor = weight * -torch.sigmoid(-total[0]) if alone else weight
         pairs = zip(self._parameters, gradient, strict=True)
         value = torch.stack([(parameter * whole).sum() for parameter, whole in pairs]).sum() * factor
-        return Loss(value, {"loss": -F.logsigmoid(total), "implicit_accuracy": (total > 0).float()}, weight)
+        accuracy = (total > 0).float().mean()
+        return Loss(value, {"loss": -F.logsigmoid(total).mean(), "implicit_accuracy": accuracy}, weight)
+
+    def _logits(self, task: Task, rows: slice, advantages: Tensor) -> Tensor:
+        """What these rows, some members of one group, add to the s (P,) of its tiles; advantages (P, members)."""
+        tiles, members = advantages.shape
+        reference = by_group(self.groups.reference_errors(task, rows), members, tiles)
+        policy = by_group(self.groups.errors(task, rows), members, tiles)
+        return preference_logit(policy, reference, advantages, self.options.beta)

@@ -81,7 +81,7 @@ class Group:
     Attributes:
         condition: of the B images.
         latents: (B*G, C, h, w) of the outputs, as the reference denoised them; `paper` with one step: re-encoded.
-        advantages: (B, G); with `reward_tile` (B, G * P), the P tiles of an output adjacent.
+        advantages: (B, G); with `reward_tile` (B * P, G), a row a tile, the P tiles of an image adjacent.
         metrics: what to log of the sampling.
     """
 
@@ -184,9 +184,7 @@ class Groups:
                 latents = self._by_pixels(lambda rows: adapter.to_latents(sr[rows], Replay([noise[rows]])), members)
         if self.options.shuffle_advantages:  # drawn last, so that the control is the same run otherwise
             advantages = advantages.gather(1, draw(advantages.shape, draws, device=advantages.device).argsort(1))
-        metrics = self._metrics(sr, scores, advantages)
-        tiles = len(advantages) // len(batch)
-        return Group(condition, latents, advantages.unflatten(0, (-1, tiles)).movedim(1, 2).flatten(1), metrics)
+        return Group(condition, latents, advantages, self._metrics(sr, scores, advantages))
 
     def _score(self, sr: Tensor, batch: Batch) -> dict[str, Tensor]:
         """(B, G) scores by reward; of tiles (B * P, G)."""
@@ -194,12 +192,8 @@ class Groups:
             self._judged(batch),
             sr if self.options.reward_tile is None else _tiles(sr, self.options.reward_tile),
         )
-        tiles = len(outputs) // len(sr)
         scores = {name: self._scored(reward, outputs, judged) for name, reward in self.rewards.items()}
-        return {
-            name: values.unflatten(0, (-1, self.size, tiles)).movedim(2, 1).flatten(0, 1)
-            for name, values in scores.items()
-        }
+        return {name: by_group(values, self.size, len(outputs) // len(sr)) for name, values in scores.items()}
 
     def _judged(self, batch: Batch) -> Batch:
         """What rewards see of these images: all, or their tiles, those of an image adjacent."""
@@ -303,7 +297,7 @@ class Groups:
     def errors(self, task: Task, rows: slice) -> Tensor:
         """Mean squared error (over C, H, W) of the predictions in these rows, (N,): one value an output.
 
-        With `reward_tile` (N * P,): each tile's share of it, so that those of an output add up to it.
+        With `reward_tile` (N * P,): one of each tile, those of an output adjacent.
         """
         prediction = self.adapter.predict(task.z_t[rows], task.t[rows], task.condition.rows(rows))
         each = self.size // self.rows_per_image
@@ -311,8 +305,7 @@ class Groups:
         squares = (prediction.repeat_interleave(each, 0) - target).square()
         if self.options.reward_tile is None:
             return squares.mean((1, 2, 3))
-        shares = F.avg_pool2d(squares.mean(1, keepdim=True), self.options.reward_tile // self.adapter.compression)
-        return (shares / shares[0].numel()).flatten()
+        return F.avg_pool2d(squares.mean(1), self.options.reward_tile // self.adapter.compression).flatten()
 
     def reference_errors(self, task: Task, rows: slice) -> Tensor:
         """`errors` of the reference; to be asked before those of the policy, whose graph would be held meanwhile."""
@@ -320,6 +313,11 @@ class Groups:
         # Without its LoRA no other network keeps anything for gradients.
         with self.reference():
             return self.errors(task, rows).detach()
+
+
+def by_group(values: Tensor, members: int, tiles: int) -> Tensor:
+    """(N * P, G) of values (N * G * P,), one a tile of an output: a row a group, those of an image adjacent."""
+    return values.unflatten(0, (-1, members, tiles)).movedim(2, 1).flatten(0, 1)
 
 
 def _tiles(images: Tensor, side: int) -> Tensor:

@@ -42,12 +42,12 @@ def test_every_tile_is_judged_and_ranked_by_itself(base) -> None:
     batch = images(2)
     group = method.prepare(batch, Draws(0, 0, [0, 1]))
     sr = torch.cat(seen)
-    assert group.advantages.shape == (2, 3 * 4)
+    assert group.advantages.shape == (2 * 4, 3)
     for image in range(2):
         for tile, (top, left) in enumerate(((0, 0), (0, 8), (8, 0), (8, 8))):
             outputs = sr[3 * image : 3 * image + 3, :, top : top + 8, left : left + 8].mean((1, 2, 3))
             wanted = preferences.group_advantages({"a": outputs[None]}, {"a": torch.ones(1)})[0]
-            assert torch.allclose(group.advantages[image].reshape(3, 4)[:, tile], wanted, atol=1e-4)
+            assert torch.allclose(group.advantages[4 * image + tile], wanted, atol=1e-4)
     judged = torch.cat([scored.hq for scored in reward.batches])
     assert torch.equal(judged[1], batch.hq[0, :, :8, 8:]) and torch.equal(judged[4], batch.hq[0, :, :8, :8])
     assert reward.batches[0].lq.shape[-2:] == (8, 8)
@@ -62,13 +62,28 @@ def test_a_tile_as_large_as_the_image_changes_nothing(form, base) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_the_tiles_of_an_output_share_its_error(form, base) -> None:
+def test_every_tile_has_the_loss_of_a_group(form, base) -> None:
     whole, tiled = make(base, trained=True, **form), make(base, trained=True, reward_tile=8, **form)
-    group = whole.prepare(images(2), Draws(0, 0, [0, 1]))
-    task = whole.groups.task(group, Draws(0, 0, [0, 1], "update"))
+    group = tiled.prepare(images(2), Draws(0, 0, [0, 1]))
+    draws = [Draws(0, 0, [0, 1], "update") for _ in range(3)]
+    task = whole.groups.task(group, draws[0])
     rows = slice(0, len(task.condition))
-    errors, shares = whole.groups.errors(task, rows), tiled.groups.errors(task, rows)
-    assert shares.shape == (6 * 4,) and torch.allclose(shares.reshape(6, 4).sum(1), errors, rtol=1e-5)
+    one, four = whole.groups.errors(task, rows), tiled.groups.errors(task, rows)
+    assert torch.allclose(four.reshape(6, 4).mean(1), one, rtol=1e-5)
+    reference = tiled.groups.reference_errors(task, rows).reshape(2, 3, 4)
+    losses = [
+        preferences.gdpo_loss(
+            four.reshape(2, 3, 4)[image, :, tile][None],
+            reference[image, :, tile][None],
+            group.advantages[4 * image + tile][None],
+            tiled.options.beta,
+        )[0]
+        for image in range(2)
+        for tile in range(4)
+    ]
+    wanted = torch.stack(losses).mean()
+    found = sum(float(loss.value.detach()) for loss in tiled.losses(group, draws[1]))
+    assert abs(found - float(wanted)) <= 1e-5 * float(wanted)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -85,8 +100,7 @@ def test_what_is_better_in_one_tile_is_learnt_there(base) -> None:
     """A reward that tells outputs apart in one tile alone leaves the errors of all others without weight."""
     first = Score(lambda sr: sr.mean((1, 2, 3)) * (torch.arange(len(sr)) % 4 == 0))
     group = make(base, rewards=[first], reward_tile=8).prepare(images(1), Draws(0, 0, [0]))
-    advantages = group.advantages.reshape(3, 4)
-    assert bool(advantages[:, 0].any()) and not bool(advantages[:, 1:].any())
+    assert bool(group.advantages[0].any()) and not bool(group.advantages[1:].any())
 
 
 def test_shuffled_tiles_keep_their_advantages(base) -> None:
@@ -95,7 +109,7 @@ def test_shuffled_tiles_keep_their_advantages(base) -> None:
         for shuffled in (False, True)
     )
     assert not torch.equal(plain, dealt)
-    assert torch.equal(*(found.reshape(2, 3, 4).sort(1).values for found in (plain, dealt)))
+    assert torch.equal(*(found.sort(1).values for found in (plain, dealt)))
 
 
 def test_tiles_that_do_not_fit_are_refused(base) -> None:
