@@ -178,18 +178,18 @@ def spoil(monkeypatch, how, at: set[int]) -> None:
     """Change the loss of the updates in `at` (from 1)."""
     original, calls = gdpo.gdpo_loss, []
 
-    def loss(policy, *rest):
+    def loss(logits):
         calls.append(None)
-        value, accuracy = original(policy, *rest)
-        return (how(value, policy) if len(calls) in at else value), accuracy
+        value, accuracy = original(logits)
+        return (how(value, logits) if len(calls) in at else value), accuracy
 
     monkeypatch.setattr(gdpo, "gdpo_loss", loss)
 
 
 SPOILS = {
-    "loss": lambda value, policy: value * torch.nan,
-    "loss, its gradient finite": lambda value, policy: value + torch.inf,
-    "gradient of unet.": lambda value, policy: value + (policy * 0).sum().sqrt(),  # 0 with an infinite slope
+    "loss": lambda value, logits: value * torch.nan,
+    "loss, its gradient finite": lambda value, logits: value + torch.inf,
+    "gradient of unet.": lambda value, logits: value + (logits * 0).sum().sqrt(),  # 0 with an infinite slope
 }
 
 

@@ -16,7 +16,7 @@ from rewardsr.adapter import ISRAdapter
 from rewardsr.batch import Batch
 from rewardsr.draws import Source
 from rewardsr.rewards.base import Reward
-from rewardsr.trainers.base import Loss, Method
+from rewardsr.trainers.base import Loss, Method, Scalar
 from rewardsr.trainers.groups import Group, GroupOptions, Groups, Task, by_group
 from rewardsr.trainers.preferences import gdpo_loss, preference_logit
 
@@ -25,6 +25,13 @@ class GDPOOptions(GroupOptions):
     """Options of GDPO; the defaults are the paper's."""
 
     beta: float = Field(5000.0, gt=0, le=1e9, description="strength of the preference; large values saturate sooner")
+    anchor: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="weight of the mean squared distance between the predictions of policy and reference: it holds "
+        "what a group's outputs do not differ in, which preferences leave free",
+    )
 
 
 class GDPO(Method):
@@ -72,46 +79,59 @@ class GDPO(Method):
 
     def _at_once(self, task: Task, advantages: Tensor, first: int) -> Loss:
         """The loss of images whose groups fit one pass: those from `first` on, with advantages (N, P, G) of P tiles."""
-        each, (images, tiles, members) = self.rows_per_image, advantages.shape
-        rows = slice(first * each, (first + images) * each)
-        reference = by_group(self.groups.reference_errors(task, rows), members, tiles)
-        policy = by_group(self.groups.errors(task, rows), members, tiles)
-        loss, accuracy = gdpo_loss(policy, reference, advantages.flatten(0, 1), self.options.beta)
+        each, images = self.rows_per_image, len(advantages)
+        logits, distance = self._compared(task, slice(first * each, (first + images) * each), advantages)
+        loss, accuracy = gdpo_loss(logits)
         weight = images * each / len(task.condition)
-        return Loss(loss * weight, {"loss": loss.detach(), "implicit_accuracy": accuracy}, weight)
+        return Loss((loss + self.options.anchor * distance) * weight, _metrics(loss, accuracy, distance), weight)
 
     def _accumulated(self, task: Task, advantages: Tensor, image: int) -> Loss:
         """The loss of one image whose group does not fit one pass, of advantages (P, G): exact, chunk by chunk.
 
         The gradient of -logsigmoid(s) is -(1 - sigmoid(s)) ds. A single ds is accumulated, and scaled at the end when s
-        is known. Those of several tiles are scaled each by its own s, which takes a pass to find out before.
+        is known. Those of several tiles, and one beside an anchor, are scaled by their s, which takes a pass before.
         """
         first = image * self.groups.size
         chunks = [
-            (rows, advantages[:, rows.start - first : rows.stop - first])
+            (rows, advantages[None, :, rows.start - first : rows.stop - first])
             for rows in self.groups.chunks(first, first + self.groups.size)
         ]
-        alone = len(advantages) == 1
+        at_end = len(advantages) == 1 and not self.options.anchor
         known = torch.zeros(len(advantages), device=task.z_t.device)
-        for chunk in [] if alone else chunks:
-            known += self._logits(task, *chunk).detach()
-        total = torch.zeros_like(known)
+        for chunk in [] if at_end else chunks:
+            known += self._compared(task, *chunk)[0].detach()
+        total, distance = torch.zeros_like(known), torch.zeros((), device=known.device)
         gradient = [torch.zeros_like(parameter) for parameter in self._parameters]
         for chunk in chunks:
-            part = self._logits(task, *chunk)
+            part, apart = self._compared(task, *chunk)
+            share = (chunk[0].stop - chunk[0].start) / self.groups.size
+            value = (
+                part.sum() if at_end else (part * -torch.sigmoid(-known)).mean() + self.options.anchor * share * apart
+            )
+            torch._foreach_add_(gradient, torch.autograd.grad(value, self._parameters))
             total += part.detach()
-            scaled = part if alone else part * -torch.sigmoid(-known)
-            torch._foreach_add_(gradient, torch.autograd.grad(scaled.mean(), self._parameters))
+            distance += share * apart.detach()
         weight = self.groups.size / len(task.condition)
-        factor = weight * -torch.sigmoid(-total[0]) if alone else weight
+        factor = weight * (-torch.sigmoid(-total[0]) if at_end else 1.0)
         pairs = zip(self._parameters, gradient, strict=True)
         value = torch.stack([(parameter * whole).sum() for parameter, whole in pairs]).sum() * factor
-        accuracy = (total > 0).float().mean()
-        return Loss(value, {"loss": -F.logsigmoid(total).mean(), "implicit_accuracy": accuracy}, weight)
+        return Loss(value, _metrics(*gdpo_loss(total), distance), weight)
 
-    def _logits(self, task: Task, rows: slice, advantages: Tensor) -> Tensor:
-        """What these rows, some members of one group, add to the s (P,) of its tiles; advantages (P, members)."""
-        tiles, members = advantages.shape
-        reference = by_group(self.groups.reference_errors(task, rows), members, tiles)
-        policy = by_group(self.groups.errors(task, rows), members, tiles)
-        return preference_logit(policy, reference, advantages, self.options.beta)
+    def _compared(self, task: Task, rows: slice, advantages: Tensor) -> tuple[Tensor, Tensor]:
+        """Policy and reference on some rows: s of each group (N * P,), and the distance of their predictions.
+
+        Args:
+            task: of the whole batch.
+            rows: of N whole groups, or of some members of one.
+            advantages: theirs, (N, P, members).
+        """
+        reference = self.groups.reference_predictions(task, rows)
+        policy = self.groups.predictions(task, rows)
+        tiles, members = advantages.shape[1:]
+        mine, base = (by_group(self.groups.errors_of(one, task, rows), members, tiles) for one in (policy, reference))
+        logits = preference_logit(mine, base, advantages.flatten(0, 1), self.options.beta)
+        return logits, F.mse_loss(policy, reference)
+
+
+def _metrics(loss: Tensor, accuracy: Tensor, distance: Tensor) -> dict[str, Scalar]:
+    return {"loss": loss.detach(), "implicit_accuracy": accuracy, "distance": distance.detach()}

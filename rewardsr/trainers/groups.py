@@ -299,7 +299,10 @@ class Groups:
 
         With `reward_tile` (N * P,): one of each tile, those of an output adjacent.
         """
-        prediction = self.adapter.predict(task.z_t[rows], task.t[rows], task.condition.rows(rows))
+        return self.errors_of(self.predictions(task, rows), task, rows)
+
+    def errors_of(self, prediction: Tensor, task: Task, rows: slice) -> Tensor:
+        """`errors` of a prediction (R, C, h, w) that is there already."""
         each = self.size // self.rows_per_image
         target = task.target[rows.start * each : rows.stop * each]
         squares = (prediction.repeat_interleave(each, 0) - target).square()
@@ -309,10 +312,18 @@ class Groups:
 
     def reference_errors(self, task: Task, rows: slice) -> Tensor:
         """`errors` of the reference; to be asked before those of the policy, whose graph would be held meanwhile."""
+        return self.errors_of(self.reference_predictions(task, rows), task, rows)
+
+    def predictions(self, task: Task, rows: slice) -> Tensor:
+        """What the policy predicts for these rows, (R, C, h, w)."""
+        return self.adapter.predict(task.z_t[rows], task.t[rows], task.condition.rows(rows))
+
+    def reference_predictions(self, task: Task, rows: slice) -> Tensor:
+        """`predictions` of the reference; to be asked before those of the policy."""
         # Not under no_grad: there a compiled network would be another graph than the policy's, with other rounding.
         # Without its LoRA no other network keeps anything for gradients.
         with self.reference():
-            return self.errors(task, rows).detach()
+            return self.predictions(task, rows).detach()
 
 
 def by_group(values: Tensor, members: int, tiles: int) -> Tensor:

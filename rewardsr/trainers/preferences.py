@@ -59,21 +59,21 @@ def group_advantages(scores: Mapping[str, Tensor], weights: Mapping[str, Tensor]
 
 
 def preference_logit(policy_error: Tensor, reference_error: Tensor, advantages: Tensor, beta: float) -> Tensor:
-    """s (B,) = -beta/2 * sum_g A_g (L_g - L_g^ref), of (B, G) errors and advantages (GDPO-SR)."""
-    return -beta / 2 * (advantages * (policy_error - reference_error)).sum(1)
-
-
-def gdpo_loss(policy_error: Tensor, reference_error: Tensor, advantages: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """The GDPO loss: -logsigmoid(s), mean over the batch.
+    """s (B,) = -beta/2 * sum_g A_g (L_g - L_g^ref), how far the policy prefers what is better (GDPO-SR).
 
     Args:
         policy_error: (B, G) mean squared errors of the policy's predictions.
         reference_error: (B, G) of the reference's, on the same inputs.
         advantages: (B, G).
         beta: strength of the preference.
+    """
+    return -beta / 2 * (advantages * (policy_error - reference_error)).sum(1)
+
+
+def gdpo_loss(s: Tensor) -> tuple[Tensor, Tensor]:
+    """The GDPO loss of `preference_logit` (B,): -logsigmoid(s), mean over the groups (GDPO-SR).
 
     Returns:
         The loss and the implicit accuracy (share of s > 0), both scalars.
     """
-    s = preference_logit(policy_error, reference_error, advantages, beta)
     return -F.logsigmoid(s).mean(), (s > 0).float().mean().detach()

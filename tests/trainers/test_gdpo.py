@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from _gdpo import count_rows, images, make, norm, step
 
 from rewardsr import Batch, Draws, lora
@@ -47,7 +48,8 @@ def test_a_fresh_lora_gives_exactly_ln_2_and_a_gradient(form, checkpointing, bas
         gradient, losses = step(method, group)
         assert len(seen) >= len(losses) > 0
         assert all(torch.equal(policy, reference) for policy, reference in seen)
-        assert all(loss.metrics == {"loss": pytest.approx(LN2, abs=1e-7), "implicit_accuracy": 0} for loss in losses)
+        wanted = {"loss": pytest.approx(LN2, abs=1e-7), "implicit_accuracy": 0, "distance": 0}
+        assert all(loss.metrics == wanted for loss in losses)
         assert sum(loss.weight for loss in losses) == pytest.approx(1)
         # B is zero, so the gradient reaches B; without one at the start nothing would ever train.
         assert all(value.any() for name, value in gradient.items() if ".lora_B." in name)
@@ -140,3 +142,17 @@ def test_a_group_of_two(base) -> None:
     method = make(base, group_size=2)
     group = method.prepare(images(), Draws(0, 0, [0]))
     assert sorted(group.advantages[0].tolist()) == pytest.approx([-(0.5**0.5), 0.5**0.5])
+
+
+def test_the_anchor_weighs_the_distance_from_the_reference(base) -> None:
+    """In the gradient and in the value; a fresh LoRA has no distance, and nothing to be held."""
+    free, held = make(base, trained=True), make(base, trained=True, anchor=7.0)
+    group = free.prepare(images(2), Draws(0, 0, [0, 1]))
+    (without, _), (with_it, losses) = step(free, group), step(held, group)
+    task = free.groups.task(group, Draws(0, 0, [0, 1], "update"))
+    rows = slice(0, len(task.condition))
+    distance = F.mse_loss(free.groups.predictions(task, rows), free.groups.reference_predictions(task, rows))
+    assert losses[0].metrics["distance"] == pytest.approx(float(distance.detach()), rel=1e-5)
+    of_distance = torch.autograd.grad(7.0 * distance, list(lora.parameters(free.adapter).values()))
+    added = {key: with_it[key] - without[key] for key in without}
+    assert apart(added, dict(zip(without, of_distance, strict=True))) <= 1e-3

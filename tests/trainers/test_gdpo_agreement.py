@@ -10,7 +10,7 @@ from rewardsr import Batch, load_adapter, lora
 from rewardsr.draws import Replay
 from rewardsr.trainers.gdpo import GDPO, GDPOOptions
 from rewardsr.trainers.groups import Group
-from rewardsr.trainers.preferences import gdpo_loss, group_advantages
+from rewardsr.trainers.preferences import gdpo_loss, group_advantages, preference_logit
 
 
 def errors(prediction: torch.Tensor, noise: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
@@ -24,9 +24,8 @@ def test_loss_and_gradient(case, data, golden) -> None:
     }
     prediction = v["model_pred"].clone().requires_grad_()
     shape = tuple(v["rewards"].shape)
-    loss, accuracy = gdpo_loss(
-        errors(prediction, v["noise"], shape), errors(v["ref_model_pred"], v["noise"], shape), v["rewards"], 5000
-    )
+    policy, reference = (errors(made, v["noise"], shape) for made in (prediction, v["ref_model_pred"]))
+    loss, accuracy = gdpo_loss(preference_logit(policy, reference, v["rewards"], 5000))
     loss.backward()
     assert abs(float(loss) - float(v["gdpo_loss"])) <= 5e-4
     assert float(accuracy) == float(v["implicit_acc"])
@@ -36,7 +35,7 @@ def test_loss_and_gradient(case, data, golden) -> None:
 
 def test_equal_policy_and_reference_give_ln_2() -> None:
     same = torch.rand(2, 6)
-    loss, accuracy = gdpo_loss(same, same, torch.randn(2, 6), 5000)
+    loss, accuracy = gdpo_loss(preference_logit(same, same, torch.randn(2, 6), 5000))
     assert abs(float(loss) - 0.6931472) < 1e-7
     assert float(accuracy) == 0
 

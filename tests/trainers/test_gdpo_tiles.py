@@ -73,22 +73,24 @@ def test_every_tile_has_the_loss_of_a_group(form, base) -> None:
     reference = tiled.groups.reference_errors(task, rows).reshape(2, 3, 4)
     losses = [
         preferences.gdpo_loss(
-            four.reshape(2, 3, 4)[image, :, tile][None],
-            reference[image, :, tile][None],
-            group.advantages[4 * image + tile][None],
-            tiled.options.beta,
+            preferences.preference_logit(
+                four.reshape(2, 3, 4)[image, :, tile][None],
+                reference[image, :, tile][None],
+                group.advantages[4 * image + tile][None],
+                tiled.options.beta,
+            )
         )[0]
         for image in range(2)
         for tile in range(4)
     ]
     wanted = torch.stack(losses).mean()
     found = sum(float(loss.value.detach()) for loss in tiled.losses(group, draws[1]))
-    assert abs(found - float(wanted)) <= 1e-5 * float(wanted)
+    assert abs(found - float(wanted.detach())) <= 1e-5 * float(wanted.detach())
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("form", [*FORMS, {"anchor": 3e3}, {"anchor": 3e3, "reward_tile": None}], ids=str)
 def test_micro_batches_give_the_gradient_of_the_whole(form, base) -> None:
-    method = make(base, trained=True, reward_tile=8, **form)
+    method = make(base, trained=True, **({"reward_tile": 8} | form))
     group = method.prepare(images(2), Draws(0, 0, [0, 1]))
     whole = gradient(method, group)
     for rows in (1, 2, 3, 4):
