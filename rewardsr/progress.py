@@ -3,7 +3,6 @@
 All goes to stderr, and from the first process of a launch only. What else is printed meanwhile appears above the lines.
 """
 
-import os
 import sys
 import threading
 import time
@@ -93,7 +92,7 @@ class Work:
             if part and cell_len(line) + 2 + cell_len(part) <= width:
                 line += f"  {part}"
         room = min(LONGEST_BAR, width - cell_len(line) - 2)
-        if self.total and room >= SHORTEST_BAR:
+        if full and self.total and room >= SHORTEST_BAR:
             reached = min(room, room * self.done // self.total)
             line += f"  {full * reached}{empty * (room - reached)}"
         return _cut(line, width)
@@ -160,7 +159,7 @@ def bar(what: str, total: int, *, done: int = 0, unit: str = "it", every: int | 
     Returns:
         What to call after each: `advance(n=1, note="")`.
     """
-    if not _speaks():
+    if not console.speaks():
         yield lambda n=1, note="": None
         return
     work = Work(printable(what), total, done, unit)
@@ -171,7 +170,7 @@ def bar(what: str, total: int, *, done: int = 0, unit: str = "it", every: int | 
         due = now - work.said >= SELDOM if every is None else work.done // every > before // every
         if due and not on_terminal() and _display.outermost(work):
             work.said = now
-            console.say(work.line(10_000), err=True)
+            console.say(work.line(10_000, full=""), err=True)
 
     _display.add(work)
     try:
@@ -183,7 +182,7 @@ def bar(what: str, total: int, *, done: int = 0, unit: str = "it", every: int | 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
     """Say what is being waited for, with the time on a terminal, if it takes more than a second."""
-    if not _speaks():
+    if not console.speaks():
         yield
         return
     work = Work(printable(what), None)
@@ -199,11 +198,6 @@ def waiting(what: str) -> Iterator[None]:
         if timer is not None:
             timer.cancel()
         _display.remove(work)
-
-
-def _speaks() -> bool:
-    rank = os.environ.get("RANK", "")
-    return not (rank.isdecimal() and int(rank[:9]))
 
 
 def _speed(rate: float, unit: str) -> str:
