@@ -28,9 +28,15 @@ PACE = 100  # a rate is taken over so many advances
 
 
 class Advance(Protocol):
-    """Tells a bar that `n` more are done; `note`, parts with two spaces between, is shown as far as it fits."""
+    """Tells a bar that `n` more are done.
 
-    def __call__(self, n: int = 1, note: str = "") -> None: ...
+    Args:
+        n: how many.
+        note: parts with two spaces between, shown as far as they fit.
+        total: how many there are to do, where that has changed.
+    """
+
+    def __call__(self, n: int = 1, note: str = "", total: int | None = None) -> None: ...
 
 
 @dataclass
@@ -81,9 +87,9 @@ class Work:
     def line(self, width: int, full: str = "━", empty: str = "─") -> str:
         """All that fits into so many columns: first what, how far, how fast and how much longer, then the note."""
         if self.total is None:
-            return _cut(f"{self.what} ... {_clock(time.monotonic() - self.began)}", width)
+            return _cut(f"{self.what} ... {clock(time.monotonic() - self.began)}", width)
         much = f"{self.done / 1e6:.1f}/{self.total / 1e6:.1f} MB" if self.unit == "B" else f"{self.done}/{self.total}"
-        eta = f"ETA {'-:--:--' if self.left is None else _clock(self.left)}"
+        eta = f"ETA {'-:--:--' if self.left is None else clock(self.left)}"
         pace = [] if self.rate is None else [_speed(self.rate, self.unit)]
         line = "  ".join([f"{self.what} {much}", *pace, eta])
         if cell_len(line) > width:
@@ -144,14 +150,16 @@ def on_terminal() -> bool:
 
 
 @contextmanager
-def bar(what: str, total: int, *, done: int = 0, unit: str = "it", every: int | None = None) -> Iterator[Advance]:
+def bar(
+    what: str, total: int | None, *, done: int = 0, unit: str = "it", every: int | None = None
+) -> Iterator[Advance]:
     """Show how far work has come while the context lasts; one within another shows below it.
 
     Without a terminal the outermost prints a plain line every 30 seconds, and so none where it takes less.
 
     Args:
         what: is done, in a word or two.
-        total: how many there are to do.
+        total: how many there are to do; None: not known yet.
         done: how many are, already.
         unit: of the count, "it" or "B" (bytes).
         every: without a terminal a line after so many, instead of by the clock.
@@ -160,12 +168,13 @@ def bar(what: str, total: int, *, done: int = 0, unit: str = "it", every: int | 
         What to call after each: `advance(n=1, note="")`.
     """
     if not console.speaks():
-        yield lambda n=1, note="": None
+        yield lambda n=1, note="", total=None: None
         return
     work = Work(printable(what), total, done, unit)
 
-    def advance(n: int = 1, note: str = "") -> None:
+    def advance(n: int = 1, note: str = "", total: int | None = None) -> None:
         before, now = work.done, time.monotonic()
+        work.total = work.total if total is None else total
         work.advance(n, printable(note))
         due = now - work.said >= SELDOM if every is None else work.done // every > before // every
         if due and not on_terminal() and _display.outermost(work):
@@ -210,7 +219,8 @@ def _speed(rate: float, unit: str) -> str:
     return f"{1 / rate:.1f} s/it" if rate > 0.1 else f"{1 / rate:.0f} s/it"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
     whole = int(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+PATIENCE = 240  # seconds that a process may take on a loaded machine
 TOKEN = re.compile(r"\x1b\[(\??)(\d*)([A-Za-z])|\x1b\[[\d;]*m|(\r|\n)|([^\x1b\r\n]+)")
 BEGUN = re.compile(rb"(\x1b(\[[?\d;]*)?|[\xc0-\xff][\x80-\xbf]{0,1})?$")
 
@@ -46,7 +47,7 @@ class Terminal:
             }
             os.execve(sys.executable, [sys.executable, *arguments], variables | {"TERM": "xterm"} | (env or {}))
 
-    def read(self, until: Callable[[], bool] = lambda: False, seconds: float = 60) -> float:
+    def read(self, until: Callable[[], bool] = lambda: False, seconds: float = PATIENCE) -> float:
         """Take in output until `until` holds, or the process ends; how many seconds that took."""
         began = time.monotonic()
         os.set_blocking(self._fd, False)
@@ -75,7 +76,7 @@ class Terminal:
         else:
             os.kill(self.pid, number)
 
-    def end(self, seconds: float = 60) -> int:
+    def end(self, seconds: float = PATIENCE) -> int:
         """Read to the end; its exit code (negative: the signal that killed it)."""
         self.read(seconds=seconds)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])

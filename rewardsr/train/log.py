@@ -67,7 +67,7 @@ class RunLog:
         self._recent: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
         self._gains: list[str] = []
         self._open = ExitStack()
-        self._advance: progress.Advance = lambda n=1, note="": None
+        self._advance: progress.Advance = lambda n=1, note="", total=None: None
         self.validated = _keep_until(self._file, start) if active else set[int]()
 
     def __enter__(self) -> Self:
@@ -160,9 +160,9 @@ def validation_lines(
         interval = "" if math.isnan(low) else f" [{_signed(low)}, {_signed(high)}]"
         role = "steers" if name in steering else "guard"
         rows.append((f"  {role:<6} {arrow(entry)} {name}", means, _signed(entry["difference"]) + interval))
-    names, means = (max(len(row[column]) for row in rows) for column in (0, 1))
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     for row in rows:
-        line = f"{row[0]:<{names}}  {row[1]:<{means}}  {row[2]}"
+        line = f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}"
         if width is None or len(line) <= width:
             yield line
         else:
