@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import struct
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -122,21 +124,34 @@ def test_a_name_of_ones_own(recipe, tmp_path) -> None:
         parse(Recipe, recipe(run_name="../outside"), "recipe")
 
 
+def wandb_records(data: bytes) -> Iterator[bytes]:
+    """The records of a .wandb file: LevelDB's log format, in blocks of 32 KiB, behind a header of 7 bytes."""
+    place, whole = 7, b""
+    while place + 7 <= len(data):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, place)
+        whole += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # all of it, or its last part
+            yield whole
+            whole = b""
+
+
 def test_weights_and_biases_gets_the_same(recipe, folder, tmp_path, monkeypatch) -> None:
     """Without its service, which keeps what it would send in a file."""
     pytest.importorskip("wandb")
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
+    from wandb.proto.wandb_internal_pb2 import Record
 
     for name, value in {"MODE": "offline", "SILENT": "true", "CACHE_DIR": str(tmp_path / "cache")}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     held_out = {"validation": str(folder / "images"), "validation_limit": 1}
     rewardsr.finetune(recipe(steps=2, validate_every=2, log_with=["wandb"], data=held_out))
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
-    store, config, history, names = DataStore(), {}, [], []
-    store.open_for_scan(str(file))
-    while (content := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record.FromString(content)
+    config, history, names = {}, [], []
+    for record in map(Record.FromString, wandb_records(file.read_bytes())):
         names += [(record.run.display_name, record.run.project)] if record.HasField("run") else []
         updates = [*record.run.config.update, *record.config.update]
         config |= {entry.key or "/".join(entry.nested_key): json.loads(entry.value_json) for entry in updates}
