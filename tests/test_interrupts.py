@@ -100,6 +100,37 @@ def test_while_things_load_it_ends_and_says_that_nothing_was_written(folder) -> 
     assert not (folder / "loading").exists()
 
 
+COMMAND = """
+import time
+from rewardsr import interrupts, progress
+
+@interrupts.keeping("finished images are kept")
+def work():
+    with progress.bar("upscale", 3), interrupts.keeping("not said: the innermost knows best"):
+        pass
+    with progress.bar("upscale", 3):
+        time.sleep(60)
+
+with interrupts.ending():
+    work()
+"""
+
+
+@BOTH
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_command_ends_at_once_and_says_what_is_kept(number, rank) -> None:
+    script = COMMAND.replace("import time", f"import os, time\nos.environ['RANK'] = '{rank}'\nprint('on')")
+    terminal = Terminal("-c", script)
+    terminal.read(terminal.shows("upscale 0/3" if rank == "0" else "on"))
+    time.sleep(0 if rank == "0" else 3)
+    terminal.send(number)
+    began = time.monotonic()
+    assert terminal.end() == 128 + number and terminal.cursor
+    assert time.monotonic() - began < 3
+    said = [line for line in terminal.lines if "interrupted" in line]
+    assert said == (["interrupted: finished images are kept"] if rank == "0" else [])
+
+
 BUSY = """
 import torch
 from rewardsr import interrupts, progress
