@@ -130,8 +130,7 @@ class _Signals:
         """End a command that a library does not let end; files are written whole or not at all."""
         if not self._over.wait(GRACE):
             _say("interrupted")
-            if sys.stderr.isatty():
-                os.write(sys.stderr.fileno(), b"\x1b[?25h")  # the cursor, which live lines hide
+            _show_cursor()
             os._exit(128 + number)
 
 
@@ -146,6 +145,7 @@ def ending() -> Iterator[None]:
         try:
             yield
         except Interrupted as error:
+            _show_cursor()
             _say(": ".join(["interrupted", *getattr(error, "__notes__", [])[:1]]))
             sys.exit(error.code)
         finally:
@@ -171,6 +171,12 @@ def keeping(what: str | Callable[[], str]) -> Iterator[None]:
     except (Interrupted, KeyboardInterrupt) as error:
         error.add_note(what if isinstance(what, str) else what())
         raise
+
+
+def _show_cursor() -> None:
+    """Live lines hide it, and may have been cut off in the middle of showing it again."""
+    if sys.stderr.isatty():
+        os.write(2, b"\x1b[?25h")
 
 
 def _say(text: str) -> None:

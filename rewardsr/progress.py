@@ -131,13 +131,13 @@ class _Display:
 
     def remove(self, work: Work) -> None:
         with self._lock:
-            self._work.remove(work)
+            self._work = [other for other in self._work if other is not work]
             if self._live is not None and not self._work:
                 live, self._live = self._live, None
                 live.stop()
 
     def outermost(self, work: Work) -> bool:
-        return self._work[:1] == [work]
+        return bool(self._work) and self._work[0] is work
 
 
 _display = _Display()
@@ -181,8 +181,8 @@ def bar(
             work.said = now
             console.say(work.line(10_000, full=""), err=True)
 
-    _display.add(work)
-    try:
+    try:  # a signal may come while the lines begin
+        _display.add(work)
         yield advance
     finally:
         _display.remove(work)
@@ -200,8 +200,8 @@ def waiting(what: str) -> Iterator[None]:
         timer = threading.Timer(PATIENCE, console.say, (f"{work.what} ...", True))
         timer.daemon = True
         timer.start()
-    _display.add(work)
     try:
+        _display.add(work)
         yield
     finally:
         if timer is not None:
