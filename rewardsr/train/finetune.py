@@ -23,7 +23,7 @@ def finetune(
     Args:
         recipe: a Recipe, a mapping of the same keys, or the path of a YAML file.
         resume: go on with the run in the recipe's output folder, if there is one.
-        dry_run: take one step, measure it, and write nothing.
+        dry_run: take two steps and score a held-out image to measure them, and write nothing.
 
     Raises:
         UserError: anything wrong with the recipe or what it names, before long work begins.
