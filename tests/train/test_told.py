@@ -4,6 +4,7 @@ import json
 import math
 import re
 import struct
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -149,21 +150,26 @@ def test_weights_and_biases_gets_the_same(recipe, folder, tmp_path, monkeypatch)
         monkeypatch.setenv(f"WANDB_{name}", value)
     held_out = {"validation": str(folder / "images"), "validation_limit": 1}
     rewardsr.finetune(recipe(steps=2, validate_every=2, log_with=["wandb"], data=held_out))
-    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
-    config, history, names = {}, [], []
-    for record in map(Record.FromString, wandb_records(file.read_bytes())):
-        names += [(record.run.display_name, record.run.project)] if record.HasField("run") else []
-        updates = [*record.run.config.update, *record.config.update]
-        config |= {entry.key or "/".join(entry.nested_key): json.loads(entry.value_json) for entry in updates}
-        if record.HasField("history"):
-            items = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
-            history.append(items)
-    assert names[0] == ("run", "rewardsr")
+    (own,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    (file,) = own.glob("*.wandb")
+    until = time.monotonic() + 60  # its other process writes the last of it when the run is over
+    while not (records := [Record.FromString(one) for one in wandb_records(file.read_bytes())])[-1].HasField("exit"):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    (run,) = (record.run for record in records if record.HasField("run"))
+    assert (run.display_name, run.project) == ("run", "rewardsr")
+    config = {entry.key: json.loads(entry.value_json) for record in records for entry in record.config.update}
     assert config["trainer"] == "gdpo" and config["data"]["crop"] == 16
+    history = [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.HasField("history")
+    ]
     assert [entry["_step"] for entry in history] == [0, 1, 2]
-    assert "validation/brightness/tuned_mean" in history[2] or "validation/runs:Brightness/tuned_mean" in history[2]
-    pictures = [key for key, value in history[2].items() if isinstance(value, dict) and "images" in str(value)]
-    assert len(pictures) == 1 and list((tmp_path / "run" / "wandb").glob("offline-run-*/files/media/images/**/*.png"))
+    assert "validation/runs:Brightness/tuned_mean" in history[2] and "loss" in history[2]
+    for entry in (history[0], history[2]):
+        assert entry["validation/000/_type"] == "images/separated"
+        assert all((own / "files" / name).is_file() for name in entry["validation/000/filenames"])
 
 
 # ---- a dry run ----
