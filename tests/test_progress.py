@@ -120,7 +120,8 @@ def test_of_several_processes_one_speaks(rank, lines) -> None:
     assert bool(done.stderr) == bool(lines)
 
 
-def test_waiting_says_so_in_time_and_not_of_what_is_quick(capfd) -> None:
+def test_waiting_says_so_in_time_and_not_of_what_is_quick(capfd, monkeypatch) -> None:
+    monkeypatch.setattr(progress, "PATIENCE", 1.0)
     with progress.waiting("loading a small thing"):
         pass
     time.sleep(1.2)
