@@ -8,6 +8,7 @@ import errno
 import io
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -54,6 +55,11 @@ def say(text: object, err: bool = False) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
 
 
+def columns() -> int | None:
+    """How wide the terminal is that lines are printed to; None where they go elsewhere."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
 class Console(logging.Handler):
     """Messages of the package: warnings go to stderr, all others to stdout."""
 
@@ -67,5 +73,10 @@ def listen(logger: logging.Logger) -> None:
     """Show a logger's messages, once; of the processes of a launch one speaks."""
     if not any(isinstance(handler, Console) for handler in logger.handlers):
         logger.addHandler(Console())
+    logger.setLevel(logging.INFO if speaks() else logging.ERROR)
+
+
+def speaks() -> bool:
+    """Whether this is the process of a launch that speaks: the first."""
     rank = os.environ.get("RANK", "")
-    logger.setLevel(logging.ERROR if rank.isdecimal() and int(rank[:9]) else logging.INFO)
+    return not (rank.isdecimal() and int(rank[:9]))

@@ -18,6 +18,7 @@ from rewardsr.hub.fetch import EMBEDDED, fetch_lora, is_reference
 from rewardsr.options import describe, parse
 from rewardsr.places import is_place
 from rewardsr.plugins import names, resolve_class
+from rewardsr.progress import waiting
 from rewardsr.rewards import is_plugin
 from rewardsr.run_folder import RECIPE
 from rewardsr.storage import expand
@@ -49,7 +50,9 @@ def load_adapter(
     Raises:
         UserError: unknown adapter or option, or the base cannot be had, read or fitted.
     """
-    return adapter_class(name).load(str(base), adapter_options(name, options)).to(device, dtype)
+    kind, chosen = adapter_class(name), adapter_options(name, options)
+    with waiting(f"loading {base}"):
+        return kind.load(str(base), chosen).to(device, dtype)
 
 
 def wrap(pipe: Any, name: str | None = None, **options: Any) -> ISRAdapter:

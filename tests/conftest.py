@@ -13,6 +13,8 @@ import torch
 from _data import DATA
 from safetensors.torch import load_file
 
+from rewardsr import progress
+
 # Equal examples in every run, and no clock: a slow machine is no fault. Tests say how many they want.
 hypothesis.settings.register_profile("seeded", derandomize=True, database=None, deadline=None)
 hypothesis.settings.load_profile("seeded")
@@ -21,6 +23,12 @@ hypothesis.settings.load_profile("seeded")
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _patience() -> None:
+    """What a slow machine waits for is said by no test that counts lines; those of `progress` set it back."""
+    progress.PATIENCE = 600.0
 
 
 @pytest.fixture(scope="session")

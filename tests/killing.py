@@ -52,12 +52,12 @@ def arm(number: int, report: int, rare: str) -> None:
 
         setattr(os, name, call)
 
-    def write(self, step, metrics) -> None:
+    def write(self, step, metrics, rows=()) -> None:
         if counted("half a line"):
             with self._file.open("a") as file:
                 file.write(f'{{"step": {step}, "lo')
             die()
-        whole(self, step, metrics)
+        whole(self, step, metrics, rows)
 
     for name in ("fsync", "replace", "unlink", "rmdir"):
         wrap(name)

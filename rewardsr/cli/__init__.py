@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from rewardsr import __version__, console
+from rewardsr import __version__, console, interrupts
 from rewardsr.cli.data import data
 from rewardsr.cli.evaluate import evaluate
 from rewardsr.cli.exchange import export, imports
@@ -33,8 +33,9 @@ app.add_typer(data, name="data")
 
 
 def main() -> None:
-    """Entry point: runs a command; the user's mistakes become one line and exit code 2."""
-    console.run(app)
+    """Entry point: runs a command; the user's mistakes become one line and exit code 2, as does Ctrl-C and 130."""
+    with interrupts.ending():
+        console.run(app)
 
 
 def _version(wanted: bool) -> None:

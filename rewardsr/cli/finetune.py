@@ -40,7 +40,7 @@ def finetune(
         bool, typer.Option("--resume", help="go on with the run in the output folder, if there is one")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="one step: time, peak memory, what would be saved")
+        bool, typer.Option("--dry-run", help="measure two steps: time of the run, memory, what it saves")
     ] = False,
 ) -> None:
     """Train a LoRA for a pipeline: with rewards, or a one-step base towards HQ images (trainer naosd)."""

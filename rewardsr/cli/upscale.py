@@ -6,8 +6,10 @@ from typing import Annotated
 import typer
 
 from rewardsr.cli.options import AdapterName, AdapterOption, BaseOfRun, Device, Loras, Precision, Prompts, Run, Seed
+from rewardsr.interrupts import keeping
 
 
+@keeping("finished images are kept; the same command goes on with the others")
 def upscale(
     inputs: Annotated[list[Path], typer.Argument(help="images, or folders of images")],
     output: Annotated[Path, typer.Option("--output", "-o", help="folder for the results")],

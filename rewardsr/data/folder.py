@@ -13,6 +13,7 @@ from threading import Lock
 
 import torch
 
+from rewardsr import progress
 from rewardsr.batch import Batch
 from rewardsr.data.captions import Captions
 from rewardsr.data.degrade.contract import Degradation
@@ -197,8 +198,11 @@ class Data:
         share = range(len(self.items[:limit]))[first::every]
 
         def look() -> Damaged:
-            found = self._workers.map(self._damage, share)
-            damaged = [(position, text) for position, text in zip(share, found, strict=True) if text is not None]
+            damaged = []
+            with progress.bar("checking images", len(share)) as advance:
+                for position, text in zip(share, self._workers.map(self._damage, share), strict=True):
+                    damaged += [] if text is None else [(position, text)]
+                    advance()
             # All of them must be shaped as the first.
             files = [self.items[position].extras for position in (0, *share)]
             check_tensors([file for file in files if file is not None], self._making.extras)

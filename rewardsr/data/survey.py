@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+from rewardsr import progress
 from rewardsr.data.images import read_pixels
 from rewardsr.data.items import Item, by, sort_out
 from rewardsr.data.layout import Found, find
@@ -171,12 +172,17 @@ def _decoded(items: Sequence[Item]) -> tuple[list[str], list[list[str]]]:
 
     by_content: dict[bytes, list[str]] = defaultdict(list)
     damaged = []
-    with ThreadPoolExecutor(default_workers()) as pool:
-        for item, (content, wrong) in zip(items, pool.map(look, items), strict=True):
-            if content is None:
-                damaged.append(wrong)
-            else:
-                by_content[content].append(item.shown.name)
+    pool = ThreadPoolExecutor(default_workers())
+    try:
+        with progress.bar("images", len(items)) as advance:
+            for item, (content, wrong) in zip(items, pool.map(look, items), strict=True):
+                if content is None:
+                    damaged.append(wrong)
+                else:
+                    by_content[content].append(item.shown.name)
+                advance()
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C none of the others is waited for
     return damaged, [names for names in by_content.values() if len(names) > 1]
 
 

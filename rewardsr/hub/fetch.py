@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import io
 import math
 import os
 import re
@@ -19,8 +20,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError, safe_open
 
+from rewardsr import progress
 from rewardsr.errors import UserError
 from rewardsr.hub.connection import TIMEOUT, online, reason, status_of
 from rewardsr.json_object import parse_object
@@ -82,7 +85,7 @@ def fetch(source: str, what: str, folders: tuple[str, ...], revision: str | None
         raise UserError(f"{what} '{source}': no such folder, and not a Hub id of the form user/name")
     ends = ("json", "txt", "safetensors")
     wanted = [f"{folder}/*.{end}" if folder else f"*.{end}" for folder in folders for end in ends]
-    with _explained(what, source, revision):
+    with _explained(what, source, revision), _counted(f"fetching {source}") as counter:
         path = Path(
             snapshot_download(
                 source,
@@ -90,6 +93,7 @@ def fetch(source: str, what: str, folders: tuple[str, ...], revision: str | None
                 allow_patterns=["model_index.json", *wanted],
                 ignore_patterns=["*.fp16.*"],
                 local_files_only=not online(),
+                tqdm_class=counter,
             )
         )
         networks = [folder for folder in folders if (path / folder / "config.json").is_file()]
@@ -97,7 +101,7 @@ def fetch(source: str, what: str, folders: tuple[str, ...], revision: str | None
             f"{folder}/*.fp16.*".lstrip("/") for folder in networks if not any((path / folder).glob("*.safetensors"))
         ]
         if halves and online():  # networks that are there in half precision only
-            snapshot_download(source, revision=path.name, allow_patterns=halves)
+            snapshot_download(source, revision=path.name, allow_patterns=halves, tqdm_class=counter)
     return path, path.name
 
 
@@ -223,6 +227,30 @@ def _explained(what: str, source: str, revision: str | None) -> Iterator[None]:
         raise UserError(f"{what} '{source}': download failed: {reason(error)}") from error
 
 
+@contextmanager
+def _counted(what: str) -> Iterator[type[tqdm]]:
+    """The class that the Hub's client is to count bytes and files with: they show in a bar of ours, in bytes if it says
+    how many there are."""
+    with progress.bar(what, None, unit="B") as advance:
+        reached = 0
+
+        class Counter(tqdm):
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                self._bytes = kwargs.get("unit") == "B"
+                known = {name: kwargs[name] for name in ("total", "initial", "unit") if name in kwargs}
+                super().__init__(*args, **known, file=io.StringIO(), mininterval=0)
+
+            def display(self, *_: Any, **__: Any) -> bool:
+                nonlocal reached
+                if self._bytes and self.total:
+                    more = max(0, int(self.n) - reached)  # it counts twice: what came, and what it made of that
+                    reached += more
+                    advance(more, total=int(self.total))
+                return True
+
+        yield Counter
+
+
 def _download_run(repo: str, revision: str | None, inside: str, what: str) -> Path:
     """The files of a published run, once the repository's list of names has been looked at; or from the cache."""
     trouble: Exception | None = None
@@ -230,7 +258,9 @@ def _download_run(repo: str, revision: str | None, inside: str, what: str) -> Pa
         try:
             info = HfApi().model_info(repo, revision=revision, timeout=TIMEOUT, files_metadata=True)
             names = _to_fetch({file.rfilename: file.size or 0 for file in info.siblings or []}, inside, what)
-            return Path(snapshot_download(repo, revision=revision, allow_patterns=list(map(glob.escape, names))))
+            with _counted(f"fetching {repo}") as counter:
+                patterns = list(map(glob.escape, names))
+                return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, tqdm_class=counter))
         except Exception as error:
             if isinstance(error, UserError) or 400 <= (status_of(error) or 0) < 500:
                 raise

@@ -21,6 +21,8 @@ from rewardsr.hub.card import build_card, check_card
 from rewardsr.hub.connection import TIMEOUT, online, reason, status_of
 from rewardsr.hub.content import Shortened, read_run
 from rewardsr.hub.fetch import split_reference
+from rewardsr.interrupts import keeping
+from rewardsr.progress import waiting
 from rewardsr.run_folder import CARD, READY
 from rewardsr.storage import expand, write_bytes, write_folder
 
@@ -217,7 +219,10 @@ def _send(api: HfApi, plan: Plan, info: ModelInfo | None) -> Pushed:
             with _explained(plan, f"creating the branch '{plan.revision}'", created):
                 api.create_branch(plan.repo, branch=plan.revision)
             created += f"; it created the branch '{plan.revision}'"
-    with _explained(plan, "sending the files", created):
+    size = sum(map(len, plan.files.values()))
+    sending = waiting(f"sending {len(plan.files)} files, {size / 1e6:.1f} MB, to '{plan.repo}'")
+    left = keeping("this push left every branch as it was, or sent everything: push again")
+    with _explained(plan, "sending the files", created), left, sending:
         commit = api.create_commit(
             plan.repo,
             [CommitOperationAdd(name, content) for name, content in plan.files.items()],

@@ -6,17 +6,20 @@ from torch import nn
 
 from rewardsr.adapter import ISRAdapter
 from rewardsr.errors import UserError
+from rewardsr.interrupts import keeping
 from rewardsr.lora import full, layers
 from rewardsr.lora.file import described, held, put, save
 from rewardsr.lora.formats import FORMATS
 from rewardsr.lora.layers import NAME
 from rewardsr.lora.pairs import Lora
 from rewardsr.lora.targets import tensor_shapes
+from rewardsr.progress import waiting
 from rewardsr.run_folder import DIFFUSERS_HEADER
 from rewardsr.storage import expand, write_folder
 from rewardsr.weights import read_safetensors
 
 
+@keeping("nothing was written")
 def export(adapter: ISRAdapter, output: Path | str, form: str, *, name: str = NAME) -> Path:
     """Write the adapter's LoRA in the format of another program, to a new folder.
 
@@ -45,10 +48,12 @@ def export(adapter: ISRAdapter, output: Path | str, form: str, *, name: str = NA
     others = [other for other in layers.names(adapter) if other != name]
     if form == "merged" and others:
         raise UserError(f"merged networks hold one LoRA: merge or detach {', '.join(others)} first")
-    write_folder(folder, lambda path: FORMATS[form].write(adapter, name, given, path))
+    with waiting(f"writing '{folder}'"):
+        write_folder(folder, lambda path: FORMATS[form].write(adapter, name, given, path))
     return folder
 
 
+@keeping("nothing was written")
 def import_lora(adapter: ISRAdapter, source: Path | str, output: Path | str | None = None) -> Path | None:
     """Attach a LoRA of another program, and save it as one of ours.
 
@@ -70,7 +75,8 @@ def import_lora(adapter: ISRAdapter, source: Path | str, output: Path | str | No
         raise UserError(f"this pipeline carries a {NAME} LoRA already")
     path = expand(source)
     readers = (form.read for form in FORMATS.values() if form.read is not None)
-    given = next((found for read in readers if (found := read(adapter, path)) is not None), None)
+    with waiting(f"reading '{path}'"):
+        given = next((found for read in readers if (found := read(adapter, path)) is not None), None)
     if given is None:
         raise UserError(f"'{path}' is neither safetensors nor a checkpoint of adapter '{adapter.name}'")
     put(adapter, given, f"'{path}'")

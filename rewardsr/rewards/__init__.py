@@ -12,6 +12,7 @@ import torch
 from rewardsr import plugins
 from rewardsr.errors import UserError, nearest, one_line, shortened
 from rewardsr.options import Options, parse
+from rewardsr.progress import waiting
 from rewardsr.rewards.base import Reward
 from rewardsr.rewards.iqa import IQA, LICENCE, metrics
 
@@ -40,6 +41,11 @@ def build(name: str, **options: Any) -> Reward:
     Raises:
         UserError: unknown name or option, or the reward cannot be built.
     """
+    with waiting(f"loading reward {name}"):
+        return _built(name, options)
+
+
+def _built(name: str, options: dict[str, Any]) -> Reward:
     if name.startswith(IQA_PREFIX):
         return _metric(name.removeprefix(IQA_PREFIX), options)
     if is_plugin(name):

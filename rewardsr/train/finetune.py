@@ -5,6 +5,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from rewardsr.interrupts import keeping
 from rewardsr.options import parse
 from rewardsr.storage import remove_leftovers
 from rewardsr.train.dry_run import DryRun, measure_step
@@ -22,7 +23,7 @@ def finetune(
     Args:
         recipe: a Recipe, a mapping of the same keys, or the path of a YAML file.
         resume: go on with the run in the recipe's output folder, if there is one.
-        dry_run: take one step, measure it, and write nothing.
+        dry_run: take two steps and score a held-out image to measure them, and write nothing.
 
     Raises:
         UserError: anything wrong with the recipe or what it names, before long work begins.
@@ -39,8 +40,9 @@ def finetune(
             return measure_step(setup)
     run = Path(recipe.output)
     with held(run):
-        earlier = check_output(recipe, resume)
-        setup = set_up(recipe)
+        with keeping("nothing was written"):
+            earlier = check_output(recipe, resume)
+            setup = set_up(recipe)
         setup.accelerator.wait_for_everyone()  # until every process has looked into the folder, nothing may be written
         if setup.accelerator.is_main_process:
             remove_leftovers(run)

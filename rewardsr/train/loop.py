@@ -7,16 +7,12 @@ gradients are averaged once a step instead, so every process takes the same step
 
 import logging
 import random
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -25,10 +21,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from rewardsr import lora
+from rewardsr.batch import Batch
 from rewardsr.checks import Gathered, gathered
 from rewardsr.draws import Draws, seed_of
 from rewardsr.errors import TrainingError, UserError, is_out_of_memory
 from rewardsr.evaluation.protocol import HeldOut
+from rewardsr.interrupts import Stop, StoppedError, finishing, keeping
 from rewardsr.run_folder import RECIPE
 from rewardsr.storage import write_text
 from rewardsr.together import any_process
@@ -42,6 +40,7 @@ from rewardsr.train.optimiser import learning_rate, make_optimiser
 from rewardsr.train.prepare import Setup
 from rewardsr.train.recipe import Recipe, to_yaml
 from rewardsr.train.resume import check_goes_on
+from rewardsr.train.trackers import Trackers
 from rewardsr.train.update import Means, Samples, update
 from rewardsr.trainers.base import Prepared
 
@@ -54,7 +53,7 @@ class Result:
 
     Attributes:
         step: steps finished.
-        finished: False where a signal stopped it; resuming goes on from here.
+        finished: False where a signal stopped it, or its last validation; resuming goes on from here.
         output: the run's folder.
         validation: last scores on the held-out images, by metric.
     """
@@ -99,36 +98,45 @@ def train(setup: Setup, run: Path, resume: bool, earlier: Recipe | None = None) 
         write_text(run / RECIPE, to_yaml(recipe))
     for note in (*setup.notes, *_other_end(state, recipe, earlier)):
         logger.info(note)
-    log = RunLog(run, recipe, state.step, accelerator.is_main_process)
-    held_out = _held_out(setup, run)
+    trackers = Trackers(run, recipe, state.step) if accelerator.is_main_process else None
+    log = RunLog(run, recipe, state.step, accelerator.is_main_process, trackers)
+    stop = Stop("stopping after this step; once more to quit")
+    held_out = _held_out(setup, run, stop)
     validation: dict[str, Any] = {}
     save = _saver(setup, run, optimiser, state)
 
-    def validate() -> None:
+    def validate() -> bool:
+        """Validate if that is due; false where a signal left it off."""
         nonlocal validation
-        if held_out is not None and (state.step % recipe.validate_every == 0 or state.step == recipe.steps):
-            with setup.method.shipped(), eager(), as_written(setup.adapter):
+        if held_out is None or (state.step % recipe.validate_every and state.step != recipe.steps):
+            return True
+        says = f"stopping after this image, {f'step {state.step} is saved' if state.step else 'before the first step'}"
+        try:
+            with setup.method.shipped(), eager(), as_written(setup.adapter), stop.saying(f"{says}; once more to quit"):
                 found = held_out.score(state.step)
-            validation = {name: comparison.summary() for name, comparison in found.rewards.items()}
-            log.write(state.step, {"validation": validation})
+        except StoppedError:
+            return False
+        validation = {name: comparison.summary() for name, comparison in found.rewards.items()}
+        log.write(state.step, {"validation": validation}, held_out.rows)
+        return True
 
     def finish() -> None:
         if state.step == recipe.steps and accelerator.is_main_process:
             with setup.method.shipped():
                 lora.save(setup.adapter, run)
 
-    with log, _signals() as stopped:
+    with keeping(lambda: _kept(run)), log, finishing(stop):
         # A run that ended between its last checkpoint and what follows on that catches up.
         finish()
+        whole, stopping = True, False
         if any_process(accelerator, accelerator.is_main_process and state.step not in log.validated):
-            validate()
-        stop = False
-        while state.step < recipe.steps and not stop:
-            metrics, stop = _saved_if_it_fails(setup, state, save, lambda: step(setup, optimiser, state, stopped))
+            whole = validate()
+        while state.step < recipe.steps and whole and not stopping:
+            metrics, stopping = _saved_if_it_fails(setup, state, save, lambda: step(setup, optimiser, state, stop))
             log.write(state.step, metrics)
             done, failing = state.step == recipe.steps, state.skipped_in_a_row >= recipe.max_skipped
             due = (recipe.checkpoint_every, recipe.validate_every)
-            if done or stop or failing or any(state.step % every == 0 for every in due):
+            if done or stopping or failing or any(state.step % every == 0 for every in due):
                 save()
             finish()
             if failing:
@@ -136,10 +144,10 @@ def train(setup: Setup, run: Path, resume: bool, earlier: Recipe | None = None) 
                     f"stopped at step {state.step}: {state.skipped_in_a_row} updates in a row were not finite "
                     f"(first: {metrics['not_finite']}); lower optimiser.learning_rate, or look at that reward or tensor"
                 )
-            if not stop:
-                validate()
+            if not stopping:
+                whole = validate()
     accelerator.wait_for_everyone()
-    return Result(state.step, state.step == recipe.steps, run, validation)
+    return Result(state.step, whole and state.step == recipe.steps, run, validation)
 
 
 def _saved_if_it_fails(
@@ -209,14 +217,21 @@ def _sample(setup: Setup, at: int, checks: Gathered) -> Samples:
     return samples
 
 
-def _held_out(setup: Setup, run: Path) -> HeldOut | None:
-    """The held-out images of a run; None where the recipe names none."""
+def _held_out(setup: Setup, run: Path, stop: Stop) -> HeldOut | None:
+    """The held-out images of a run, left off between two of them for a signal; None where the recipe names none."""
     recipe, data = setup.recipe, setup.validation
     if data is None:
         return None
+    whole = partial(data.validation, recipe.data.validation_limit, recipe.seed, recipe.data.validation_side)
+
+    def images(first: int, every: int) -> Iterator[Batch]:
+        for batch in whole(first, every):
+            stop.check()
+            yield batch
+
     return HeldOut(
         setup.adapter,
-        partial(data.validation, recipe.data.validation_limit, recipe.seed, recipe.data.validation_side),
+        images,
         setup.metrics,
         seed=recipe.seed,
         base=setup.method.reference,
@@ -285,21 +300,9 @@ def _other_end(state: State, recipe: Recipe, earlier: Recipe | None) -> Iterator
     yield note
 
 
-@contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGINT and SIGTERM only leave word, so that the step is finished and saved; a second one ends it."""
-    received: list[int] = []
-    previous: dict[int, Any] = {}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(number, previous[number])
-
-    # Handlers can be set in the main thread only; elsewhere (a notebook's worker) signals stay as they are.
-    if threading.current_thread() is threading.main_thread():
-        previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def _kept(run: Path) -> str:
+    """What a run that quits leaves."""
+    found = checkpoint.complete(run)
+    if not found:
+        return "there is no checkpoint yet"
+    return f"step {int(found[-1].name.removeprefix('step-'))} is kept; go on with the same command and --resume"

@@ -23,10 +23,10 @@ from rewardsr.rewards import build
 from rewardsr.rewards.base import Reward
 from rewardsr.rewards.probe import probe_gradient
 from rewardsr.together import everywhere
-from rewardsr.train.log import check_trackers
 from rewardsr.train.optimiser import check_optimiser
 from rewardsr.train.processes import make_accelerator
 from rewardsr.train.recipe import DegradationRecipe, Recipe
+from rewardsr.train.trackers import check_trackers
 from rewardsr.trainers.base import Method
 
 DECODE_UP_TO = 2000  # training images; decoding more of them beforehand would itself be long work

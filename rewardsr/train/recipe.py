@@ -306,6 +306,7 @@ class Recipe(Options):
     keep_checkpoints: Count = 2
     max_skipped: Count = Field(10, description="stop after this many steps in a row that were not finite")
     log_with: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+    run_name: str | None = Field(None, pattern=r"^\w[\w.-]*$", description="in trackers; null: output's")
 
     @model_validator(mode="after")
     def _unique_rewards(self) -> Self:
@@ -316,7 +317,8 @@ class Recipe(Options):
 
 
 # What a resumed run may change without becoming another run.
-FREE_ON_RESUME = {"output", "steps", "checkpoint_every", "keep_checkpoints", "log_with", "max_skipped", "device"}
+FREE_ON_RESUME = {"output", "steps", "checkpoint_every", "keep_checkpoints", "max_skipped", "device"}
+FREE_ON_RESUME |= {"log_with", "run_name"}
 
 
 def load_recipe(path: str | None, overrides: dict[str, Any], assignments: list[str]) -> Recipe:

@@ -15,7 +15,7 @@ from _publishing import BASE, CARD, REPO, SENT, client_environment, go_offline, 
 from _support import snapshot
 from safetensors.torch import load_file, save
 
-from rewardsr import run_folder
+from rewardsr import progress, run_folder
 from rewardsr.hub import fetch
 from rewardsr.hub.fetch import fetch_lora, pull
 from rewardsr.hub.publish import push
@@ -246,3 +246,21 @@ def test_a_cache_that_cannot_be_written(hub, finished, tmp_path, monkeypatch) ->
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "file" / "cache"))
     line = refusal(pull, REPO)
     assert "the Hub's cache cannot be used: Not a directory: '" in line and "look at HF_HOME" in line
+
+
+def test_what_the_hubs_client_counts_shows_in_a_bar_of_ours(capfd, monkeypatch) -> None:
+    """It counts bytes twice, as they come and as they are written, and files besides."""
+    monkeypatch.setattr(progress, "SELDOM", 0)
+    with fetch._counted("fetching ada/lora") as counter:
+        came, written = (counter(total=0, unit="B", desc="bytes", unit_scale=True) for _ in range(2))
+        assert sum(counter([1, 2, 3], desc="Fetching 3 files")) == 6
+        for bar in (came, written):
+            bar.total += 40_000_000
+            bar.update(10_000_000)
+        came.update(20_000_000)
+        came.close()
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0].startswith("fetching ada/lora 10.0/40.0 MB") and lines[-1].startswith(
+        "fetching ada/lora 30.0/40.0 MB"
+    )
+    assert all(line.startswith("fetching ada/lora ") for line in lines)
