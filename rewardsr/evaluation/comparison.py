@@ -112,6 +112,7 @@ def change(comparison: Comparison, sign: float = 1.0) -> str:
 
 def signed(value: float) -> str:
     """A number with its sign."""
+    value += 0.0  # of -0.0, which would show a minus
     return f"{value:+.4f}" if abs(value) < 1000 else f"{value:+.1f}"
 
 

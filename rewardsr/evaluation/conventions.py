@@ -59,6 +59,9 @@ class Convention:
             sr: (B, 3, H, W) in [0, 1].
             enlarged: the LQ images at the size of `sr`, in [0, 1].
         """
+        if self.color_fix == "none":
+            # Once only: what is on a level already may come out one below when it is truncated again.
+            return to_levels(sr, self.after_fix if self.before_fix == "none" else self.before_fix)
         fixed = fix_color(to_levels(sr, self.before_fix), to_levels(enlarged, self.enlarged), self.color_fix)
         return to_levels(fixed, self.after_fix)
 

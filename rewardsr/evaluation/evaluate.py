@@ -4,7 +4,7 @@ import logging
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -96,37 +96,34 @@ def evaluate(
     systems = systems_of(systems) if isinstance(systems, ISRAdapter) else dict(systems)
     _check(systems, cast)
     rewards, of_sets = chosen.built(metric_options)
-    with ExitStack() as stack:
-        results = None if output is None else Results(output)
-        if of_sets is not None and results is None:
-            results = Results(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rewardsr-"))))
+    with _kept(output, of_sets is not None) as results:
         first = next((system.take() for system in systems.values() if isinstance(system, Pipeline)), None)
-        images = _Images(
-            data,
-            (protocol or ProtocolRecipe()).prompted(prompts if prompts is not None else chosen.prompts),
-            scale if first is None else first.scale,
-            limit,
-            side,
-            seed,
-            prompts,
-        )
-        work = _Work(
-            systems=systems,
-            images=images,
-            wanted=Wanted(chosen, seed, torch.device(device) if first is None else first.device),
-            rewards=rewards,
-            draws=draws_per_image,
-            cast=cast,
-            results=results,
-        )
+        if first is not None:
+            scale, device = first.scale, first.device
+        asked = (protocol or ProtocolRecipe()).prompted(prompts if prompts is not None else chosen.prompts)
+        images = _Images(data, asked, scale, limit, side, seed, prompts)
+        wanted = Wanted(chosen, seed, torch.device(device))
+        work = _Work(systems, images, wanted, rewards, draws_per_image, cast, results)
         settings = work.checked(first) | {"metric_options": {k: dict(v) for k, v in (metric_options or {}).items()}}
+        del first  # the next pipeline may need its memory
         if results is not None:
             results.begin(settings)
-        del first
         evaluation = work.done(settings, trained_on, of_sets)
         if output is not None and results is not None:
             results.finish(evaluation)
         return evaluation
+
+
+@contextmanager
+def _kept(output: Path | str | None, needed: bool) -> Iterator[Results | None]:
+    """Where results go; without an output to a folder that goes, too, if they are needed for a while."""
+    if output is not None:
+        yield Results(output)
+    elif needed:
+        with tempfile.TemporaryDirectory(prefix="rewardsr-") as folder:
+            yield Results(folder)
+    else:
+        yield None
 
 
 def _chosen(found: Convention, metrics: Sequence[str] | None, color_fix: str | None) -> Convention:

@@ -231,7 +231,7 @@ def mean_of(evaluation: Evaluation, system: str, metric: str) -> float:
 
 def text(evaluation: Evaluation) -> str:
     """The comparison as plain aligned text with the summary below it; then, in 80 columns, the cast tests."""
-    lines = [*_aligned(rows(evaluation)), summary(evaluation)]
+    lines = [*_aligned(rows(evaluation), 1 if len(evaluation.scores) == 2 else 2), summary(evaluation)]
     for system, cast in evaluation.casts.items():
         named = [f"cast test of {system}"] if len(evaluation.casts) > 1 else []
         said = [_wrapped(sentence) for sentence in (*cast.sentences, cast.summary)]
@@ -307,12 +307,12 @@ def _tables(evaluation: Evaluation) -> list[tuple[list[tuple[str, ...]], list[st
     return tables
 
 
-def _aligned(table: Sequence[tuple[str, ...]]) -> list[str]:
-    """Lines of a table whose first column is words and whose others are numbers."""
+def _aligned(table: Sequence[tuple[str, ...]], words: int = 1) -> list[str]:
+    """Lines of a table whose first columns are words and whose others are numbers."""
     columns = []
     for place, column in enumerate(zip(*table, strict=True)):
         width = max(map(len, column))
-        columns.append([cell.rjust(width) if place else cell.ljust(width) for cell in column])
+        columns.append([cell.ljust(width) if place < words else cell.rjust(width) for cell in column])
     return ["  ".join(row) for row in zip(*columns, strict=True)]
 
 

@@ -101,7 +101,7 @@ class Bicubic(System):
         def make(batch: Batch, position: int, draw: int) -> Tensor:
             size = tuple(self._scale * length for length in batch.lq.shape[-2:])
             sr = nn.functional.interpolate(batch.lq, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-            return to_levels(sr, wanted.convention.after_fix)
+            return to_levels(sr, wanted.convention.enlarged)
 
         yield Opened(make)
 
@@ -157,7 +157,7 @@ class Images(System):
             stem = Path(batch.paths[0]).stem
             top, left, tall, wide = self._windows[stem]
             part = read_image(self._files[stem])[None, :, top : top + tall, left : left + wide]
-            return to_levels(part.to(wanted.device), wanted.convention.after_fix)
+            return part.to(wanted.device)
 
         digest = hashlib.sha256()
         for stem in self._windows:
