@@ -86,16 +86,16 @@ def evaluate(
     from rewardsr.evaluation import evaluate as evaluation
     from rewardsr.evaluation.asked import Pipelines, asked_for
     from rewardsr.evaluation.exports import worst_in_words
+    from rewardsr.pipelines import choose_device
 
     pipelines = Pipelines(adapter, base, option or (), device, precision, force_base)
-    asked = asked_for(
-        pipelines, run or (), lora or (), images or (), bicubic=bicubic, with_base=not no_base, scale=scale
-    )
+    asked = asked_for(pipelines, run or (), lora or (), images or (), bicubic=bicubic, with_base=not no_base)
     found = evaluation.evaluate(
         asked.systems,
         data,
         output=output,
         scale=scale,
+        device=choose_device(device, precision or "auto")[0],
         cast=cast if cast_on is None else cast_on,
         **_shared(asked, protocol, metrics, metric_option, color_fix, draws, limit, side, prompts, seed),
     )

@@ -51,7 +51,6 @@ def asked_for(
     *,
     bicubic: bool = False,
     with_base: bool = True,
-    scale: int = 4,
 ) -> Asked:
     """Systems by name, each as `what` or `name=what`: first the base of each pipeline, then all others as they came.
 
@@ -62,7 +61,6 @@ def asked_for(
         images: folders of images that are there already.
         bicubic: LQ images enlarged, too.
         with_base: bases, too.
-        scale: of `bicubic`.
 
     Raises:
         UserError: nothing to evaluate, or something that is named is not there.
@@ -80,7 +78,7 @@ def asked_for(
     for name, source, about in tuned:
         _add(asked, name, _pipeline(shelf, source, about))
     if bicubic:
-        _add(asked, "bicubic", Bicubic(scale))
+        _add(asked, "bicubic", Bicubic())
     for text in images:
         given, place = _named(text)
         _add(asked, given or _last_part(place), Images(place))

@@ -19,6 +19,7 @@ from rewardsr.data.degrade.contract import in_words
 from rewardsr.data.folder import Data, centre
 from rewardsr.data.protocol import open_images
 from rewardsr.errors import UserError
+from rewardsr.evaluation.cast import Cast
 from rewardsr.evaluation.conventions import Convention, find_convention
 from rewardsr.evaluation.fid import FID, FrechetDistance
 from rewardsr.evaluation.offset import Offset, cast_of, latent_offset, shifted
@@ -100,9 +101,10 @@ def evaluate(
         first = next((system.take() for system in systems.values() if isinstance(system, Pipeline)), None)
         if first is not None:
             scale, device = first.scale, first.device
-        asked = (protocol or ProtocolRecipe()).prompted(prompts if prompts is not None else chosen.prompts)
+        prompts = prompts if prompts is not None else chosen.prompts
+        asked = (protocol or ProtocolRecipe()).prompted(prompts)
         images = _Images(data, asked, scale, limit, side, seed, prompts)
-        wanted = Wanted(chosen, seed, torch.device(device))
+        wanted = Wanted(chosen, seed, scale, torch.device(device))
         work = _Work(systems, images, wanted, rewards, draws_per_image, cast, results)
         settings = work.checked(first) | {"metric_options": {k: dict(v) for k, v in (metric_options or {}).items()}}
         del first  # the next pipeline may need its memory
@@ -218,6 +220,8 @@ class _Work:
             check_hq(self.rewards, name, item.hq is not None)
             if FID in self.wanted.convention.metrics and item.hq is None:
                 raise UserError(f"{FID} compares with HQ images, and {name} has none: leave it out")
+        if FID in self.wanted.convention.metrics and len(names) < 2:
+            raise UserError(f"{FID} compares sets of images, and there is one: leave it out")
         if self.results is not None or any(isinstance(system, Images) for system in self.systems.values()):
             twice = [stem for stem, count in Counter(Path(name).stem for name in names).items() if count > 1]
             if twice:
@@ -242,24 +246,11 @@ class _Work:
     ) -> Evaluation:
         """Score everything."""
         listed = [entry["name"] for entry in settings["data"]["images"]]
-        sides, weights, casts, draws = dict[str, Sides](), dict[str, Mapping[str, str]](), {}, 1
+        sides, weights, casts, draws = dict[str, Sides](), dict[str, Mapping[str, str]](), dict[str, Cast](), 1
         with progress.bar("evaluate", len(self.systems) * len(listed)) as advance:
-            for name, system in self.systems.items():
-                with system.opened(self.wanted) as opened:
-                    if opened.adapter is not None and opened.adapter.scale != self.images.scale:
-                        raise UserError(
-                            f"'{name}' enlarges {opened.adapter.scale} times, and the first pipeline "
-                            f"{self.images.scale} times: evaluate them apart"
-                        )
-                    if self.results is not None:
-                        self.results.check_weights(name, opened.weights)
-                    weights[name] = opened.weights
-                    noisy = opened.adapter is not None and not opened.adapter.deterministic
-                    scorer = Scorer(self.rewards, self.wanted.seed, self.draws if noisy else min(self.draws, 1))
-                    draws = max(draws, scorer.draws)
-                    offset = self._offset(system, opened)
-                    found = self._scored(name, system, opened, scorer, offset, advance)
-                sides[name] = {side: by_metric([scores[side] for scores in found]) for side in found[0]}
+            for name in self.systems:
+                sides[name], weights[name], taken, offset = self._system(name, advance)
+                draws = max(draws, taken)
                 if offset is not None:
                     own = {"base": next(iter(sides.values()))["own"], "tuned": sides[name]["own"]}
                     casts[name] = cast_of(own | sides[name], offset)
@@ -276,6 +267,25 @@ class _Work:
             settings=settings,
             weights=weights,
         )
+
+    def _system(self, name: str, advance: progress.Advance) -> tuple[Sides, Mapping[str, str], int, Offset | None]:
+        """A system's scores, its weights' hashes, its draws an image, and what it is tested for being."""
+        # Its pipeline is held here alone: the next one may need the memory.
+        system, images = self.systems[name], self.images
+        with system.opened(self.wanted) as opened:
+            if opened.adapter is not None and opened.adapter.scale != images.scale:
+                raise UserError(
+                    f"'{name}' enlarges {opened.adapter.scale} times, and the first pipeline {images.scale} times: "
+                    "evaluate them apart"
+                )
+            if self.results is not None:
+                self.results.check_weights(name, opened.weights)
+            noisy = opened.adapter is not None and not opened.adapter.deterministic
+            scorer = Scorer(self.rewards, self.wanted.seed, self.draws if noisy else min(self.draws, 1))
+            offset = self._offset(system, opened)
+            found = self._scored(name, system, opened, scorer, offset, advance)
+            sides = {side: by_metric([scores[side] for scores in found]) for side in found[0]}
+            return sides, opened.weights, scorer.draws, offset
 
     def _scored(
         self,

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from rewardsr.errors import UserError
 from rewardsr.rewards.iqa import _cached_or_fetched, _without_output
 
 FID = "fid"
@@ -26,14 +25,7 @@ class FrechetDistance:
 
     @torch.no_grad()
     def __call__(self, folder: Path, other: Path, device: torch.device) -> float:
-        """The distance of the PNG files in two folders.
-
-        Raises:
-            UserError: fewer than two images, of which there is no covariance.
-        """
-        count = len(list(folder.iterdir()))
-        if count < 2:
-            raise UserError(f"{FID} compares sets of images, and there is {count}: leave it out")
+        """The distance of the PNG files in two folders, of two or more each."""
         distance = self._network.to(device)(
             str(folder), str(other), device=device, num_workers=0, batch_size=8, verbose=False
         )

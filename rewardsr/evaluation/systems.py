@@ -36,11 +36,13 @@ class Wanted:
     Attributes:
         convention: how outputs are finished.
         seed: of the noise: image i in draw d is seeded by (seed, d, i).
+        scale: HQ is this many times LQ.
         device: where images are scored.
     """
 
     convention: Convention
     seed: int
+    scale: int
     device: torch.device
 
 
@@ -87,9 +89,6 @@ class System(ABC):
 class Bicubic(System):
     """The LQ image enlarged, bicubic with antialiasing as PIL has it."""
 
-    def __init__(self, scale: int) -> None:
-        self._scale = scale
-
     def described(self) -> dict[str, Any]:
         """As `System`."""
         return {"kind": "bicubic"}
@@ -99,7 +98,7 @@ class Bicubic(System):
         """As `System`."""
 
         def make(batch: Batch, position: int, draw: int) -> Tensor:
-            size = tuple(self._scale * length for length in batch.lq.shape[-2:])
+            size = tuple(wanted.scale * length for length in batch.lq.shape[-2:])
             sr = nn.functional.interpolate(batch.lq, size=size, mode="bicubic", antialias=True).clamp(0, 1)
             return to_levels(sr, wanted.convention.enlarged)
 
