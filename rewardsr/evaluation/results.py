@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from rewardsr.data.images import encode_png
-from rewardsr.errors import UserError, shown
+from rewardsr.errors import UserError, printable, shown
 from rewardsr.evaluation.exports import as_csv, as_latex, as_markdown
 from rewardsr.evaluation.report import LARGEST, Evaluation
 from rewardsr.storage import check_folder, expand, read_text, remove_own_leftovers, write_bytes, write_text
@@ -78,10 +78,10 @@ class Results:
         write_bytes(self.folder / PICTURES / of / f"{Path(image).stem}.png", encode_png(content))
 
     def finish(self, evaluation: Evaluation) -> None:
-        """Write the tables."""
-        write_text(self.folder / SCORES, as_csv(evaluation))
-        write_text(self.folder / MARKDOWN, as_markdown(evaluation))
-        write_text(self.folder / LATEX, as_latex(evaluation))
+        """Write the tables, and last the file that says that all is there."""
+        for name, written in ((SCORES, as_csv), (MARKDOWN, as_markdown), (LATEX, as_latex)):
+            # File names may hold what no text file can.
+            write_text(self.folder / name, printable(written(evaluation), but="\n"))
         write_text(self.folder / EVALUATION, evaluation.to_json())
 
 
