@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; tests hold it against `
     from rewardsr.draws import Draws as Draws
     from rewardsr.errors import TrainingError as TrainingError
     from rewardsr.errors import UserError as UserError
-    from rewardsr.evaluation.protocol import evaluate as evaluate
+    from rewardsr.evaluation.evaluate import evaluate as evaluate
     from rewardsr.evaluation.report import Evaluation as Evaluation
     from rewardsr.evaluation.upscale import upscale as upscale
     from rewardsr.hub.publish import push as push
@@ -38,7 +38,7 @@ _WHERE = {
     "Recipe": "train.recipe",
     "TrainingError": "errors",
     "UserError": "errors",
-    "evaluate": "evaluation.protocol",
+    "evaluate": "evaluation.evaluate",
     "export": "lora.exchange",
     "finetune": "train.finetune",
     "import_lora": "lora.exchange",

@@ -8,7 +8,9 @@ import pytest
 from rewardsr.data.images import list_images, read_image, write_image
 from rewardsr.demo import photos, run
 from rewardsr.errors import UserError
-from rewardsr.evaluation.report import Cast, Comparison, Evaluation, OffsetTest
+from rewardsr.evaluation.cast import Cast, OffsetTest
+from rewardsr.evaluation.comparison import Comparison
+from rewardsr.evaluation.report import Evaluation
 from rewardsr.run_folder import LORA
 
 
@@ -36,18 +38,25 @@ def test_it_runs_to_its_end(small, caplog) -> None:
         run.run_demo(output)
 
 
-def evaluation(alone: float, without: float, low: float = 0.01, guard: float = 0.0) -> Evaluation:
-    """A gain of 0.04 with what an offset gives of it."""
+def evaluation(alone: float, without: float, spread: float = 0.0, guard: float = 0.0, gain: float = 0.04) -> Evaluation:
+    """A gain, which differs by `spread` between the images, with what an offset gives of it."""
+    base = (0.2, 0.3)
 
-    def compared(change: float, low: float = 0.0) -> Comparison:
-        return Comparison((0.2, 0.3), (0.2 + change, 0.3 + change), low, 1.0)
+    def changed(change: float, spread: float = 0.0) -> tuple[float, ...]:
+        return base[0] + change - spread, base[1] + change + spread
 
-    rewards = {name: compared(guard) for name in run.METRICS} | {run.TARGET: compared(0.04, low)}
+    tuned = {name: changed(guard) for name in run.METRICS} | {run.TARGET: changed(gain, spread)}
     tests = {
-        name: OffsetTest(gain, compared(alone), compared(without), compared(0.04 - alone))
-        for name, gain in rewards.items()
+        name: OffsetTest(
+            Comparison.of(base, scores),
+            Comparison.of(base, changed(alone)),
+            Comparison.of(base, changed(without)),
+            Comparison.of(changed(alone), scores),
+        )
+        for name, scores in tuned.items()
     }
-    return Evaluation(("a", "b"), rewards, 0, 1, "none", Cast((0.0,), "these", tests))
+    scores = {"base": dict.fromkeys(run.METRICS, base), "tuned": tuned}
+    return Evaluation(("a", "b"), scores, 0, 1, "none", {"tuned": Cast((0.0,), "these", tests)})
 
 
 @pytest.mark.parametrize(
@@ -55,14 +64,13 @@ def evaluation(alone: float, without: float, low: float = 0.01, guard: float = 0
     [
         (evaluation(0.001, 0.039), []),
         (evaluation(0.03, 0.01), ["alone gives less than half", "more than half is left"]),
-        (evaluation(0.0, 0.04, low=-0.01), ["a gain", "beyond the drift"]),
+        (evaluation(0.0, 0.04, spread=0.01), ["a gain", "beyond the drift"]),
         (evaluation(0.0, 0.04, guard=-0.05), ["guard ssim", "guard structure", "guard lq_consistency"]),
     ],
     ids=["good", "cast", "no gain", "guards"],
 )
 def test_the_verdict_claims_what_the_table_shows(found, refused) -> None:
-    control = evaluation(0.0, 0.0)
-    control.rewards[run.TARGET] = Comparison((0.2, 0.3), (0.201, 0.301), 0.0, 0.0)  # type: ignore[index]
+    control = evaluation(0.0, 0.0, gain=0.001)
     said = run.verdict(found, control).splitlines()
     no = [line for line in said if line.endswith("NO")]
     assert len(no) == len(refused) and all(part in line for part, line in zip(refused, no, strict=True))

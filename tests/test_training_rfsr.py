@@ -17,6 +17,7 @@ from test_training import Interrupted, interrupt
 import rewardsr
 from rewardsr import load_adapter, load_lora, lora, run_folder
 from rewardsr.errors import UserError
+from rewardsr.evaluation.report import Evaluation
 from rewardsr.options import parse
 from rewardsr.rewards import distances
 from rewardsr.storage import write_text
@@ -241,17 +242,17 @@ def test_validation_scores_the_average_and_training_goes_on_from_the_trained(own
     held_out = {"validation": str(folder / "images"), "validation_limit": 2}
     path, run = own("looked", data=held_out)
     result = rewardsr.finetune(path)
-    told = json.loads((run / "validation" / f"step-{STEPS:08d}.json").read_text())["rewards"]
+    told = Evaluation.read(run / "validation" / f"step-{STEPS:08d}.json").rewards
     names = ("runs:Brightness", "psnr")
     adapter = load_lora(load_adapter("sd_upscaler", folder / "base", **SAMPLER), run)
     found = rewardsr.evaluate(adapter, folder / "images", names, limit=2)
     for name in names:
-        assert told[name]["tuned"] == list(found.rewards[name].tuned), name
+        assert told[name] == found.rewards[name], name
         assert result.validation[name]["tuned_mean"] == found.rewards[name].tuned_mean
     lora.load_state_dict(adapter, trained(run, STEPS))
     newest = rewardsr.evaluate(adapter, folder / "images", names, limit=2)
     for name in names:
-        assert all(a != b for a, b in zip(told[name]["tuned"], newest.rewards[name].tuned, strict=True))
+        assert all(a != b for a, b in zip(told[name].tuned, newest.rewards[name].tuned, strict=True))
     assert equal(weights(run), weights(folder / "straight"))  # looking does not change what is learnt
 
 

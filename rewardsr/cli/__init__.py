@@ -10,7 +10,7 @@ import typer
 
 from rewardsr import __version__, console, interrupts
 from rewardsr.cli.data import data
-from rewardsr.cli.evaluate import evaluate
+from rewardsr.cli.evaluate import evaluate, sweep
 from rewardsr.cli.exchange import export, imports
 from rewardsr.cli.finetune import finetune
 from rewardsr.cli.hub import pull, push, search
@@ -26,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-for command in (finetune, upscale, evaluate, export, push, pull, search, adapters, rewards, doctor, demo):
+for command in (finetune, upscale, evaluate, sweep, export, push, pull, search, adapters, rewards, doctor, demo):
     app.command()(command)
 app.add_typer(imports, name="import")
 app.add_typer(data, name="data")

@@ -272,13 +272,9 @@ class Data:
             raise UserError(f"validation_side is {side}, expected at least the scale, {self.scale}")
         for position, item in list(enumerate(self.items[:limit]))[first::every]:
             whole = self._read(item)
-            sizes = [min(length, side or length) // self.scale * self.scale for length in whole.lengths]
-            corner = [
-                (length - size) // 2 // whole.step * whole.step
-                for length, size in zip(whole.lengths, sizes, strict=True)
-            ]
+            corner, size = centre(whole.lengths, self.scale, side, whole.step)
             random = generator(seed, 0, "validation", position)
-            pair = self._pair(whole, (corner[0], corner[1]), (sizes[0], sizes[1]), False, random)
+            pair = self._pair(whole, corner, size, False, random)
             captions = self._making.captions
             text = item.prompt if captions is None else captions(pair.lq[None], keep=True)[0]
             yield self._stack([_Sample(item, pair, text)])
@@ -381,6 +377,22 @@ class Data:
             if lq.shape != expected:
                 raise UserError(f"the degradation made {tuple(lq.shape)} of {tuple(hq.shape)}, expected {expected}")
         return Pair(hq, lq)
+
+
+def centre(
+    lengths: tuple[int, int], scale: int, side: int | None, step: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The part of an image that is validated and evaluated: corner and size, all in HQ pixels.
+
+    Args:
+        lengths: height and width of the image.
+        scale: the size is a multiple of this.
+        side: at most so many pixels a side; None: the whole image.
+        step: the corner lies at multiples of this.
+    """
+    tall, wide = (min(length, side or length) // scale * scale for length in lengths)
+    top, left = ((length - size) // 2 // step * step for length, size in zip(lengths, (tall, wide), strict=True))
+    return (top, left), (tall, wide)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 An autoencoder may have a direction of its latents that adds texture everywhere, or brightens every picture. A method
 can find it instead of learning something of images, and a reward that measures how much there is, not where, pays for
 it. So beside a claimed gain belongs what its mean latent change gives alone (a few numbers, and no LoRA), and what the
-LoRA gives without it. `HeldOut` scores both, `rewardsr.evaluation.report.Cast` holds what came out.
+LoRA gives without it. `HeldOut` and `evaluate` score both, `Cast` holds what came out.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,6 +17,8 @@ from rewardsr.adapter import ISRAdapter
 from rewardsr.batch import Batch
 from rewardsr.draws import Draws
 from rewardsr.errors import UserError
+from rewardsr.evaluation.cast import Cast, OffsetTest
+from rewardsr.evaluation.comparison import Comparison
 from rewardsr.lora.layers import reference, tuned
 
 
@@ -82,3 +84,19 @@ def shifted(adapter: ISRAdapter, numbers: Tensor) -> Iterator[None]:
         yield
     finally:
         del vars(adapter)["decode"]
+
+
+def cast_of(sides: Mapping[str, Mapping[str, tuple[float, ...]]], offset: Offset) -> Cast:
+    """The cast test, of what was scored.
+
+    Args:
+        sides: the scores by metric of "base", "tuned", "alone" (base + offset) and "without" (tuned - offset).
+        offset: what it was.
+    """
+
+    def compared(before: str, after: str, metric: str) -> Comparison:
+        return Comparison.of(sides[before][metric], sides[after][metric])
+
+    pairs = (("base", "tuned"), ("base", "alone"), ("base", "without"), ("alone", "tuned"))
+    tests = {metric: OffsetTest(*(compared(*pair, metric) for pair in pairs)) for metric in sides["base"]}
+    return Cast(tuple(offset.numbers.tolist()), offset.measured_on, tests)

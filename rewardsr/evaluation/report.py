@@ -2,153 +2,60 @@
 
 import html
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from textwrap import fill
 from typing import Any, Self
 
-CONFIDENCE = 0.95
-HEADINGS = ("reward", "base", "tuned", "difference [95 % interval]", "improved")
-CAST_HEADINGS = ("reward", "offset alone [95 %]", "share", "without it [95 %]")
+from rewardsr.errors import UserError
+from rewardsr.evaluation.cast import Cast, cast_rows
+from rewardsr.evaluation.comparison import CONFIDENCE, Comparison, change, mean, signed, unsigned
+from rewardsr.storage import read_text
+
+CHANGE, IMPROVED = "difference [95 % interval]", "improved"
+HEADINGS = ("reward", "system", "mean", CHANGE, IMPROVED)  # of three systems and more
+TRAINED_ON, HELD_OUT = "trained on", "held out"
 WIDTH = 80  # columns of a terminal
+LARGEST = 2**28  # bytes of an evaluation's file
 
-
-@dataclass(frozen=True)
-class Comparison:
-    """One reward on all images, base against tuned.
-
-    Attributes:
-        base, tuned: one score an image, averaged over the draws of noise; higher is better.
-        low, high: 95 % interval of the mean difference (tuned - base) over images; NaN with one image.
-    """
-
-    base: tuple[float, ...]
-    tuned: tuple[float, ...]
-    low: float
-    high: float
-
-    @property
-    def differences(self) -> tuple[float, ...]:
-        """tuned - base, one an image."""
-        return tuple(after - before for before, after in zip(self.base, self.tuned, strict=True))
-
-    @property
-    def base_mean(self) -> float:
-        """Mean score of the base."""
-        return sum(self.base) / len(self.base)
-
-    @property
-    def tuned_mean(self) -> float:
-        """Mean score after fine-tuning."""
-        return sum(self.tuned) / len(self.tuned)
-
-    @property
-    def difference(self) -> float:
-        """Mean of tuned - base."""
-        return sum(self.differences) / len(self.base)
-
-    @property
-    def improved(self) -> float:
-        """Share of the images, in [0, 1], that score strictly higher after fine-tuning."""
-        return sum(difference > 0 for difference in self.differences) / len(self.base)
-
-    def summary(self) -> dict[str, Any]:
-        """Means, their difference and its interval as plain data for JSON; ends that are unknown are None."""
-        return {
-            "base_mean": self.base_mean,
-            "tuned_mean": self.tuned_mean,
-            "difference": self.difference,
-            "interval": [None if math.isnan(end) else end for end in (self.low, self.high)],
-        }
-
-
-@dataclass(frozen=True)
-class OffsetTest:
-    """One reward: its gain, and what one constant offset of the latents has to do with it; all on the same noise.
-
-    Attributes:
-        gain: base against tuned.
-        alone: base against base + offset, without LoRA.
-        without: base against tuned - offset.
-        beyond: base + offset against tuned: what the LoRA gives more than its offset.
-    """
-
-    gain: Comparison
-    alone: Comparison
-    without: Comparison
-    beyond: Comparison
-
-    @property
-    def share(self) -> float | None:
-        """What the offset alone gives, as a share of the tuned pipeline's difference; None where that is nothing."""
-        return self.alone.difference / self.gain.difference if self.gain.difference else None
-
-    @property
-    def share_in_words(self) -> str:
-        """`share` in percent."""
-        return "none" if self.share is None else f"{100 * self.share:.0f} %"
-
-    @property
-    def mostly(self) -> bool:
-        """Whether there is a gain (its interval above 0), and the offset alone gives more than half of it."""
-        return self.gain.low > 0 and self.alone.difference > self.gain.difference / 2
-
-
-@dataclass(frozen=True)
-class Cast:
-    """The cast test: how much of each gain is one constant offset of the latents, the same for every image.
-
-    Attributes:
-        offset: a number a channel; see `rewardsr.evaluation.offset.latent_offset`.
-        measured_on: which images it was measured on, in words.
-        rewards: the test of each reward, by its name.
-    """
-
-    offset: tuple[float, ...]
-    measured_on: str
-    rewards: Mapping[str, OffsetTest]
-
-    @property
-    def sentences(self) -> list[str]:
-        """What the test says, a sentence for each reward that has a gain: the interval of its difference is above 0."""
-        said = [self.sentence(name) for name, test in self.rewards.items() if test.gain.low > 0]
-        return said or ["no reward has a gain (an interval above 0) that an offset could explain"]
-
-    def sentence(self, name: str) -> str:
-        """What the test says of a reward."""
-        test = self.rewards[name]
-        if not test.gain.low > 0:
-            return f"{name} has no gain (an interval above 0) that an offset could explain"
-        return (
-            f"{'' if test.mostly else 'not '}mostly a global cast: of {name}'s {_signed(test.gain.difference)}, one "
-            "constant offset of the latents, the same for every image and without LoRA, gives "
-            f"{_signed(test.alone.difference)} ({test.share_in_words}); without it the LoRA gives "
-            f"{_change(test.without)}"
-        )
+Scores = Mapping[str, tuple[float, ...]]
+"""By metric one score an image, averaged over the draws of noise; higher is better."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found; prints as a table, and shows itself as one in a notebook.
+    """What systems made of the same images, scored; prints as a table, and shows itself as one in a notebook.
 
-    `to_dict` and `from_dict` go through JSON unchanged.
+    A system is what makes an image of an LQ image: the base, the base with a LoRA, bicubic, another program. `to_dict`
+    and `from_dict` go through JSON unchanged.
 
     Attributes:
         images: where each image came from, in the order of the scores.
-        rewards: the comparison of each reward, by its name.
+        scores: by system, in the order of the table; the first one is what all others are compared with.
         seed: of the noise.
         draws_per_image: draws of noise that each score averages.
         color_fix: what was done to the colours before scoring.
-        cast: how much of the gains a constant offset of the latents gives, where that was asked for.
+        casts: by system how much of its gains a constant offset of the latents gives, where that was asked for.
+        sets: by system what metrics of whole sets of images give (FID), higher is better; they have no interval.
+        negated: metrics of which lower is better; their scores are the negative of what tables show.
+        trained_on: metrics that steered the training of a system.
+        settings: what the evaluation was asked for (systems, protocol, data, versions), for the file.
+        weights: by system hashes of what it computed with (base, LoRA, files), for the file.
     """
 
     images: tuple[str, ...]
-    rewards: Mapping[str, Comparison]
+    scores: Mapping[str, Scores]
     seed: int
     draws_per_image: int
     color_fix: str
-    cast: Cast | None = None
+    casts: Mapping[str, Cast] = field(default_factory=dict)
+    sets: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    negated: tuple[str, ...] = ()
+    trained_on: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    weights: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return text(self)
@@ -156,30 +63,95 @@ class Evaluation:
     def _repr_html_(self) -> str:
         return as_html(self)
 
-    def worst(self, reward: str, count: int = 10) -> list[tuple[str, float]]:
-        """The images that lost most (or won least) under a reward, with their differences, worst first."""
-        ranked = zip(self.images, self.rewards[reward].differences, strict=True)
-        return sorted(ranked, key=lambda entry: entry[1])[:count]
+    @property
+    def first(self) -> str:
+        """The system that the others are compared with."""
+        return next(iter(self.scores))
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """All other systems."""
+        return tuple(self.scores)[1:]
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics."""
+        return tuple(self.scores[self.first])
+
+    @cached_property
+    def comparisons(self) -> Mapping[str, Mapping[str, Comparison]]:
+        """By system and metric how the others compare with the first one."""
+        base = self.scores[self.first]
+        return {
+            system: {name: Comparison.of(base[name], self.scores[system][name]) for name in self.metrics}
+            for system in self.compared
+        }
+
+    @property
+    def rewards(self) -> Mapping[str, Comparison]:
+        """By metric how the last system compares with the first one: tuned with base, where there are these two.
+
+        Raises:
+            ValueError: there is one system alone.
+        """
+        if not self.compared:
+            raise ValueError(f"'{self.first}' is the only system: there is nothing to compare it with")
+        return self.comparisons[self.compared[-1]]
+
+    @property
+    def cast(self) -> Cast | None:
+        """The cast test of the last system, if it was made."""
+        return self.casts.get(self.compared[-1]) if self.compared else None
+
+    def shown(self, metric: str) -> float:
+        """1, or -1 for a metric whose scores are the negative of what is shown."""
+        return -1.0 if metric in self.negated else 1.0
+
+    def worst(self, reward: str, count: int = 10, system: str | None = None) -> list[tuple[str, float]]:
+        """The images that lost most (or won least) under a reward, with their differences, worst first.
+
+        Args:
+            reward: the metric.
+            count: of images.
+            system: one that is compared; the last by default.
+        """
+        compared = self.rewards if system is None else self.comparisons[system]
+        return sorted(zip(self.images, compared[reward].differences, strict=True), key=lambda entry: entry[1])[:count]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; means and shares are written beside the scores for people who read the file."""
-        content = {
+        """Plain data for JSON; means, differences and shares stand beside the scores for people who read the file."""
+        content: dict[str, Any] = {
             "seed": self.seed,
             "draws_per_image": self.draws_per_image,
             "color_fix": self.color_fix,
             "confidence": CONFIDENCE,
             "images": list(self.images),
-            "rewards": {
-                name: comparison.summary()
-                | {
-                    "improved": comparison.improved,
-                    "base": list(comparison.base),
-                    "tuned": list(comparison.tuned),
-                }
-                for name, comparison in self.rewards.items()
-            },
+            "compared_with": self.first,
+            "systems": {system: self._system_to_dict(system) for system in self.scores},
         }
-        return content if self.cast is None else content | {"cast": _cast_to_dict(self.cast)}
+        more = {
+            "casts": {system: cast.to_dict() for system, cast in self.casts.items()},
+            "sets": {system: dict(values) for system, values in self.sets.items()},
+            "negated": list(self.negated),
+            "trained_on": list(self.trained_on),
+            "settings": dict(self.settings),
+            "weights": {system: dict(hashes) for system, hashes in self.weights.items()},
+        }
+        return content | {key: value for key, value in more.items() if value}
+
+    def _system_to_dict(self, system: str) -> dict[str, Any]:
+        entries: dict[str, Any] = {
+            metric: {"mean": mean(scores), "scores": list(scores)} for metric, scores in self.scores[system].items()
+        }
+        for metric, comparison in self.comparisons.get(system, {}).items():
+            told = comparison.summary()
+            entries[metric] |= {
+                "difference": told["difference"],
+                "interval": told["interval"],
+                "improved": comparison.improved,
+                "worst": [name for name, _ in self.worst(metric, system=system)],
+            }
+        return entries
 
     def to_json(self) -> str:
         """`to_dict` as text, without NaN."""
@@ -188,39 +160,82 @@ class Evaluation:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
         """The inverse of `to_dict`."""
-        rewards = {
-            name: _comparison(entry, entry["base"], entry["tuned"]) for name, entry in content["rewards"].items()
+        scores = {
+            system: {metric: tuple(entry["scores"]) for metric, entry in entries.items()}
+            for system, entries in content["systems"].items()
         }
-        return cls(
+        plain = cls(
             images=tuple(content["images"]),
-            rewards=rewards,
+            scores=scores,
             seed=content["seed"],
             draws_per_image=content["draws_per_image"],
             color_fix=content["color_fix"],
-            cast=_cast_from_dict(content["cast"], rewards) if "cast" in content else None,
+            sets=content.get("sets", {}),
+            negated=tuple(content.get("negated", ())),
+            trained_on=tuple(content.get("trained_on", ())),
+            settings=content.get("settings", {}),
+            weights=content.get("weights", {}),
         )
+        for system, cast in content.get("casts", {}).items():
+            plain.casts[system] = Cast.from_dict(cast, plain.comparisons[system])  # type: ignore[index]
+        return plain
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The evaluation in a file.
+
+        Raises:
+            UserError: it cannot be read, or holds something else, or one that was not finished.
+        """
+        try:
+            return cls.from_dict(json.loads(read_text(path, f"'{path}'", LARGEST)))
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as error:
+            raise UserError(f"'{path}' holds no evaluation, or one that was not finished: {error}") from error
 
 
 def rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
-    """The table as strings: `HEADINGS`, then one row a reward."""
-    return [HEADINGS, *((name, *_row(comparison)) for name, comparison in evaluation.rewards.items())]
+    """The table as strings: headings, then one row a metric; with other than two systems one a metric and system.
 
-
-def cast_rows(cast: Cast) -> list[tuple[str, ...]]:
-    """The cast test as strings: `CAST_HEADINGS`, then one row a reward; a share only where there is a gain."""
-    table: list[tuple[str, ...]] = [CAST_HEADINGS]
-    for name, test in cast.rewards.items():
-        share = test.share_in_words if test.gain.low > 0 else "-"
-        table.append((name, _change(test.alone), share, _change(test.without)))
+    Where it is known what systems were trained on, those metrics and the ones held out stand apart, each group below a
+    row that names it.
+    """
+    two = len(evaluation.scores) == 2
+    table = [("reward", *evaluation.scores, CHANGE, IMPROVED) if two else HEADINGS]
+    for title, metrics in groups(evaluation):
+        if title:
+            table.append((title, *[""] * (len(table[0]) - 1)))
+        for metric in metrics:
+            table += [_row(evaluation, metric)] if two else _long_rows(evaluation, metric)
     return table
 
 
+def groups(evaluation: Evaluation) -> list[tuple[str, list[str]]]:
+    """All metrics, those of sets among them, by whether systems were trained on them; one group without a name if
+    that is not known."""
+    names = [*evaluation.metrics, *evaluation.sets.get(evaluation.first, {})]
+    if not evaluation.trained_on:
+        return [("", names)]
+    trained = [name for name in names if name in evaluation.trained_on]
+    held_out = [name for name in names if name not in evaluation.trained_on]
+    return [(title, found) for title, found in ((TRAINED_ON, trained), (HELD_OUT, held_out)) if found]
+
+
+def mean_of(evaluation: Evaluation, system: str, metric: str) -> float:
+    """What a system has under a metric, over all images, as tables show it."""
+    of_set = evaluation.sets.get(system, {})
+    value = of_set[metric] if metric in of_set else mean(evaluation.scores[system][metric])
+    return evaluation.shown(metric) * value
+
+
 def text(evaluation: Evaluation) -> str:
-    """The comparison as plain aligned text with the summary below it; then, in 80 columns, the cast test."""
-    lines = [*_aligned(rows(evaluation)), summary(evaluation)]
-    if evaluation.cast is not None:
-        said = [*evaluation.cast.sentences, _cast_summary(evaluation.cast)]
-        lines += ["", *_aligned(cast_rows(evaluation.cast)), *(_wrapped(sentence) for sentence in said)]
+    """The comparison as plain aligned text with the summary below it; then, in 80 columns, the cast tests."""
+    lines = [*_aligned(rows(evaluation), 1 if len(evaluation.scores) == 2 else 2), summary(evaluation)]
+    for system, cast in evaluation.casts.items():
+        named = [f"cast test of {system}"] if len(evaluation.casts) > 1 else []
+        said = [_wrapped(sentence) for sentence in (*cast.sentences, cast.summary)]
+        lines += ["", *named, *_aligned(cast_rows(cast)), *said]
     return "\n".join(lines)
 
 
@@ -233,22 +248,22 @@ def side_by_side(first: Evaluation, columns: Mapping[str, Mapping[str, Compariso
     """
     table = [("reward", "base", *columns)]
     for name, comparison in first.rewards.items():
-        base = _signed(comparison.base_mean).removeprefix("+")
-        table.append((name, base, *(_change(column[name]) for column in columns.values())))
+        base = unsigned(comparison.base_mean)
+        table.append((name, base, *(change(column[name]) for column in columns.values())))
     return "\n".join([*_aligned(table), summary(first)])
 
 
 def markdown(evaluation: Evaluation) -> str:
-    """The comparison as a Markdown table with the summary below it; then the cast test."""
+    """The comparison as a Markdown table with the summary below it; then the cast tests."""
     return "\n".join(
         line
         for table, said in _tables(evaluation)
-        for line in [*_markdown_table(table), *(part for sentence in said for part in ("", sentence)), ""]
+        for line in [*markdown_table(table), *(part for sentence in said for part in ("", sentence)), ""]
     )
 
 
 def as_html(evaluation: Evaluation) -> str:
-    """The comparison as an HTML table with the summary as its caption; then the cast test."""
+    """The comparison as an HTML table with the summary as its caption; then the cast tests."""
     tables = []
     for table, said in _tables(evaluation):
         lines = []
@@ -263,10 +278,20 @@ def as_html(evaluation: Evaluation) -> str:
 def summary(evaluation: Evaluation) -> str:
     """What the numbers were measured on, in one line."""
     count, draws = len(evaluation.images), evaluation.draws_per_image
+    lower = f" (of {', '.join(evaluation.negated)} lower)" if evaluation.negated else ""
+    versus = f"against {evaluation.first}, " if len(evaluation.scores) > 2 else ""
     return (
         f"{count} image{'s' * (count != 1)}, {draws} draw{'s' * (draws != 1)} of noise each, seed {evaluation.seed}, "
-        f"colour fix {evaluation.color_fix}; higher is better; interval: paired, over images (t)"
+        f"colour fix {evaluation.color_fix}; higher is better{lower}; interval: {versus}paired, over images (t)"
     )
+
+
+def markdown_table(table: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of a Markdown table; the first row has the headings."""
+    escaped = [[cell.replace("|", r"\|") for cell in row] for row in table]
+    lines = [f"| {' | '.join(row)} |" for row in escaped]
+    lines.insert(1, f"| :--- |{' ---: |' * (len(table[0]) - 1)}")
+    return lines
 
 
 def _wrapped(sentence: str) -> str:
@@ -276,80 +301,44 @@ def _wrapped(sentence: str) -> str:
 def _tables(evaluation: Evaluation) -> list[tuple[list[tuple[str, ...]], list[str]]]:
     """Every table there is, with what is said of it."""
     tables = [(rows(evaluation), [summary(evaluation)])]
-    if evaluation.cast is not None:
-        tables.append((cast_rows(evaluation.cast), [*evaluation.cast.sentences, _cast_summary(evaluation.cast)]))
+    for system, cast in evaluation.casts.items():
+        named = [f"cast test of {system}"] if len(evaluation.casts) > 1 else []
+        tables.append((cast_rows(cast), [*named, *cast.sentences, cast.summary]))
     return tables
 
 
-def _markdown_table(table: Sequence[tuple[str, ...]]) -> list[str]:
-    escaped = [[cell.replace("|", r"\|") for cell in row] for row in table]
-    lines = [f"| {' | '.join(row)} |" for row in escaped]
-    lines.insert(1, f"| :--- |{' ---: |' * (len(table[0]) - 1)}")
-    return lines
-
-
-def _cast_summary(cast: Cast) -> str:
-    return (
-        f"offset: mean change of the latents at equal noise, {len(cast.offset)} numbers, measured on "
-        f"{cast.measured_on}; alone: base plus offset; without it: tuned minus offset; both against base"
-    )
-
-
-def _cast_to_dict(cast: Cast) -> dict[str, Any]:
-    return {
-        "offset": list(cast.offset),
-        "measured_on": cast.measured_on,
-        "rewards": {
-            name: {
-                "alone": test.alone.summary() | {"tuned": list(test.alone.tuned)},
-                "without": test.without.summary() | {"tuned": list(test.without.tuned)},
-                "beyond": test.beyond.summary(),
-                "share": test.share,
-                "mostly_a_cast": test.mostly,
-            }
-            for name, test in cast.rewards.items()
-        },
-        "sentences": cast.sentences,
-    }
-
-
-def _cast_from_dict(content: Mapping[str, Any], gains: Mapping[str, Comparison]) -> Cast:
-    rewards = {}
-    for name, entry in content["rewards"].items():
-        gain = gains[name]
-        alone, without = (_comparison(entry[key], gain.base, entry[key]["tuned"]) for key in ("alone", "without"))
-        rewards[name] = OffsetTest(gain, alone, without, _comparison(entry["beyond"], alone.tuned, gain.tuned))
-    return Cast(tuple(content["offset"]), content["measured_on"], rewards)
-
-
-def _comparison(entry: Mapping[str, Any], base: Sequence[float], tuned: Sequence[float]) -> Comparison:
-    low, high = (math.nan if end is None else float(end) for end in entry["interval"])
-    return Comparison(tuple(base), tuple(tuned), low, high)
-
-
-def _aligned(table: Sequence[tuple[str, ...]]) -> list[str]:
-    """Lines of a table whose first column is words and whose others are numbers."""
+def _aligned(table: Sequence[tuple[str, ...]], words: int = 1) -> list[str]:
+    """Lines of a table whose first columns are words and whose others are numbers."""
     columns = []
     for place, column in enumerate(zip(*table, strict=True)):
         width = max(map(len, column))
-        columns.append([cell.rjust(width) if place else cell.ljust(width) for cell in column])
+        columns.append([cell.ljust(width) if place < words else cell.rjust(width) for cell in column])
     return ["  ".join(row) for row in zip(*columns, strict=True)]
 
 
-def _row(comparison: Comparison) -> tuple[str, ...]:
-    return (
-        _signed(comparison.base_mean).removeprefix("+"),
-        _signed(comparison.tuned_mean).removeprefix("+"),
-        _change(comparison),
-        f"{100 * comparison.improved:.0f} %",
-    )
+def _row(evaluation: Evaluation, metric: str) -> tuple[str, ...]:
+    """A metric of two systems."""
+    means = (unsigned(mean_of(evaluation, system, metric)) for system in evaluation.scores)
+    return (metric, *means, *_against(evaluation, evaluation.compared[0], metric))
 
 
-def _change(comparison: Comparison) -> str:
-    if math.isnan(comparison.low):
-        return f"{_signed(comparison.difference)} [one image: none]"
-    return f"{_signed(comparison.difference)} [{_signed(comparison.low)}, {_signed(comparison.high)}]"
+def _long_rows(evaluation: Evaluation, metric: str) -> list[tuple[str, ...]]:
+    """A metric, a row for each system."""
+    return [
+        (
+            "" if place else metric,
+            system,
+            unsigned(mean_of(evaluation, system, metric)),
+            *(_against(evaluation, system, metric) if place else ("", "")),
+        )
+        for place, system in enumerate(evaluation.scores)
+    ]
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.4f}" if abs(value) < 1000 else f"{value:+.1f}"
+def _against(evaluation: Evaluation, system: str, metric: str) -> tuple[str, str]:
+    """The change against the first system, and on which share of the images it is one for the better."""
+    if metric not in evaluation.metrics:
+        gap = mean_of(evaluation, system, metric) - mean_of(evaluation, evaluation.first, metric)
+        return f"{signed(gap)} [one set: none]", "-"
+    comparison = evaluation.comparisons[system][metric]
+    return change(comparison, evaluation.shown(metric)), f"{100 * comparison.improved:.0f} %"

@@ -93,6 +93,11 @@ def settle(adapter: ISRAdapter) -> None:
         _HELD.pop(network, None)
 
 
+def held(adapter: ISRAdapter) -> dict[str, Tensor]:
+    """These weights by component and name, float32 on the CPU."""
+    return {f"{component}.{name}": one.parameter.detach().float().cpu() for component, name, one in _entries(adapter)}
+
+
 def save(adapter: ISRAdapter, path: Path, about: Mapping[str, Any]) -> None:
     """Write them to a file.
 
@@ -101,10 +106,7 @@ def save(adapter: ISRAdapter, path: Path, about: Mapping[str, Any]) -> None:
         path: of the file.
         about: the pipeline that they belong to, as in a LoRA's header.
     """
-    tensors = {
-        f"{component}.{name}": held.parameter.detach().float().cpu() for component, name, held in _entries(adapter)
-    }
-    write_safetensors(path, tensors, {OUR_HEADER: json.dumps(about, sort_keys=True), "format": "pt"})
+    write_safetensors(path, held(adapter), {OUR_HEADER: json.dumps(about, sort_keys=True), "format": "pt"})
 
 
 def load(adapter: ISRAdapter, path: Path, scale: float, check_base: Callable[[BaseModel], None]) -> None:

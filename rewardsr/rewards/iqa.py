@@ -82,7 +82,10 @@ class IQA:
 
     Metrics where lower is better are negated, images are clamped to [0, 1] and scored in the metric's own precision
     whatever autocast says, and metrics that give one number for a whole batch are called image by image. Full-reference
-    metrics compare with HQ and count as fidelity, no-reference ones as detail. Attributes are those of `Reward`.
+    metrics compare with HQ and count as fidelity, no-reference ones as detail. Attributes are those of `Reward`, and:
+
+    Attributes:
+        lower_better: of the metric itself; its scores are negated then.
     """
 
     Options = IQAOptions
@@ -106,7 +109,7 @@ class IQA:
         # pyiqa's metrics of faces cut a detected face out of one image, by way of numpy.
         self.differentiable = self._type not in _NO_GRADIENT and "-face" not in metric
         self._one_by_one = self._type in _ONE_BY_ONE or "-face" in metric
-        self._sign = -1.0 if _lower_better(entry) else 1.0
+        self.lower_better = _lower_better(entry)
         self._network = _build(metric, self._type, options)
         self._precision = chosen(_owner(metric), self._network, options.precision)
         self._device = torch.device("cpu")
@@ -136,7 +139,7 @@ class IQA:
         gradients = self.differentiable and torch.is_grad_enabled()
         try:
             with computing(sr.device, self._precision), torch.set_grad_enabled(gradients):
-                return self._sign * self._scores(sr, hq).float()
+                return (-1.0 if self.lower_better else 1.0) * self._scores(sr, hq).float()
         except (RuntimeError, AssertionError) as error:
             error.add_note(f"in metric '{self.name}' on images {tuple(sr.shape)}")
             raise

@@ -13,8 +13,9 @@ from torch import Tensor
 import rewardsr
 from rewardsr import Batch, Draws, Evaluation, UserError, load_adapter, lora
 from rewardsr.adapter import ISRAdapter
+from rewardsr.evaluation.comparison import interval
 from rewardsr.evaluation.offset import Offset, latent_offset, shifted
-from rewardsr.evaluation.protocol import HeldOut, interval
+from rewardsr.evaluation.protocol import HeldOut
 from rewardsr.evaluation.report import side_by_side
 from rewardsr.rewards import build
 
@@ -238,7 +239,7 @@ def test_what_cannot_be_scored_is_refused_before_the_offset_is_measured(adapter,
         raise AssertionError("measured")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rewardsr.evaluation.protocol.latent_offset", measure)
+        patch.setattr("rewardsr.evaluation.evaluate.latent_offset", measure)
         with pytest.raises(UserError, match="psnr compare with an HQ image"):
             rewardsr.evaluate(adapter, tmp_path, ["psnr"], cast=True)
         with pytest.raises(UserError, match="name at least one reward"):
@@ -249,11 +250,11 @@ def test_what_cannot_be_scored_is_refused_before_the_offset_is_measured(adapter,
 
 def test_evaluate_tells_it_and_records_it(commands: Commands, run, hq_folder, tmp_path) -> None:
     options = ("evaluate", hq_folder, "--run", run, "--metrics", "psnr,lq_consistency", "--limit", 2, "--draws", 2)
-    plain = commands(*options, "-o", tmp_path / "plain.json")
-    answer = commands(*options, "--cast", "-o", tmp_path / "found.json")
+    plain = commands(*options, "-o", tmp_path / "plain")
+    answer = commands(*options, "--cast", "-o", tmp_path / "found")
     assert answer.code == 0, answer.err
-    own, content = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("plain", "found"))
-    assert "cast" not in own and own == {key: value for key, value in content.items() if key != "cast"}
+    own, content = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("plain", "found"))
+    assert "casts" not in own and own["systems"] == content["systems"]
     found = Evaluation.from_dict(content)
     assert found.to_dict() == content and found.cast is not None
     assert len(found.cast.offset) == 4 and found.cast.measured_on == "the 2 images compared"
@@ -277,13 +278,14 @@ def test_the_offset_of_other_images(commands: Commands, run, hq_folder, tmp_path
     options = ("evaluate", hq_folder, "--run", run, "--metrics", "psnr", "--limit", 2)
     offsets = []
     for number, cast in enumerate((["--cast"], ["--cast-on", tmp_path / "others"], ["--cast-on", hq_folder])):
-        answer = commands(*options, *cast, "-o", tmp_path / f"{number}.json")
+        answer = commands(*options, *cast, "-o", tmp_path / str(number))
         assert answer.code == 0, answer.err
-        offsets.append(json.loads((tmp_path / f"{number}.json").read_text())["cast"])
+        (cast,) = json.loads((tmp_path / str(number) / "evaluation.json").read_text())["casts"].values()
+        offsets.append(cast)
     assert offsets[1]["measured_on"] == f"2 images of {tmp_path / 'others'}"
     assert offsets[0]["offset"] == offsets[2]["offset"] != offsets[1]["offset"]
     before = snapshot(tmp_path)
-    answer = commands(*options, "--cast-on", tmp_path / "nowhere", "-o", tmp_path / "x.json")
+    answer = commands(*options, "--cast-on", tmp_path / "nowhere", "-o", tmp_path / "x")
     assert answer.code == 2 and "nowhere" in answer.err and answer.err.count("\n") == 1
     answer = commands("evaluate", hq_folder, "--base", "embedded", "--cast")
-    assert answer.code == 2 and "give --run, or --lora" in answer.err and snapshot(tmp_path) == before
+    assert answer.code == 2 and "no system carries one" in answer.err and snapshot(tmp_path) == before

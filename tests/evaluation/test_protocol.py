@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-import rewardsr
 from rewardsr import load_adapter, lora
 from rewardsr.batch import Batch
 from rewardsr.draws import Draws
 from rewardsr.errors import TrainingError, UserError
-from rewardsr.evaluation.protocol import HeldOut, interval
-from rewardsr.evaluation.report import Comparison, Evaluation
+from rewardsr.evaluation.comparison import Comparison, interval
+from rewardsr.evaluation.protocol import HeldOut
+from rewardsr.evaluation.report import Evaluation
 from rewardsr.evaluation.upscale import upscale_tensor
 from rewardsr.rewards.fidelity import PSNR
 
@@ -116,8 +116,8 @@ def test_comparison_by_hand() -> None:
 
 
 def test_worst_images() -> None:
-    comparison = Comparison((0.0, 0.0, 0.0), (1.0, -1.0, 0.5), 0, 1)
-    evaluation = Evaluation(("a", "b", "c"), {"x": comparison}, 0, 1, "none")
+    scores = {"base": {"x": (0.0, 0.0, 0.0)}, "tuned": {"x": (1.0, -1.0, 0.5)}}
+    evaluation = Evaluation(("a", "b", "c"), scores, 0, 1, "none")
     assert evaluation.worst("x", 2) == [("b", -1.0), ("c", 0.5)]
 
 
@@ -271,13 +271,9 @@ def test_json_round_trip(adapter) -> None:
         result = compare(adapter, batches(count), {"psnr": PSNR()}, color_fix="wavelet")
         content = json.loads(result.to_json())
         assert Evaluation.from_dict(content).to_dict() == content
-        assert content["color_fix"] == "wavelet" and content["rewards"]["psnr"]["improved"] in (0, 1 / 3, 2 / 3, 1)
-        assert (content["rewards"]["psnr"]["interval"] == [None, None]) == (count == 1)
-
-
-def test_without_a_lora_there_is_nothing_to_compare(tiny, hq_folder) -> None:
-    with pytest.raises(UserError, match="carries no LoRA"):
-        rewardsr.evaluate(load_adapter("osediff", tiny, scale=4), hq_folder)
+        psnr = content["systems"]["tuned"]["psnr"]
+        assert content["color_fix"] == "wavelet" and psnr["improved"] in (0, 1 / 3, 2 / 3, 1)
+        assert (psnr["interval"] == [None, None]) == (count == 1)
 
 
 def test_refused(adapter) -> None:

@@ -9,27 +9,20 @@ import torch
 
 from rewardsr.data.images import read_image
 from rewardsr.errors import UserError
+from rewardsr.evaluation.cast import CAST_HEADINGS, Cast, OffsetTest, cast_rows
+from rewardsr.evaluation.comparison import Comparison
+from rewardsr.evaluation.exports import as_csv, as_latex, as_markdown, worst_in_words
 from rewardsr.evaluation.pictures import closeup, comparison_row, grid, shown, write_grid
-from rewardsr.evaluation.report import (
-    CAST_HEADINGS,
-    HEADINGS,
-    Cast,
-    Comparison,
-    Evaluation,
-    OffsetTest,
-    cast_rows,
-    markdown,
-    rows,
-)
+from rewardsr.evaluation.report import HEADINGS, Evaluation, markdown, rows
 
 
 @pytest.fixture
 def evaluation() -> Evaluation:
     return Evaluation(
         images=("a.png", "b.png"),
-        rewards={
-            "psnr": Comparison((20.0, 30.0), (21.0, 30.0), 0.0, 1.0),
-            "a|b": Comparison((2000.0, 2000.0), (1.0, 2.0), -1999.0, -1998.0),
+        scores={
+            "base": {"psnr": (20.0, 30.0), "a|b": (2000.0, 2000.0)},
+            "tuned": {"psnr": (21.0, 30.0), "a|b": (1.0, 1.0)},
         },
         seed=7,
         draws_per_image=1,
@@ -39,14 +32,14 @@ def evaluation() -> Evaluation:
 
 def test_rows(evaluation) -> None:
     assert rows(evaluation) == [
-        HEADINGS,
-        ("psnr", "25.0000", "25.5000", "+0.5000 [+0.0000, +1.0000]", "50 %"),
-        ("a|b", "2000.0", "1.5000", "-1998.5 [-1999.0, -1998.0]", "0 %"),
+        ("reward", "base", "tuned", "difference [95 % interval]", "improved"),
+        ("psnr", "25.0000", "25.5000", "+0.5000 [-5.8531, +6.8531]", "50 %"),  # t of one degree of freedom, 12.7062
+        ("a|b", "2000.0", "1.0000", "-1999.0 [-1999.0, -1999.0]", "0 %"),
     ]
 
 
 def test_one_image_has_no_interval() -> None:
-    single = Evaluation(("a",), {"x": Comparison((0.0,), (1.0,), math.nan, math.nan)}, 0, 1, "none")
+    single = Evaluation(("a",), {"base": {"x": (0.0,)}, "tuned": {"x": (1.0,)}}, 0, 1, "none")
     assert rows(single)[1][3] == "+1.0000 [one image: none]"
     assert "1 image, 1 draw of" in str(single)
 
@@ -55,7 +48,7 @@ def test_markdown(evaluation) -> None:
     lines = markdown(evaluation).splitlines()
     assert lines[0] == "| reward | base | tuned | difference [95 % interval] | improved |"
     assert lines[1] == "| :--- | ---: | ---: | ---: | ---: |"
-    assert lines[2] == "| psnr | 25.0000 | 25.5000 | +0.5000 [+0.0000, +1.0000] | 50 % |"
+    assert lines[2] == "| psnr | 25.0000 | 25.5000 | +0.5000 [-5.8531, +6.8531] | 50 % |"
     assert lines[3].startswith(r"| a\|b |") and lines[4] == "" and "seed 7" in lines[5]
 
 
@@ -66,11 +59,74 @@ def test_text_is_aligned(evaluation) -> None:
 
 
 def test_a_notebook_shows_a_table() -> None:
-    single = Evaluation(("a",), {"<b>&x": Comparison((0.0,), (1.0,), math.nan, math.nan)}, 0, 1, "none")
+    single = Evaluation(("a",), {"base": {"<b>&x": (0.0,)}, "tuned": {"<b>&x": (1.0,)}}, 0, 1, "none")
     table = ElementTree.fromstring(single._repr_html_())
-    assert [cell.text for cell in table.iter("th")] == list(HEADINGS)
+    assert [cell.text for cell in table.iter("th")] == list(rows(single)[0])
     assert [cell.text for cell in table.iter("td")] == list(rows(single)[1])
     assert table.find("caption").text.startswith("1 image, 1 draw")
+
+
+@pytest.fixture
+def several() -> Evaluation:
+    """Three systems, one metric where lower is better, one that a system was trained on."""
+    scores = {
+        "base": {"psnr": (20.0, 22.0), "lpips": (-0.5, -0.25)},
+        "A_1": {"psnr": (21.0, 23.0), "lpips": (-0.25, -0.25)},
+        "bicubic": {"psnr": (19.0, 22.0), "lpips": (-0.75, -0.5)},
+    }
+    sets = {"base": {"fid": -30.0}, "A_1": {"fid": -20.0}, "bicubic": {"fid": -40.0}}
+    about = {
+        "negated": ("lpips", "fid"),
+        "trained_on": ("psnr",),
+        "settings": {"a": 1},
+        "weights": {"A_1": {"lora": "x"}},
+    }
+    return Evaluation(("a.png", "b.png"), scores, 0, 1, "none", sets=sets, **about)
+
+
+def test_several_systems_are_compared_with_the_first(several) -> None:
+    table = rows(several)
+    assert table[0] == HEADINGS and [row[0] for row in table if not any(row[1:])] == ["trained on", "held out"]
+    by_name = {(metric, row[1]): row[2:] for metric, place in (("psnr", 2), ("lpips", 6), ("fid", 9))
+               for row in table[place : place + 3]}  # fmt: skip
+    assert by_name["psnr", "base"] == ("21.0000", "", "")
+    assert by_name["psnr", "A_1"] == ("22.0000", "+1.0000 [+1.0000, +1.0000]", "100 %")
+    # Shown as the metric itself is: lower, and better on one image of two.
+    assert by_name["lpips", "A_1"] == ("0.2500", "-0.1250 [-1.7133, +1.4633]", "50 %")
+    assert by_name["fid", "bicubic"] == ("40.0000", "+10.0000 [one set: none]", "-")
+    assert "of lpips, fid lower" in str(several) and "against base" in str(several)
+    assert several.worst("psnr", 1, "bicubic") == [("a.png", -1.0)]
+    content = json.loads(several.to_json())
+    assert Evaluation.from_dict(content) == several
+    assert content["systems"]["bicubic"]["lpips"]["worst"] == ["a.png", "b.png"]
+
+
+def test_one_system_alone_has_a_table() -> None:
+    alone = Evaluation(("a",), {"bicubic": {"x": (1.0,)}}, 0, 1, "none")
+    assert rows(alone) == [HEADINGS, ("x", "bicubic", "1.0000", "", "")]
+    assert Evaluation.from_dict(json.loads(alone.to_json())) == alone and worst_in_words(alone) == []
+    with pytest.raises(ValueError, match="only system"):
+        assert alone.rewards
+
+
+def test_spreadsheets_and_papers(several) -> None:
+    lines = as_csv(several).splitlines()
+    assert lines[0] == "image,system,psnr,lpips" and lines[2] == "a.png,A_1,21.0,0.25" and len(lines) == 7
+    table = as_latex(several).splitlines()
+    assert table[0] == r"\begin{tabular}{lrrr}" and table[-1] == r"\end{tabular}"
+    assert table[2] == r" & \multicolumn{1}{c}{trained on} & \multicolumn{2}{c}{held out} \\"
+    assert table[4] == r"System & psnr $\uparrow$ & lpips $\downarrow$ & fid $\downarrow$ \\"
+    assert r"A\_1 & \textbf{22.0000} & \textbf{0.2500} & \textbf{20.0000} \\" in table
+    page = as_markdown(several)
+    assert "Worst images of bicubic against base:" in page and "| lpips | a.png | +0.2500 |" in page
+    assert worst_in_words(several)[0] == "worst images of A_1 by lpips: b.png +0.0000, a.png -0.2500"
+
+
+def test_a_file_that_holds_no_evaluation(tmp_path) -> None:
+    for content in ("", "[]", '{"unfinished": true, "settings": {}}'):
+        (tmp_path / "x.json").write_text(content)
+        with pytest.raises(UserError, match="holds no evaluation, or one that was not finished"):
+            Evaluation.read(tmp_path / "x.json")
 
 
 def offset_test(gain: float, alone: float, without: float, low: float) -> OffsetTest:
@@ -94,8 +150,12 @@ TESTS = {
 
 def with_cast(*names: str) -> Evaluation:
     tests = {name: TESTS[name] for name in names}
-    gains = {name: test.gain for name, test in tests.items()}
-    return Evaluation(("a", "b"), gains, 0, 1, "none", Cast((0.5, -1.5), "the 2 images compared", tests))
+    scores = {
+        "base": {name: test.gain.base for name, test in tests.items()},
+        "tuned": {name: test.gain.tuned for name, test in tests.items()},
+    }
+    casts = {"tuned": Cast((0.5, -1.5), "the 2 images compared", tests)}
+    return Evaluation(("a", "b"), scores, 0, 1, "none", casts)
 
 
 def test_an_offset_that_gives_more_than_half_of_a_gain_is_a_cast() -> None:
@@ -133,11 +193,12 @@ def test_the_cast_has_a_table_of_its_own() -> None:
 def test_the_cast_goes_through_json() -> None:
     evaluation = with_cast("cast", "equal")
     content = json.loads(evaluation.to_json())
-    assert content["cast"]["rewards"]["cast"]["mostly_a_cast"] and content["cast"]["offset"] == [0.5, -1.5]
-    assert content["cast"]["rewards"]["equal"]["share"] is None
-    assert content["cast"]["rewards"]["cast"]["beyond"]["interval"] == [None, None]
+    cast = content["casts"]["tuned"]
+    assert cast["rewards"]["equal"]["share"] is None and cast["offset"] == [0.5, -1.5]
+    assert cast["rewards"]["cast"]["beyond"]["interval"] == [None, None]
     again = Evaluation.from_dict(content)
-    assert again.to_json() == evaluation.to_json() and again.cast.rewards["equal"].gain == TESTS["equal"].gain
+    assert again.to_dict() == content | {"casts": {"tuned": again.cast.to_dict()}}
+    assert again.cast.rewards["equal"].gain.differences == TESTS["equal"].gain.differences
 
 
 def test_grid_places_every_image(tmp_path) -> None:

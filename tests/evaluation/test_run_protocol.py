@@ -12,6 +12,7 @@ from _support import Commands
 import rewardsr
 from rewardsr import Draws, lora
 from rewardsr.data.images import read_image, to_uint8
+from rewardsr.evaluation.report import Evaluation
 from rewardsr.evaluation.upscale import upscale_tensor
 from rewardsr.pipelines import open_run
 from rewardsr.run_folder import RECIPE, VALIDATION
@@ -69,28 +70,31 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("name", ["plain", "harsh", "published", "sidecar", "captioned", "fixed", "metadata"])
 def test_evaluating_a_run_finds_what_its_validation_found(name, made, commands: Commands, tmp_path) -> None:
-    answer = commands("evaluate", made / "images", "--run", made / name, *CPU, "-o", tmp_path / "found.json")
+    answer = commands("evaluate", made / "images", "--run", made / name, *CPU, "-o", tmp_path / "found")
     assert answer.code == 0, answer.err
-    own = json.loads((made / name / VALIDATION / "step-00000001.json").read_text())
-    assert json.loads((tmp_path / "found.json").read_text()) == own
+    own = Evaluation.read(made / name / VALIDATION / "step-00000001.json")
+    found = Evaluation.read(tmp_path / "found" / "evaluation.json")
+    assert (found.images, found.seed) == (own.images, own.seed)
+    assert list(found.scores.values()) == list(own.scores.values()) and list(found.scores) == ["base", name]
     said = {
         "harsh": "noise=[20.0, 20.0]",
         "published": "LQ images: realesrgan, second.noise=[0.0, 3.0]; prompts: adapter",
     }
     assert said.get(name, "") in answer.out
     if name in said:
-        other = json.loads((made / "plain" / VALIDATION / "step-00000001.json").read_text())
-        assert own["rewards"]["psnr"]["base"] != pytest.approx(other["rewards"]["psnr"]["base"], abs=0.02)
+        other = Evaluation.read(made / "plain" / VALIDATION / "step-00000001.json")
+        assert own.scores["base"]["psnr"] != pytest.approx(other.scores["base"]["psnr"], abs=0.02)
 
 
 def test_options_of_the_command_go_before_the_runs_protocol(made, commands: Commands, tmp_path) -> None:
-    def scores(name: str, *options: object) -> dict:
-        command = ("evaluate", made / "images", "--run", made / name, *options, *CPU, "-o", tmp_path / "x")
+    def scores(name: str, *options: object) -> list:
+        folder = tmp_path / "-".join(map(str, (name, *options)))
+        command = ("evaluate", made / "images", "--run", made / name, *options, *CPU, "-o", folder)
         assert commands(*command).code == 0
-        return json.loads((tmp_path / "x").read_text())["rewards"]
+        return list(Evaluation.read(folder / "evaluation.json").scores.values())
 
     bare = scores("captioned", "--prompts", "adapter")  # the same base, and a LoRA of its own
-    assert bare["psnr"]["base"] == scores("plain")["psnr"]["base"] != scores("captioned")["psnr"]["base"]
+    assert bare[0] == scores("plain")[0] != scores("captioned")[0]
     assert scores("plain", "--seed", 6) != scores("plain") == scores("plain", "--seed", 5)
     assert scores("harsh", "--side", 48) != scores("harsh")
 
@@ -130,10 +134,11 @@ def test_the_api_takes_a_protocol(made) -> None:
     adapter, recipe = open_run(str(made / "harsh"), device="cpu")
     assert recipe is not None
     found = rewardsr.evaluate(adapter, made / "images", ["psnr"], seed=5, side=32, protocol=recipe.data)
-    own = json.loads((made / "harsh" / VALIDATION / "step-00000001.json").read_text())
-    assert found.to_dict()["rewards"]["psnr"] == own["rewards"]["psnr"]
+    own = Evaluation.read(made / "harsh" / VALIDATION / "step-00000001.json")
+    assert found.rewards["psnr"] == own.rewards["psnr"]
     plain = rewardsr.evaluate(adapter, made / "images", ["psnr"], seed=5, side=32)
     assert plain.rewards["psnr"].base != found.rewards["psnr"].base
     same = rewardsr.evaluate(adapter, made / "images", ["psnr"], protocol=ProtocolRecipe(prompts="sidecar"))
-    assert same == rewardsr.evaluate(adapter, made / "images", ["psnr"], prompts="sidecar")
+    again = rewardsr.evaluate(adapter, made / "images", ["psnr"], prompts="sidecar")
+    assert same.scores == again.scores
     assert lora.attached(adapter)

@@ -17,7 +17,7 @@ from hub_server import Hub, serving
 from rewardsr import lora, run_folder
 from rewardsr.data.images import write_image
 from rewardsr.errors import UserError
-from rewardsr.evaluation.report import Comparison, Evaluation
+from rewardsr.evaluation.report import Evaluation
 from rewardsr.hub import connection
 from rewardsr.hub.publish import Pushed, push
 from rewardsr.pipelines import load_adapter
@@ -58,8 +58,8 @@ def make_run(folder: Path, base: Path) -> Path:
     write_text(folder / "recipe.yaml", json.dumps(recipe | {"steps": 2}))
     write_text(folder / "metrics.jsonl", '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.4}\n')
     for step in (1, 2):
-        scores = Comparison(base=(20.0, 21.0), tuned=(20.0 + step, 21.5), low=0.1, high=1.0)
-        found = Evaluation(("a.png", "b.png"), {"psnr": scores}, seed=0, draws_per_image=1, color_fix="none")
+        scores = {"base": {"psnr": (20.0, 21.0)}, "tuned": {"psnr": (20.0 + step, 21.5)}}
+        found = Evaluation(("a.png", "b.png"), scores, seed=0, draws_per_image=1, color_fix="none")
         write_text(folder / f"validation/step-{step:08d}.json", found.to_json())
         write_image(torch.full((3, 8, 8), step / 4), folder / f"validation/step-{step:08d}.png")
     write_text(folder / "checkpoints/step-00000002/optimiser.safetensors", "state")
