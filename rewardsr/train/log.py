@@ -30,7 +30,7 @@ class RunLog:
         active: whether this is the main process.
 
     Attributes:
-        validated: steps whose validation the kept lines tell of.
+        validated: the kept lines that tell of a validation, by step.
     """
 
     def __init__(self, run: Path, recipe: Recipe, start: int, active: bool) -> None:
@@ -48,7 +48,7 @@ class RunLog:
             disable=not active or not self._console.is_terminal,
         )
         self._task = self._progress.add_task("train", total=recipe.steps, completed=start, status="")
-        self.validated = _keep_until(self._file, start) if active else set[int]()
+        self.validated = _keep_until(self._file, start) if active else dict[int, dict[str, Any]]()
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -115,16 +115,17 @@ def step_of(line: bytes) -> int | None:
     return step if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None
 
 
-def _keep_until(file: Path, step: int) -> set[int]:
-    """Drop the lines after `step`, and what are no lines of a step's metrics; the steps that were validated."""
+def _keep_until(file: Path, step: int) -> dict[int, dict[str, Any]]:
+    """Drop the lines after `step`, and what are no lines of a step's metrics; those of validations, by step."""
     if not file.exists():
-        return set()
-    kept, validated = [], set()
+        return {}
+    kept, validated = [], dict[int, dict[str, Any]]()
     for line in read_bytes(file, f"'{file}'", LARGEST_LOG).splitlines() if step > 0 else []:
         of = step_of(line)
         if of is not None and of <= step:
             kept.append(line + b"\n")
-            validated |= {of} if "validation" in json.loads(line) else set()
+            content = json.loads(line)
+            validated |= {of: content} if "validation" in content else {}
     write_bytes(file, b"".join(kept))
     return validated
 

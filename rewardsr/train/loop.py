@@ -29,13 +29,15 @@ from rewardsr.checks import Gathered, gathered
 from rewardsr.draws import Draws, seed_of
 from rewardsr.errors import TrainingError, UserError, is_out_of_memory
 from rewardsr.evaluation.protocol import HeldOut
-from rewardsr.run_folder import RECIPE
+from rewardsr.run_folder import ENDING, RECIPE
 from rewardsr.storage import write_text
-from rewardsr.together import any_process
+from rewardsr.together import everywhere
 from rewardsr.train import checkpoint
 from rewardsr.train.checkpoint import State
 from rewardsr.train.compiled import check_one_path, compile_networks, eager
+from rewardsr.train.ending import end
 from rewardsr.train.graphs import as_written, use_graphs
+from rewardsr.train.guards import Guards
 from rewardsr.train.log import RunLog
 from rewardsr.train.memory import choose_micro_batch, lower_micro_batch, memory_advice
 from rewardsr.train.optimiser import learning_rate, make_optimiser
@@ -53,20 +55,30 @@ class Result:
     """How a run ended.
 
     Attributes:
-        step: steps finished.
+        step: steps taken.
         finished: False where a signal stopped it; resuming goes on from here.
         output: the run's folder.
-        validation: last scores on the held-out images, by metric.
+        validation: scores on the held-out images, by metric: of the weights in `output`, or the last ones of a run that
+            is not finished.
+        stopped: why its guards ended the run; None: they did not.
+        shipped: the step whose weights lie in `output`; None where it is not finished.
     """
 
     step: int
     finished: bool
     output: Path
     validation: dict[str, Any]
+    stopped: str | None = None
+    shipped: int | None = None
 
     def __str__(self) -> str:
         if not self.finished:
             return f"stopped after step {self.step}; go on with the same command and --resume"
+        if self.stopped is not None:
+            return (
+                f"stopped by its guards after {self.step} steps, with the weights of step {self.shipped}, the best by "
+                f"their rule: {self.output}"
+            )
         return f"finished {self.step} steps: {self.output}"
 
 
@@ -101,29 +113,37 @@ def train(setup: Setup, run: Path, resume: bool, earlier: Recipe | None = None) 
         logger.info(note)
     log = RunLog(run, recipe, state.step, accelerator.is_main_process)
     held_out = _held_out(setup, run)
-    validation: dict[str, Any] = {}
-    save = _saver(setup, run, optimiser, state)
+    # The main process alone has the log, and says for all of them what stands there.
+    scored, kept = everywhere(accelerator, lambda: (log.validated, checkpoint.steps(run)))[0]
+    guards = Guards(_steering(recipe), setup.margins, recipe.stop_when)
+    guards.read(scored.values(), kept)
+    save = _saver(setup, run, optimiser, state, guards)
 
     def validate() -> None:
-        nonlocal validation
         if held_out is not None and (state.step % recipe.validate_every == 0 or state.step == recipe.steps):
             with setup.method.shipped(), eager(), as_written(setup.adapter):
                 found = held_out.score(state.step)
-            validation = {name: comparison.summary() for name, comparison in found.rewards.items()}
-            log.write(state.step, {"validation": validation})
+            line = {"validation": {name: comparison.summary() for name, comparison in found.rewards.items()}}
+            line |= guards.judge(state.step, found.rewards)
+            scored[state.step] = line
+            log.write(state.step, line)
 
     def finish() -> None:
         if state.step == recipe.steps and accelerator.is_main_process:
             with setup.method.shipped():
                 lora.save(setup.adapter, run)
 
+    ending = None
     with log, _signals() as stopped:
         # A run that ended between its last checkpoint and what follows on that catches up.
-        finish()
-        if any_process(accelerator, accelerator.is_main_process and state.step not in log.validated):
+        if guards.stopped is None:
+            finish()
+        if state.step not in scored:
             validate()
         stop = False
-        while state.step < recipe.steps and not stop:
+        if state.step < recipe.steps and guards.stopped is None and accelerator.is_main_process:
+            (run / ENDING).unlink(missing_ok=True)  # of a run that goes on after its end
+        while state.step < recipe.steps and not stop and guards.stopped is None:
             metrics, stop = _saved_if_it_fails(setup, state, save, lambda: step(setup, optimiser, state, stopped))
             log.write(state.step, metrics)
             done, failing = state.step == recipe.steps, state.skipped_in_a_row >= recipe.max_skipped
@@ -138,8 +158,18 @@ def train(setup: Setup, run: Path, resume: bool, earlier: Recipe | None = None) 
                 )
             if not stop:
                 validate()
+        if not stop:
+            ending = end(setup, run, state.step, guards, held_out)
     accelerator.wait_for_everyone()
-    return Result(state.step, state.step == recipe.steps, run, validation)
+    last = scored.get(max(scored, default=0) if ending is None else ending.shipped, {}).get("validation", {})
+    if ending is None:
+        return Result(state.step, state.step == recipe.steps, run, last)
+    return Result(state.step, True, run, last, ending.stopped, ending.shipped)
+
+
+def _steering(recipe: Recipe) -> dict[str, float]:
+    """The weights of the rewards that steer."""
+    return {entry.name: entry.weight for entry in recipe.rewards if entry.weight > 0}
 
 
 def _saved_if_it_fails(
@@ -257,10 +287,14 @@ def _agree(accelerator: Accelerator, metrics: dict[str, Any], stop: bool) -> tup
     return words | means.result(), any(stops for _, stops in everyone)
 
 
-def _saver(setup: Setup, run: Path, optimiser: torch.optim.Optimizer, state: State) -> Callable[[], None]:
+def _saver(
+    setup: Setup, run: Path, optimiser: torch.optim.Optimizer, state: State, guards: Guards
+) -> Callable[[], None]:
     def save() -> None:
         if setup.accelerator.is_main_process:
-            checkpoint.save(run, setup.method, optimiser, state, setup.recipe.keep_checkpoints)
+            best = guards.best if setup.recipe.keeps_best else None
+            kept = None if best is None else best.step
+            checkpoint.save(run, setup.method, optimiser, state, setup.recipe.keep_checkpoints, kept)
         setup.accelerator.wait_for_everyone()
 
     return save
