@@ -29,7 +29,6 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 CAST_IMAGES = 16  # training images, in crops of the recipe's size, that the offset of the cast test is measured on
-LARGEST = 2**40  # bytes of what is shipped
 
 
 @dataclass(frozen=True)
@@ -150,6 +149,6 @@ def _once(setup: Setup, work: Callable[[], T]) -> T:
 
 def _ship(source: Path, run: Path) -> None:
     """The weights of a checkpoint as those that the run leaves."""
-    for name in (LORA, FULL):
-        if (source / name).is_file():
-            write_bytes(run / name, read_bytes(source / name, f"'{source / name}'", LARGEST))
+    for path in (source / LORA, source / FULL):
+        if path.is_file():
+            write_bytes(run / path.name, read_bytes(path, f"'{path}'", path.stat().st_size))

@@ -1,4 +1,4 @@
-"""Guards: what is watched, what a verdict is, and a run that its reward hacks: it stops, says why and ships its best."""
+"""Guards: what is watched, what a verdict is, and a run that is hacked: it stops, says why and ships its best."""
 
 import json
 import logging
