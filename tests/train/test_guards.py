@@ -18,6 +18,7 @@ from rewardsr.rewards import build, known
 from rewardsr.run_folder import ENDING
 from rewardsr.train import ending, log
 from rewardsr.train.guards import Guards, build_guards, named_guards
+from rewardsr.train.loop import Result
 from rewardsr.train.recipe import Recipe, to_yaml
 from rewardsr.train.recipe_guards import PANEL_OF, StopRecipe
 
@@ -163,7 +164,7 @@ def hacked(folder, output: str, **changes) -> dict:
 
 
 @pytest.fixture(scope="module")
-def stopped(folder) -> rewardsr.Result:
+def stopped(folder) -> Result:
     return rewardsr.finetune(hacked(folder, "stopped"))
 
 
