@@ -281,7 +281,8 @@ def _check_stranger(recipe: Recipe, run: str, uses_base: bool, given: Mapping[st
     or an evaluation would use among them.
     """
     data = recipe.data
-    rewards = [name for name in (*(entry.name for entry in recipe.rewards), *recipe.guards) if is_plugin(name)]
+    named = (*(entry.name for entry in recipe.rewards), *(entry.name for entry in recipe.guards))
+    rewards = [name for name in named if is_plugin(name)]
     with plugins.registered_only(f"the run '{run}'"):
         plugins.check("adapters", recipe.adapter)
         plugins.check("trainers", recipe.trainer)

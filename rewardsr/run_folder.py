@@ -4,6 +4,7 @@ RECIPE = "recipe.yaml"
 LORA = "pytorch_lora_weights.safetensors"
 FULL = "full_weights.safetensors"  # weights of the base that were trained themselves, where there are any
 METRICS = "metrics.jsonl"
+ENDING = "ending.json"  # how the run ended, and which step's weights it left
 LOCK = ".lock"  # while a process trains there
 VALIDATION = "validation"
 READY = "hub"  # what a push that found no connection has made ready

@@ -36,11 +36,6 @@ def raise_everywhere(failure: Exception | None) -> None:
     _raise_first(failure, gather_object([_portable(failure)]))
 
 
-def any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether a flag is set in any process."""
-    return flag if accelerator.num_processes == 1 else any(gather_object([flag]))
-
-
 def _portable(failure: Exception | None) -> Exception | None:
     if failure is None or isinstance(failure, UserError | TrainingError):
         return failure

@@ -15,7 +15,10 @@ ROOT = Path(__file__).parents[1]
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "run_folder", "options", "places", "checks", "transfer"),
     ("plugins", "storage", "json_object", "draws", "hub.connection", "console", "progress", "interrupts", "together"),
-    ("weights", "schedule", "tiling", "batch", "hub.fetch", "train.recipe", "train.recipe_text"),
+    (
+        *("weights", "schedule", "tiling", "batch", "hub.fetch"),
+        *("train.recipe", "train.recipe_guards", "train.recipe_learning", "train.recipe_text"),
+    ),
     ("adapter",),
     ("lora", "data", "rewards"),
     ("adapters", "trainers"),

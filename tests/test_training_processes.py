@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from runs import assert_equal_runs, content, lines, weights
 
 import rewardsr
 from rewardsr.options import parse
+from rewardsr.run_folder import ENDING
 from rewardsr.storage import write_text
 from rewardsr.testing import tiny_pipeline, write_images
 from rewardsr.train.recipe import Recipe, to_yaml
@@ -117,6 +119,37 @@ def test_two_processes_equal_one_with_twice_the_batch(folder) -> None:
         renamed = {name.replace("Brightness", "TwoProcesses"): value for name, value in line.items()}
         renamed.pop("validation", None), other.pop("validation", None)
         assert other == {name: pytest.approx(value, rel=1e-3, abs=1e-6) for name, value in renamed.items()}
+
+
+def test_two_processes_agree_to_stop(folder) -> None:
+    changes = {
+        "trainer": "rfsr",
+        "trainer_options": {"structure_weight": 0, "kl_weight": 0, "text_dropout": 0, "ema": 0.5},
+        "guards": [{"name": "color_shift", "margin": 0.1}],
+        "stop_when": {},
+        "cast_test": True,
+        "validate_every": 2,
+        "optimiser": {"learning_rate": 3e-3, "warmup": 0, "schedule": "constant"},
+        "data": {"validation": str(folder / "images"), "validation_limit": 3},
+    }
+    path = written(folder, "agree", **changes)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for _ in range(2):  # a resumed run learns from the log of one of them that it has ended
+        done = subprocess.run(
+            [*launch, "-m", "rewardsr", "finetune", path, "--resume"],
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("stopped by its guards after") == 1, done.stdout
+    run = folder / "agree"
+    record = json.loads((run / ENDING).read_text())
+    assert record["stopped"] and 0 < record["shipped"] < record["step"] < 12
+    best = weights(run / "checkpoints" / f"step-{record['shipped']:08d}")
+    assert all(torch.equal(value, best[name]) for name, value in weights(run).items())
+    assert "cast" in json.loads((run / "validation" / f"step-{record['shipped']:08d}.json").read_text())
 
 
 AGREE = """

@@ -18,7 +18,7 @@ from rewardsr.batch import Batch
 from rewardsr.data.captions import Captions
 from rewardsr.data.degrade.contract import Degradation
 from rewardsr.data.identity import identity_of
-from rewardsr.data.items import Item, Wanted, open_source, refuse_many
+from rewardsr.data.items import Item, Wanted, centre, open_source, refuse_many
 from rewardsr.data.loader import ImageCache, Workers, one_thread
 from rewardsr.data.order import Order
 from rewardsr.data.pixels import Decoded, Pair, as_floats
@@ -377,22 +377,6 @@ class Data:
             if lq.shape != expected:
                 raise UserError(f"the degradation made {tuple(lq.shape)} of {tuple(hq.shape)}, expected {expected}")
         return Pair(hq, lq)
-
-
-def centre(
-    lengths: tuple[int, int], scale: int, side: int | None, step: int
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The part of an image that is validated and evaluated: corner and size, all in HQ pixels.
-
-    Args:
-        lengths: height and width of the image.
-        scale: the size is a multiple of this.
-        side: at most so many pixels a side; None: the whole image.
-        step: the corner lies at multiples of this.
-    """
-    tall, wide = (min(length, side or length) // scale * scale for length in lengths)
-    top, left = ((length - size) // 2 // step * step for length, size in zip(lengths, (tall, wide), strict=True))
-    return (top, left), (tall, wide)
 
 
 @dataclass(frozen=True)

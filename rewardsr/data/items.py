@@ -262,3 +262,19 @@ def _extras_of(found: Found, items: Sequence[Item], names: Sequence[str]) -> Seq
     paths = [item.shown for item in items if isinstance(item.shown, Path)]
     files = tensor_files(paths, names, found.root) if len(paths) == len(items) else None
     return files or [None] * len(items)
+
+
+def centre(
+    lengths: tuple[int, int], scale: int, side: int | None, step: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The part of an image that is validated and evaluated: corner and size, all in HQ pixels.
+
+    Args:
+        lengths: height and width of the image.
+        scale: the size is a multiple of this.
+        side: at most so many pixels a side; None: the whole image.
+        step: the corner lies at multiples of this.
+    """
+    tall, wide = (min(length, side or length) // scale * scale for length in lengths)
+    top, left = ((length - size) // 2 // step * step for length, size in zip(lengths, (tall, wide), strict=True))
+    return (top, left), (tall, wide)

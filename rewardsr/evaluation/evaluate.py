@@ -16,7 +16,8 @@ from rewardsr import __version__, progress
 from rewardsr.adapter import ISRAdapter
 from rewardsr.batch import Batch
 from rewardsr.data.degrade.contract import in_words
-from rewardsr.data.folder import Data, centre
+from rewardsr.data.folder import Data
+from rewardsr.data.items import centre
 from rewardsr.data.protocol import open_images
 from rewardsr.errors import UserError
 from rewardsr.evaluation.cast import Cast

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from rewardsr import lora
 from rewardsr.adapter import ISRAdapter
 from rewardsr.batch import Batch
-from rewardsr.data.folder import Data, centre
+from rewardsr.data.folder import Data
 from rewardsr.data.images import image_size, list_images, read_image
+from rewardsr.data.items import centre
 from rewardsr.draws import Draws
 from rewardsr.errors import UserError
 from rewardsr.evaluation.conventions import Convention, to_levels

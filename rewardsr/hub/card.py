@@ -18,8 +18,9 @@ from rewardsr.hub.content import shortened_recipe
 from rewardsr.hub.fetch import EMBEDDED, LARGEST_TEXT, PIPELINE, check_lora
 from rewardsr.hub.search import TAG
 from rewardsr.rewards import licence_of
-from rewardsr.run_folder import CARD, LORA, RECIPE, SAMPLES, VALIDATION
+from rewardsr.run_folder import CARD, LORA, RECIPE, SAMPLES
 from rewardsr.storage import expand, read_text
+from rewardsr.train.ending import Ending, last_validation, read_ending
 from rewardsr.train.recipe import Recipe, load_recipe, to_yaml
 
 UNKNOWN = "unknown"  # what an adapter says of a licence that it cannot know
@@ -60,7 +61,7 @@ def build_card(
     """
     recipe = load_recipe(str(run / RECIPE), {}, [])
     about = check_lora(run / LORA, f"'{run / LORA}'")
-    scores = _last_validation(run)
+    scores, ending = _last_validation(run), read_ending(run)
     revision = about["base"]["revision"]
     if base_model is None and revision not in NOT_ON_HUB:
         base_model = recipe.base
@@ -82,7 +83,8 @@ def build_card(
         version=__version__,
         trainer=recipe.trainer,
         results=_results(recipe, scores, run),
-        steps=recipe.steps,
+        steps=recipe.steps if ending is None else ending.shipped,
+        stopped=_stopped(recipe, ending),
         batch_size=recipe.batch_size * recipe.accumulate,
         crop=recipe.data.crop,
         learning_rate=f"{recipe.optimiser.learning_rate:g}",
@@ -196,13 +198,22 @@ def _results(recipe: Recipe, scores: Evaluation | None, run: Path) -> str:
         return SECTIONS["unmeasured"].template
     steering = [entry.name for entry in recipe.rewards if entry.weight > 0]
     watched = [name for name in scores.rewards if name not in steering]
-    pictured = any((run / VALIDATION).glob("*.png"))
+    pictured = last_validation(run, ".png") is not None
     return SECTIONS["measured"].substitute(
         images=len(scores.images),
         steering=", ".join(f"`{name}`" for name in steering) or "HQ images alone",
         watched=", ".join(f"`{name}`" for name in watched) or "nothing",
         table=markdown(scores),
         picture=f"![LQ enlarged, base, tuned and HQ]({SAMPLES}/validation.png)" if pictured else "",
+    )
+
+
+def _stopped(recipe: Recipe, ending: Ending | None) -> str:
+    """That the guards ended the run, and why; nothing where they did not."""
+    if ending is None or ending.stopped is None:
+        return ""
+    return "\n\n" + SECTIONS["stopped"].substitute(
+        step=ending.step, steps=recipe.steps, shipped=ending.shipped, why=ending.stopped, rule=ending.rule
     )
 
 
@@ -214,7 +225,7 @@ def _citation(trainer: str) -> str:
 
 
 def _last_validation(run: Path) -> Evaluation | None:
-    newest = max((run / VALIDATION).glob("step-*.json"), default=None)
+    newest = last_validation(run, ".json")
     if newest is None:
         return None
     try:

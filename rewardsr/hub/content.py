@@ -12,8 +12,9 @@ from rewardsr.errors import UserError, one_line
 from rewardsr.hub.fetch import LARGEST, check_lora
 from rewardsr.options import parse
 from rewardsr.places import without_places
-from rewardsr.run_folder import FULL, LORA, METRICS, RECIPE, SAMPLES, VALIDATION
+from rewardsr.run_folder import FULL, LORA, METRICS, RECIPE, SAMPLES
 from rewardsr.storage import read_bytes
+from rewardsr.train.ending import last_validation, read_ending
 from rewardsr.train.log import LARGEST_LOG, step_of
 from rewardsr.train.recipe import Recipe, load_recipe, to_yaml
 
@@ -56,12 +57,13 @@ def read_run(run: Path, keep_paths: bool = False) -> tuple[dict[str, bytes], lis
     if not (run / LORA).is_file():
         raise UserError(f"the run in '{run}' has no {LORA}: it is not finished; go on with finetune --resume")
     check_lora(run / LORA, f"'{run / LORA}'")
-    _check_metrics(run / METRICS, recipe.steps)
+    ending = read_ending(run)
+    _check_metrics(run / METRICS, recipe.steps if ending is None else ending.step)
     sources = {name: run / name for name in (LORA, RECIPE, METRICS)}
     for kind in (".json", ".png"):  # the same names for every run: a second push leaves no stale picture behind
-        newest = max((run / VALIDATION).glob(f"step-*{kind}"), default=None)
-        if newest is not None:
-            sources[f"{SAMPLES}/validation{kind}"] = newest
+        validation = last_validation(run, kind)
+        if validation is not None:
+            sources[f"{SAMPLES}/validation{kind}"] = validation
     files = {name: read_bytes(path, f"'{path}'", LARGEST) for name, path in sources.items()}
     found: dict[Shortened, None] = {}
     if not keep_paths:

@@ -20,6 +20,8 @@ class Reward(Protocol):
             `Kind(options)`, one without as `Kind()`.
         light: optional; True where the score takes next to no memory, so that a whole batch is scored at once whatever
             `reward_batch` says.
+        margin: optional; how far below the base's its mean on held-out images may lie before it counts as a loss, where
+            the reward watches a run as one of its `guards`. Without one a recipe says it, or it only watches.
         kind: "fidelity" (agrees with HQ) or "detail" (looks good): the side on which attribute weighting counts it.
     """
 

@@ -78,7 +78,7 @@ class DetailCorrelation:
             ValueError: shapes differ.
         """
         with computing(sr.device):
-            x, y = _high_frequencies(sr), _high_frequencies(target(self.name, sr, batch))
+            x, y = high_frequencies(sr), high_frequencies(target(self.name, sr, batch))
             covariance, energy, weight = _cells(x * y) + LEVEL**2, _cells(x * x) + LEVEL**2, _cells(y * y) + LEVEL**2
             # The square root of HQ's energy is both its part of the correlation and the weight: the two cancel out.
             return (covariance / energy.sqrt()).sum((1, 2, 3)) / weight.sqrt().sum((1, 2, 3))
@@ -116,6 +116,7 @@ class LQConsistency:
     licence = "Apache-2.0"
     light = True
     kind = "fidelity"
+    margin = 0.01
 
     def __call__(self, sr: Tensor, batch: Batch) -> Tensor:
         """Score (B,) in [-1, 0]; `sr` (B, 3, H, W) and `batch.lq` (B, 3, h, w) in [0, 1], h <= H, w <= W.
@@ -139,7 +140,7 @@ def _absolute_laplacian(image: Tensor) -> Tensor:
     return filter2d(rgb_to_grayscale(image.float()), kernel, border_type="replicate").abs()
 
 
-def _high_frequencies(image: Tensor) -> Tensor:
+def high_frequencies(image: Tensor) -> Tensor:
     """Gray (B, 1, H, W) minus its Gaussian blur, of RGB (B, 3, H, W) in [0, 1]."""
     gray = rgb_to_grayscale(image.float())
     kernel = to_device(get_gaussian_kernel1d(11, 1.5), image.device)

@@ -47,6 +47,7 @@ class PSNR:
     licence = "Apache-2.0"
     light = True
     kind = "fidelity"
+    margin = 1.0
 
     def __call__(self, sr: Tensor, batch: Batch) -> Tensor:
         """Score (B,) in dB, in (0, 80]; `sr` and `batch.hq` are (B, 3, H, W) in [0, 1].
@@ -75,6 +76,7 @@ class SSIM:
     licence = "Apache-2.0"
     light = True
     kind = "fidelity"
+    margin = 0.05
 
     def __call__(self, sr: Tensor, batch: Batch) -> Tensor:
         """Score (B,) in [0, 1]; `sr` and `batch.hq` are (B, 3, H, W) in [0, 1].

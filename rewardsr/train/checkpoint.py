@@ -48,13 +48,25 @@ class State:
     data: dict[str, str] = field(default_factory=dict)
 
 
-def save(run: Path, method: Method, optimiser: torch.optim.Optimizer, state: State, keep: int) -> Path:
-    """Write `run/checkpoints/step-N` and drop all but the last `keep`; returns the folder.
+def folder_of(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / CHECKPOINTS / f"step-{step:08d}"
+
+
+def steps(run: Path) -> list[int]:
+    """The steps of which there are checkpoints, oldest first."""
+    return [int(path.name.removeprefix("step-")) for path in complete(run)]
+
+
+def save(
+    run: Path, method: Method, optimiser: torch.optim.Optimizer, state: State, keep: int, best: int | None = None
+) -> Path:
+    """Write the checkpoint of this step and drop all but the last `keep` and that of step `best`; returns the folder.
 
     The LoRA there, and what was trained in full, are those to use; the weights being trained, which may be others, lie
     beside them.
     """
-    path = run / CHECKPOINTS / f"step-{state.step:08d}"
+    path = folder_of(run, state.step)
     if path.exists():  # due for more than one reason
         return path
 
@@ -70,7 +82,10 @@ def save(run: Path, method: Method, optimiser: torch.optim.Optimizer, state: Sta
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_folder(path, fill)
+    kept = None if best is None else folder_of(run, best)
     for old in complete(run)[:-keep]:
+        if old == kept:
+            continue
         doomed = old.with_name(f".{old.name}.tmp")  # a half-removed checkpoint must not look like one
         old.replace(doomed)
         shutil.rmtree(doomed)

@@ -57,7 +57,7 @@ class RunLog:
         tracker: gets the same.
 
     Attributes:
-        validated: steps whose validation the kept lines tell of.
+        validated: the kept lines that tell of a validation, by step.
     """
 
     def __init__(self, run: Path, recipe: Recipe, start: int, active: bool, tracker: Tracker | None = None) -> None:
@@ -68,7 +68,7 @@ class RunLog:
         self._gains: list[str] = []
         self._open = ExitStack()
         self._advance: progress.Advance = lambda n=1, note="", total=None: None
-        self.validated = _keep_until(self._file, start) if active else set[int]()
+        self.validated = _keep_until(self._file, start) if active else dict[int, dict[str, Any]]()
 
     def __enter__(self) -> Self:
         if self._tracker is not None:
@@ -209,15 +209,16 @@ def step_of(line: bytes) -> int | None:
     return step if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None
 
 
-def _keep_until(file: Path, step: int) -> set[int]:
-    """Drop the lines after `step`, and what are no lines of a step's metrics; the steps that were validated."""
+def _keep_until(file: Path, step: int) -> dict[int, dict[str, Any]]:
+    """Drop the lines after `step`, and what are no lines of a step's metrics; those of validations, by step."""
     if not file.exists():
-        return set()
-    kept, validated = [], set()
+        return {}
+    kept, validated = [], dict[int, dict[str, Any]]()
     for line in read_bytes(file, f"'{file}'", LARGEST_LOG).splitlines() if step > 0 else []:
         of = step_of(line)
         if of is not None and of <= step:
             kept.append(line + b"\n")
-            validated |= {of} if "validation" in json.loads(line) else set()
+            content = json.loads(line)
+            validated |= {of: content} if "validation" in content else {}
     write_bytes(file, b"".join(kept))
     return validated

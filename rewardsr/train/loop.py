@@ -27,13 +27,15 @@ from rewardsr.draws import Draws, seed_of
 from rewardsr.errors import TrainingError, UserError, is_out_of_memory
 from rewardsr.evaluation.protocol import HeldOut
 from rewardsr.interrupts import Stop, StoppedError, finishing, keeping
-from rewardsr.run_folder import RECIPE
+from rewardsr.run_folder import ENDING, RECIPE
 from rewardsr.storage import write_text
-from rewardsr.together import any_process
+from rewardsr.together import everywhere
 from rewardsr.train import checkpoint
 from rewardsr.train.checkpoint import State
 from rewardsr.train.compiled import check_one_path, compile_networks, eager
+from rewardsr.train.ending import end
 from rewardsr.train.graphs import as_written, use_graphs
+from rewardsr.train.guards import Guards
 from rewardsr.train.log import RunLog
 from rewardsr.train.memory import choose_micro_batch, lower_micro_batch, memory_advice
 from rewardsr.train.optimiser import learning_rate, make_optimiser
@@ -52,20 +54,30 @@ class Result:
     """How a run ended.
 
     Attributes:
-        step: steps finished.
+        step: steps taken.
         finished: False where a signal stopped it, or its last validation; resuming goes on from here.
         output: the run's folder.
-        validation: last scores on the held-out images, by metric.
+        validation: scores on the held-out images, by metric: of the weights in `output`, or the last ones of a run that
+            is not finished.
+        stopped: why its guards ended the run; None: they did not.
+        shipped: the step whose weights lie in `output`; None where it is not finished.
     """
 
     step: int
     finished: bool
     output: Path
     validation: dict[str, Any]
+    stopped: str | None = None
+    shipped: int | None = None
 
     def __str__(self) -> str:
         if not self.finished:
             return f"stopped after step {self.step}; go on with the same command and --resume"
+        if self.stopped is not None:
+            return (
+                f"stopped by its guards after {self.step} steps, with the weights of step {self.shipped}, the best by "
+                f"their rule: {self.output}"
+            )
         return f"finished {self.step} steps: {self.output}"
 
 
@@ -89,11 +101,7 @@ def train(setup: Setup, run: Path, resume: bool, earlier: Recipe | None = None) 
     state = checkpoint.resume(run, setup.method, optimiser) if resume else State()
     check_goes_on(state, setup)
     choose_micro_batch(setup, state)
-    if recipe.compile:
-        compile_networks(setup.adapter)
-        check_one_path(setup)
-    if recipe.cuda_graphs:
-        use_graphs(setup.adapter, setup.method.trained_weights().values())
+    _speed_up(setup)
     if accelerator.is_main_process:
         write_text(run / RECIPE, to_yaml(recipe))
     for note in (*setup.notes, *_other_end(state, recipe, earlier)):
@@ -102,12 +110,14 @@ def train(setup: Setup, run: Path, resume: bool, earlier: Recipe | None = None) 
     log = RunLog(run, recipe, state.step, accelerator.is_main_process, trackers)
     stop = Stop("stopping after this step; once more to quit")
     held_out = _held_out(setup, run, stop)
-    validation: dict[str, Any] = {}
-    save = _saver(setup, run, optimiser, state)
+    # The main process alone has the log, and says for all of them what stands there.
+    scored, kept = everywhere(accelerator, lambda: (log.validated, checkpoint.steps(run)))[0]
+    guards = Guards(_steering(recipe), setup.margins, recipe.stop_when)
+    guards.read(scored.values(), kept)
+    save = _saver(setup, run, optimiser, state, guards)
 
     def validate() -> bool:
         """Validate if that is due; false where a signal left it off."""
-        nonlocal validation
         if held_out is None or (state.step % recipe.validate_every and state.step != recipe.steps):
             return True
         says = f"stopping after this image, {f'step {state.step} is saved' if state.step else 'before the first step'}"
@@ -116,8 +126,10 @@ def train(setup: Setup, run: Path, resume: bool, earlier: Recipe | None = None) 
                 found = held_out.score(state.step)
         except StoppedError:
             return False
-        validation = {name: comparison.summary() for name, comparison in found.rewards.items()}
-        log.write(state.step, {"validation": validation}, held_out.rows)
+        line = {"validation": {name: comparison.summary() for name, comparison in found.rewards.items()}}
+        line |= guards.judge(state.step, found.rewards)
+        scored[state.step] = line
+        log.write(state.step, line, held_out.rows)
         return True
 
     def finish() -> None:
@@ -125,13 +137,15 @@ def train(setup: Setup, run: Path, resume: bool, earlier: Recipe | None = None) 
             with setup.method.shipped():
                 lora.save(setup.adapter, run)
 
+    ending = None
     with keeping(lambda: _kept(run)), log, finishing(stop):
         # A run that ended between its last checkpoint and what follows on that catches up.
-        finish()
-        whole, stopping = True, False
-        if any_process(accelerator, accelerator.is_main_process and state.step not in log.validated):
-            whole = validate()
-        while state.step < recipe.steps and whole and not stopping:
+        if guards.stopped is None:
+            finish()
+        whole, stopping = state.step in scored or validate(), False
+        if state.step < recipe.steps and guards.stopped is None and accelerator.is_main_process:
+            (run / ENDING).unlink(missing_ok=True)  # of a run that goes on after its end
+        while state.step < recipe.steps and whole and not stopping and guards.stopped is None:
             metrics, stopping = _saved_if_it_fails(setup, state, save, lambda: step(setup, optimiser, state, stop))
             log.write(state.step, metrics)
             done, failing = state.step == recipe.steps, state.skipped_in_a_row >= recipe.max_skipped
@@ -140,14 +154,37 @@ def train(setup: Setup, run: Path, resume: bool, earlier: Recipe | None = None) 
                 save()
             finish()
             if failing:
-                raise TrainingError(
-                    f"stopped at step {state.step}: {state.skipped_in_a_row} updates in a row were not finite "
-                    f"(first: {metrics['not_finite']}); lower optimiser.learning_rate, or look at that reward or tensor"
-                )
+                raise _not_finite(state, metrics)
             if not stopping:
                 whole = validate()
+        if whole and not stopping:
+            ending = end(setup, run, state.step, guards, held_out)
     accelerator.wait_for_everyone()
-    return Result(state.step, whole and state.step == recipe.steps, run, validation)
+    last = scored.get(max(scored, default=0) if ending is None else ending.shipped, {}).get("validation", {})
+    if ending is None:
+        return Result(state.step, whole and state.step == recipe.steps, run, last)
+    return Result(state.step, True, run, last, ending.stopped, ending.shipped)
+
+
+def _speed_up(setup: Setup) -> None:
+    """Compile or record the networks, as the recipe asks."""
+    if setup.recipe.compile:
+        compile_networks(setup.adapter)
+        check_one_path(setup)
+    if setup.recipe.cuda_graphs:
+        use_graphs(setup.adapter, setup.method.trained_weights().values())
+
+
+def _not_finite(state: State, metrics: dict[str, Any]) -> TrainingError:
+    return TrainingError(
+        f"stopped at step {state.step}: {state.skipped_in_a_row} updates in a row were not finite "
+        f"(first: {metrics['not_finite']}); lower optimiser.learning_rate, or look at that reward or tensor"
+    )
+
+
+def _steering(recipe: Recipe) -> dict[str, float]:
+    """The weights of the rewards that steer."""
+    return {entry.name: entry.weight for entry in recipe.rewards if entry.weight > 0}
 
 
 def _saved_if_it_fails(
@@ -272,10 +309,14 @@ def _agree(accelerator: Accelerator, metrics: dict[str, Any], stop: bool) -> tup
     return words | means.result(), any(stops for _, stops in everyone)
 
 
-def _saver(setup: Setup, run: Path, optimiser: torch.optim.Optimizer, state: State) -> Callable[[], None]:
+def _saver(
+    setup: Setup, run: Path, optimiser: torch.optim.Optimizer, state: State, guards: Guards
+) -> Callable[[], None]:
     def save() -> None:
         if setup.accelerator.is_main_process:
-            checkpoint.save(run, setup.method, optimiser, state, setup.recipe.keep_checkpoints)
+            best = guards.best if setup.recipe.keeps_best else None
+            kept = None if best is None else best.step
+            checkpoint.save(run, setup.method, optimiser, state, setup.recipe.keep_checkpoints, kept)
         setup.accelerator.wait_for_everyone()
 
     return save

@@ -1,7 +1,7 @@
 """From a recipe to everything that training needs, cheap checks first: bad input is refused before any long work."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -16,6 +16,7 @@ from rewardsr.data.folder import Data
 from rewardsr.data.loader import default_workers
 from rewardsr.data.protocol import open_images, open_training
 from rewardsr.errors import UserError, is_out_of_memory, one_line
+from rewardsr.lora.layers import tuned
 from rewardsr.options import Options, parse
 from rewardsr.pipelines import adapter_class, adapter_options, choose_device, load_adapter
 from rewardsr.plugins import resolve_class
@@ -23,6 +24,7 @@ from rewardsr.rewards import build
 from rewardsr.rewards.base import Reward
 from rewardsr.rewards.probe import probe_gradient
 from rewardsr.together import everywhere
+from rewardsr.train.guards import build_guards
 from rewardsr.train.optimiser import check_optimiser
 from rewardsr.train.processes import make_accelerator
 from rewardsr.train.recipe import DegradationRecipe, Recipe
@@ -45,6 +47,7 @@ class Setup:
         validation: held-out images, if any.
         metrics: rewards and guards, by name; all are logged at validation.
         notes: what the user should know before it begins.
+        margins: how far each guard may fall, by name.
     """
 
     recipe: Recipe
@@ -55,6 +58,7 @@ class Setup:
     validation: Data | None
     metrics: dict[str, Reward]
     notes: tuple[str, ...]
+    margins: Mapping[str, float] = field(default_factory=dict)
 
 
 def set_up(recipe: Recipe, *, decode: bool = True) -> Setup:
@@ -88,7 +92,7 @@ def set_up(recipe: Recipe, *, decode: bool = True) -> Setup:
     extras = kind.extras
     train, validation = open_folders(recipe, scale, extras)
     rewards = {entry.name: build(entry.name, **entry.options) for entry in recipe.rewards}
-    guards = {name: build(name) for name in recipe.guards if name not in rewards}
+    guards, margins = build_guards(recipe, rewards, validation is None or validation.has_hq)
     notes = [f"device {device}, base in {str(dtype).removeprefix('torch.')}, what is trained in float32"]
     together = partial(everywhere, accelerator)
     share = accelerator.process_index, accelerator.num_processes
@@ -131,8 +135,10 @@ def set_up(recipe: Recipe, *, decode: bool = True) -> Setup:
         ]
     method = method_kind(adapter, {name: rewards[name] for name in steering}, steering, options)
     method.check_size((recipe.data.crop, recipe.data.crop))
+    if recipe.cast_test and not tuned(adapter):
+        raise UserError(f"cast_test looks at what a LoRA adds to the latents, and trainer '{recipe.trainer}' has none")
     notes += _untrained(adapter, method)
-    return Setup(recipe, accelerator, adapter, method, train, validation, rewards | guards, tuple(notes))
+    return Setup(recipe, accelerator, adapter, method, train, validation, rewards | guards, tuple(notes), margins)
 
 
 def method_class(name: str) -> type[Method]:
@@ -170,7 +176,7 @@ def _refuse_without_hq(
         if watching:
             raise UserError(
                 f"{', '.join(watching)} compare with HQ images, and data.validation has {validation.said}: leave them "
-                "out of rewards and guards (guards: [lq_consistency])"
+                "out of rewards and guards (guards: [panel] takes what needs none)"
             )
 
 

@@ -4,31 +4,16 @@ from pathlib import PurePath
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator, model_validator
 
 from rewardsr.errors import UserError, shortened
 from rewardsr.options import Count, Options, Seed, parse
 from rewardsr.storage import expand, read_text
-from rewardsr.train.recipe_text import assign, read_yaml
+from rewardsr.train.recipe_guards import PANEL, PANEL_OF, GuardRecipe, Guards, StopRecipe
+from rewardsr.train.recipe_learning import LoraRecipe, OptimiserRecipe
+from rewardsr.train.recipe_text import Place, assign, read_yaml
 
 LARGEST = 100_000  # bytes of a recipe; the longest of ours has 3,000
-
-
-def _of_user(text: str) -> str:
-    """A path with `~` replaced; whatever else it is (a Hub id, say) stays as it is written."""
-    full = expand(text)
-    return str(full) if text.startswith("~") else text
-
-
-_Place = Annotated[str, AfterValidator(_of_user)]
 
 
 class RewardRecipe(Options):
@@ -94,10 +79,10 @@ class ProtocolRecipe(Options):
 class SourceRecipe(Options):
     """Images from one place: a folder, a list, or a data set of the package `datasets`."""
 
-    path: _Place | None = Field(
+    path: Place | None = Field(
         None, description="folder of images, or text file with the path of an HQ image in each line"
     )
-    dataset: _Place | None = Field(None, description="instead of a path: id on the Hub, or folder of a data set")
+    dataset: Place | None = Field(None, description="instead of a path: id on the Hub, or folder of a data set")
     layout: Literal["auto", "hq", "pairs", "lq"] = Field(
         "auto",
         description="of a path. auto: pairs where there are lq/, lr/ or sr_bicubic/ beside gt/ or hq/; LQ images alone "
@@ -199,86 +184,39 @@ class DataRecipe(ProtocolRecipe):
         return self
 
 
-class LoraRecipe(Options):
-    """The LoRA that is trained."""
-
-    rank: int = Field(4, ge=1, le=4096, description="more than a layer is wide would be for nothing")
-    alpha: float = Field(
-        8.0, gt=0, le=1e6, description="the LoRA is scaled by alpha / rank; the papers' files have 8 at rank 4"
-    )
-    init: _Place | None = Field(
-        None,
-        description="start from this LoRA (rewardsr safetensors, or GDPO-SR's .pkl), whose rank and alpha these must "
-        "be; the reference of a method is the pipeline without it",
-    )
-
-
-_Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-LEARNING_RATES = {"adamw": 5e-5, "adamw8bit": 5e-5, "prodigy": 1.0, "adafactor": 1e-2}  # unless the recipe says one
-
-
-class OptimiserRecipe(Options):
-    """How weights follow their gradients, the learning rate over time, and gradient clipping."""
-
-    name: Literal["adamw", "adamw8bit", "prodigy", "adafactor"] = Field(
-        "adamw",
-        description="adamw8bit (bitsandbytes) keeps moments of 4096 weights and more in 8 bits; prodigy (prodigyopt) "
-        "finds the size of its steps; adafactor keeps row and column means instead of moments. These three wait for "
-        "the device at each tensor",
-    )
-    learning_rate: float = Field(
-        5e-5,
-        gt=0,
-        le=10,
-        description="about what AdamW moves a weight by in an update; prodigy: factor on what it finds, 1 by default; "
-        "adafactor: largest share of a tensor's root mean square, 0.01 by default",
-    )
-    betas: tuple[_Beta, _Beta] | None = Field(
-        (0.9, 0.999), description="of the moving averages; 1 would never learn; adafactor has none"
-    )
-    weight_decay: float = Field(0.01, ge=0, le=10, description="times the learning rate: share taken from the weights")
-    eps: float = Field(1e-8, ge=1e-18, le=1, description="keeps the root of a second moment, which divides, off 0")
-    warmup: int = Field(0, ge=0, le=10**9, description="updates over which the learning rate rises linearly")
-    schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="after warm-up; cosine falls to 0 at the end"
-    )
-    clip: float = Field(1.0, gt=0, le=1e9, description="largest norm of the gradient")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _by_name(cls, content: Any) -> Any:
-        """Defaults that depend on the optimiser."""
-        if not isinstance(content, dict):
-            return content
-        name = str(content.get("name", "adamw"))
-        own = {"learning_rate": LEARNING_RATES[name]} if name in LEARNING_RATES else {}
-        return own | ({"betas": None} if name == "adafactor" else {}) | content
-
-    @model_validator(mode="after")
-    def _betas_where_they_act(self) -> Self:
-        if (self.betas is None) != (self.name == "adafactor"):
-            raise ValueError("betas: adafactor has none, every other optimiser needs two")
-        return self
-
-
 class Recipe(Options):
     """A fine-tuning run. Paths are relative to the folder that the command runs in."""
 
     adapter: str = Field("osediff", description="registered name, or module:Name")
-    base: _Place = Field(description="local diffusers folder, Hub id, or 'embedded' for the pipeline that comes along")
+    base: Place = Field(description="local diffusers folder, Hub id, or 'embedded' for the pipeline that comes along")
     adapter_options: dict[str, Any] = Field(default_factory=dict)
     trainer: str = Field("gdpo", description="registered name, or module:Name")
     trainer_options: dict[str, Any] = Field(default_factory=dict)
     rewards: list[RewardRecipe] = Field(
         default_factory=list, description="what steers the trainer; a supervised one has none that weigh more than 0"
     )
-    guards: list[str] = Field(["psnr", "ssim"], description="metrics watched at validation that do not steer")
+    guards: Guards = Field(
+        (GuardRecipe(name=PANEL),),
+        description="metrics watched on held-out images that do not steer, each a name or {name, margin}. panel: "
+        f"{', '.join(PANEL_OF[True])}; without HQ images {', '.join(PANEL_OF[False])}. []: none",
+    )
+    stop_when: StopRecipe | None = Field(
+        None, description="end the run when a guard falls while the rewards rise ({}: by the defaults); null: only warn"
+    )
+    keep_best: bool = Field(
+        False,
+        description="keep the checkpoint of the largest gain at which no guard was beyond its margin, beside the last "
+        "ones; with stop_when always",
+    )
+    cast_test: bool = Field(
+        False,
+        description="at the end, tell how much of each gain one constant offset of the latents gives; takes about "
+        "three validations",
+    )
     data: DataRecipe
     lora: LoraRecipe = Field(default_factory=LoraRecipe)
     optimiser: OptimiserRecipe = Field(default_factory=OptimiserRecipe)
-    output: _Place = Field(description="folder of the run; must be new or empty, unless resumed")
+    output: Place = Field(description="folder of the run; must be new or empty, unless resumed")
     steps: int = Field(ge=1, lt=10**8, description="optimiser steps; files of a step have eight digits")
     batch_size: int = Field(1, ge=1, le=4096, description="images per process and pass")
     accumulate: int = Field(1, ge=1, le=4096, description="passes whose gradients make one step")
@@ -309,16 +247,36 @@ class Recipe(Options):
     run_name: str | None = Field(None, pattern=r"^\w[\w.-]*$", description="in trackers; null: output's")
 
     @model_validator(mode="after")
-    def _unique_rewards(self) -> Self:
+    def _unique_names(self) -> Self:
         names = [reward.name for reward in self.rewards]
         if len(set(names)) < len(names):
             raise ValueError("rewards: a name occurs twice")
+        names = [guard.name for guard in self.guards]
+        if len(set(names)) < len(names):
+            raise ValueError("guards: a name occurs twice")
         return self
+
+    @model_validator(mode="after")
+    def _held_out_where_needed(self) -> Self:
+        asked = {"stop_when": self.stop_when is not None, "keep_best": self.keep_best, "cast_test": self.cast_test}
+        if needing := [name for name, on in asked.items() if on]:
+            if not self.data.validation:
+                raise ValueError(f"{needing[0]} looks at held-out images: give data.validation")
+            if needing[0] != "cast_test" and not any(reward.weight > 0 for reward in self.rewards):
+                raise ValueError(f"{needing[0]} compares guards with rewards that steer, and there are none")
+        return self
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best checkpoint stays."""
+        return self.keep_best or self.stop_when is not None
 
 
 # What a resumed run may change without becoming another run.
-FREE_ON_RESUME = {"output", "steps", "checkpoint_every", "keep_checkpoints", "max_skipped", "device"}
-FREE_ON_RESUME |= {"log_with", "run_name"}
+FREE_ON_RESUME = {
+    *("output", "steps", "checkpoint_every", "keep_checkpoints", "keep_best", "stop_when", "log_with", "run_name"),
+    *("max_skipped", "device"),
+}
 
 
 def load_recipe(path: str | None, overrides: dict[str, Any], assignments: list[str]) -> Recipe:

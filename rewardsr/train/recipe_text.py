@@ -1,13 +1,24 @@
 """YAML as recipes have it: read safely and within bounds, and single keys set."""
 
 import re
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import AfterValidator
 
 from rewardsr.errors import UserError, one_line, shortened, shown
+from rewardsr.storage import expand
 
 MOST_VALUES, DEEPEST = 10_000, 50  # of a recipe, once its aliases are followed
+
+
+def _of_user(text: str) -> str:
+    """A path with `~` replaced; whatever else it is (a Hub id, say) stays as it is written."""
+    full = expand(text)
+    return str(full) if text.startswith("~") else text
+
+
+Place = Annotated[str, AfterValidator(_of_user)]
 
 
 def read_yaml(text: str, where: str) -> Any:

@@ -19,7 +19,8 @@ from rewardsr.train.checkpoint import State
 from rewardsr.train.loop import step
 from rewardsr.train.optimiser import make_optimiser
 from rewardsr.train.prepare import set_up
-from rewardsr.train.recipe import LEARNING_RATES, OptimiserRecipe, Recipe, to_yaml
+from rewardsr.train.recipe import Recipe, to_yaml
+from rewardsr.train.recipe_learning import LEARNING_RATES, OptimiserRecipe
 
 NAMES = [
     "adamw",
