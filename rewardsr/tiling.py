@@ -114,7 +114,7 @@ class AutoencoderTiles:
     """How images are cut for an autoencoder, so that tiles join without a seam.
 
     Tiles overlap by a quarter of their side, further than an autoencoder's convolutions reach for the most part, and
-    fade into each other in the middle of that. All are normalised alike, by patches of all the image (`rewardsr.pooling`).
+    fade into each other in the middle of that. All are normalised alike, by patches of the whole (`rewardsr.pooling`).
 
     Args:
         networks: the autoencoder, or what it is among.
