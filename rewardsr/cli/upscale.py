@@ -12,9 +12,7 @@ def upscale(
     inputs: Annotated[list[Path], typer.Argument(help="images, or folders of images")],
     output: Annotated[
         Path,
-        typer.Option(
-            "--output", "-o", help="folder for the results; of one image also a file: .png, .jpg, .webp or .tif"
-        ),
+        typer.Option("--output", "-o", help="folder for the results; or of one image a file, .png to .tif"),
     ],
     run: Run = None,
     adapter: AdapterName = "osediff",
@@ -29,7 +27,7 @@ def upscale(
     precision: Precision = None,
     format: Annotated[
         str | None,
-        typer.Option("--format", help="png, jpeg, webp or tiff; by default as the output file ends, else png"),
+        typer.Option("--format", help="png, jpeg, webp or tiff; by default by the output's name, else png"),
     ] = None,
     quality: Annotated[int, typer.Option(help="of JPEG and WebP, 1 to 100; WebP of 100 is lossless")] = 95,
     skip_existing: Annotated[

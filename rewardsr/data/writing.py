@@ -30,7 +30,7 @@ FORMATS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp", "tiff": ".tif"}
 _SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".tif": "tiff", ".tiff": "tiff"}
 _LONGEST = {"jpeg": 65_535, "webp": 16_383}  # sides that the formats can hold
 _MOST_EXIF = 65_527  # bytes in a JPEG
-# What EXIF says of the old pixels: their layout, orientation, resolution and thumbnail, and what is written anew.
+# What EXIF says of the old pixels: their layout, orientation, resolution and thumbnail, and what is new.
 _OF_THE_FILE = {
     *range(254, 260),
     262,
@@ -46,7 +46,7 @@ _OF_THE_FILE = {
     531,
     34675,
 }
-_INCH = 2  # unit of a TIFF's resolution
+_RESOLUTION, _INCH = (282, 283, 296), 2  # across, down, and their unit
 
 
 @dataclass(frozen=True)
@@ -142,11 +142,12 @@ def encode(sr: Tensor, picture: Picture, scale: int, name: str = "png", quality:
     if deep:
         return (_deep_png if name == "png" else _deep_tiff)(array, picture.icc, exif, dpi)
     options: dict[str, Any] = {"icc_profile": picture.icc, "exif": exif, "dpi": dpi}
-    options |= {"jpeg": {"quality": quality, "subsampling": 0}, "tiff": {"compression": "tiff_adobe_deflate"}}.get(
-        name, {}
-    )
-    if name == "webp":
+    if name == "jpeg":
+        options |= {"quality": quality, "subsampling": 0}
+    elif name == "webp":
         options |= {"quality": quality, "lossless": quality == 100, "exact": True}
+    elif name == "tiff":
+        options["compression"] = "tiff_adobe_deflate"
     buffer = io.BytesIO()
     given = {key: value for key, value in options.items() if value is not None}
     Image.fromarray(array).save(buffer, format=name, **given)
@@ -170,15 +171,23 @@ def _picture(image: Image.Image, file: Any) -> Picture:
         alpha = alpha.contiguous().float()
         colours, alpha = _filled(colours, alpha), (None if bool((alpha == 1).all()) else alpha)
     icc = image.info.get("icc_profile")
-    exif = image.getexif()
     return Picture(
         colours,
         alpha,
         deep,
         icc if isinstance(icc, bytes) and icc[16:20] == b"RGB " else None,
-        exif if len(exif) else None,
+        _own_exif(image),
         _dpi(image.info.get("dpi")),
     )
+
+
+def _own_exif(image: Image.Image) -> Image.Exif | None:
+    exif = image.getexif()
+    try:
+        return exif if len(exif) and exif.tobytes() else None
+    except Exception as error:  # cameras write what PIL reads and cannot write
+        logger.warning("EXIF cannot be kept (%s)", one_line(error))
+        return None
 
 
 def _dpi(given: Any) -> tuple[float, float] | None:
@@ -215,7 +224,7 @@ def _on_white(array: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 
 def _exif(given: Image.Exif | None, size: tuple[int, ...], dpi: tuple[float, float] | None) -> Image.Exif | None:
-    """EXIF for upright pixels of this size: without orientation and thumbnail; None also for what cannot be written."""
+    """EXIF for upright pixels of this size: without orientation and thumbnail."""
     if given is None:
         return None
     exif = Image.Exif()
@@ -228,14 +237,7 @@ def _exif(given: Image.Exif | None, size: tuple[int, ...], dpi: tuple[float, flo
         sides = {ExifTags.Base.ExifImageWidth: size[1], ExifTags.Base.ExifImageHeight: size[0]}
         exif[ExifTags.IFD.Exif] |= {int(tag): side for tag, side in sides.items()}
     if dpi is not None:
-        exif.update(
-            {ExifTags.Base.XResolution: dpi[0], ExifTags.Base.YResolution: dpi[1], ExifTags.Base.ResolutionUnit: _INCH}
-        )
-    try:
-        exif.tobytes()
-    except Exception as error:  # cameras write what PIL reads and cannot write
-        logger.warning("EXIF cannot be kept (%s)", one_line(error))
-        return None
+        exif.update(dict(zip(_RESOLUTION, (*dpi, _INCH), strict=True)))
     return exif
 
 
@@ -274,7 +276,7 @@ def _deep_tiff(array: np.ndarray, icc: bytes | None, exif: Image.Exif | None, dp
     if channels == 4:
         tags[338] = 2  # alpha that the colours are not multiplied by
     if dpi is not None:
-        tags[282], tags[283], tags[296] = dpi[0], dpi[1], _INCH
+        tags[282], tags[283], tags[296] = *dpi, _INCH
     if icc is not None:
         tags[34675] = icc
     buffer = io.BytesIO()

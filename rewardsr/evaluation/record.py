@@ -44,13 +44,10 @@ class Record:
     def source(self, batch: Batch, picture: Picture) -> str:
         """Hash of what makes the result of a batch of one image, and of what its file passes on."""
         extras = [part for name in sorted(batch.extras) for part in (name, batch.extras[name])]
-        passed = [
-            repr((picture.deep, picture.dpi)),
-            picture.icc or b"",
-            *([] if picture.alpha is None else [picture.alpha]),
-        ]
+        alpha = b"" if picture.alpha is None else picture.alpha
         exif = b"" if picture.exif is None else picture.exif.tobytes()
-        return _digest(self._settings, batch.lq, repr(batch.prompts), *extras, *passed, exif)
+        passed = (alpha, repr((picture.deep, picture.dpi)), picture.icc or b"", exif)
+        return _digest(self._settings, batch.lq, repr(batch.prompts), *extras, *passed)
 
     @contextmanager
     def claimed(self, target: Path, wait: bool) -> Iterator[bool]:

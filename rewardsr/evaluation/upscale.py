@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypedDict, Unpack, overload
 
@@ -90,8 +91,8 @@ def upscale(
     from there. An image that fails later on (memory is short, its file is gone) is named in the end; all others are
     done. Several processes may make the same call at a time: they share the images.
 
-    Kept are transparency, which is enlarged beside the colours, EXIF, ICC profiles of RGB, the size on paper, and the 16
-    bits of PNG and TIFF files, where the format has a place for them; a warning says what it has none for.
+    Kept are transparency, which is enlarged beside the colours, EXIF, ICC profiles of RGB, the size on paper, and 16
+    bits a channel, where the format has a place for them; a warning says what it has none for.
 
     Args:
         adapter: the pipeline.
@@ -144,14 +145,12 @@ def upscale(
         logger.info("%d of %d results are there already and are kept", len(kept), len(sources))
     remove_own_leftovers(folder)
     todo = sorted(set(range(len(sources))) - set(kept))
-    failed = []
+    failed: list[str] = []
     with progress.bar("upscale", total=len(todo)) as advance:
         # Other processes may do the same: what they are at is left to them, and looked at again in the end.
-        later = [
-            index for index in todo if not _share(work, index, targets[index], record, name, quality, failed, advance)
-        ]
-        for index in later:
-            _share(work, index, targets[index], record, name, quality, failed, advance, wait=True)
+        share = partial(_share, work, targets, record, name, quality, failed, advance)
+        for index in [index for index in todo if not share(index)]:
+            share(index, wait=True)
     if failed:
         raise UserError(f"{len(failed)} of {len(sources)} images have failed, the others are done: {_listed(failed)}")
     return targets
@@ -159,16 +158,17 @@ def upscale(
 
 def _share(
     work: "_Work",
-    index: int,
-    target: Path,
+    targets: Sequence[Path],
     record: Record,
     name: str,
     quality: int,
     failed: list[str],
     advance: Callable[[], object],
+    index: int,
     wait: bool = False,
 ) -> bool:
     """Make one result, unless another process has made it meanwhile; False where one is at it."""
+    target = targets[index]
     with record.claimed(target, wait) as mine:
         if not mine:
             return False
@@ -291,10 +291,8 @@ class _Work:
         calls = self.adapter.calls(*batch.lq.shape[-2:])
         tiled = calls > 2 + len(self.adapter.steps)
         try:
-            with (
-                progress.bar("tiles", total=calls) if tiled else nullcontext(lambda n: None) as advance,
-                counted(advance),
-            ):
+            bar = progress.bar("tiles", total=calls) if tiled else nullcontext(lambda n=1: None)
+            with bar as advance, counted(advance):
                 return upscale_tensor(self.adapter, batch, generator=noise, color_fix=self.color_fix)
         except Exception as error:
             what = batch.paths[0] if batch.paths else f"image {index}"

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/upscale_memory.py [--base BASE] [--color-fix wavelet] 512 1024 2048 4096 8192
 
-Without `--base` on the tiny pipeline of the tests, whose tiles take next to nothing: what is left is what grows with the
-image. Prints a Markdown table: pixels a side, peak resident memory, how much of that is beyond what stands there before,
-and the seconds. One float32 image of 8192 px is 768 MiB.
+Without `--base` on the tiny pipeline of the tests, whose tiles take next to nothing: what is left is what grows with
+the image. Prints a Markdown table: pixels a side, peak resident memory, how much of that was not there before,
+what one float32 image of that size takes, and the seconds.
 """
 
 import argparse
