@@ -64,9 +64,8 @@ def test_16_bits_are_kept(adapter, tmp_path, suffix, channels, caplog) -> None:
     source = tmp_path / f"in{suffix}"
     assert cv2.imwrite(str(source), deep)
     picture = read_picture(source)
-    assert picture.deep and torch.equal(
-        (picture.colours * 65535).round(), torch.from_numpy(deep[..., 2::-1].astype(np.float32)).permute(2, 0, 1)
-    )
+    rgb = torch.from_numpy(deep[..., 2::-1].astype(np.float32)).permute(2, 0, 1)
+    assert picture.deep and torch.equal((picture.colours * 65535).round(), rgb)
     for name in ("png", "tiff"):
         again = tmp_path / name
         again.write_bytes(encode(picture.colours, picture, 1, name))
@@ -87,10 +86,8 @@ def test_transparency_is_enlarged_beside_the_colours(adapter, tmp_path, caplog) 
     Image.fromarray(pixels).save(tmp_path / "a.png")
     picture = read_picture(tmp_path / "a.png")
     assert torch.equal(picture.colours[:, :, 4:], picture.colours[:, :, :4]), "the hidden green does not bleed"
-    for made in (
-        Image.open(upscale(adapter, tmp_path / "a.png", tmp_path / "out")[0]),
-        upscale(adapter, tmp_path / "a.png")[0],
-    ):
+    (file,), (picture,) = (upscale(adapter, tmp_path / "a.png", folder) for folder in (tmp_path / "out", None))
+    for made in (Image.open(file), picture):
         assert made.mode == "RGBA"
         alpha = np.array(made)[..., 3]
         assert (alpha[:, :12] == 255).all() and (alpha[:, 20:] == 0).all() and alpha.shape == (32, 32)
@@ -143,15 +140,13 @@ def test_a_claim_is_one_process_s_own(adapter, tmp_path) -> None:
 
 def test_two_processes_share_a_folder(tiny_base, adapter, tmp_path) -> None:
     for number in range(6):
-        write_image(
-            torch.rand(3, 24, 24, generator=torch.Generator().manual_seed(number)), tmp_path / "in" / f"{number}.png"
-        )
+        picture = torch.rand(3, 24, 24, generator=torch.Generator().manual_seed(number))
+        write_image(picture, tmp_path / "in" / f"{number}.png")
     command = [sys.executable, "-m", "rewardsr", "upscale", str(tmp_path / "in"), "--base", str(tiny_base)]
     command += ["--device", "cpu", "-o", str(tmp_path / "out")]
     one = {**os.environ, "OMP_NUM_THREADS": "1"}
-    both = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=one) for _ in range(2)
-    ]
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, env=one, **piped) for _ in range(2)]
     said = [process.communicate() for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     made = [line.split()[-1] for out, _ in said for line in out.splitlines() if "/6 " in line]
