@@ -165,6 +165,8 @@ def to_array(sr: Tensor, picture: Picture, deep: bool = False, on_white: bool = 
 
 def _picture(image: Image.Image, file: Any) -> Picture:
     deep = file is not None and is_deep(image)
+    # PIL finds that of a PNG behind its pixels, and closes a TIFF once it has read them.
+    early = _own_exif(image) if image.format == "TIFF" else None
     colours, alpha = layers(image, file)
     colours = colours.contiguous().float().div_(255) if colours.dtype == torch.uint8 else colours.contiguous().float()
     if alpha is not None:
@@ -176,7 +178,7 @@ def _picture(image: Image.Image, file: Any) -> Picture:
         alpha,
         deep,
         icc if isinstance(icc, bytes) and icc[16:20] == b"RGB " else None,
-        _own_exif(image),
+        early if image.format == "TIFF" else _own_exif(image),
         _dpi(image.info.get("dpi")),
     )
 
@@ -184,6 +186,8 @@ def _picture(image: Image.Image, file: Any) -> Picture:
 def _own_exif(image: Image.Image) -> Image.Exif | None:
     exif = image.getexif()
     try:
+        for tag in _FOLDERS:
+            exif.get_ifd(tag)
         return exif if len(exif) and exif.tobytes() else None
     except Exception as error:  # cameras write what PIL reads and cannot write
         logger.warning("EXIF cannot be kept (%s)", one_line(error))
