@@ -139,15 +139,15 @@ def encode(sr: Tensor, picture: Picture, scale: int, name: str = "png", quality:
     if exif is not None and name == "jpeg" and len(exif.tobytes()) > _MOST_EXIF:
         logger.warning("EXIF of more than 64 KB has no place in a JPEG, and is left out")
         exif = None
+    if name == "tiff":
+        return _tiff(array, picture.icc, exif, dpi)
     if deep:
-        return (_deep_png if name == "png" else _deep_tiff)(array, picture.icc, exif, dpi)
+        return _deep_png(array, picture.icc, exif, dpi)
     options: dict[str, Any] = {"icc_profile": picture.icc, "exif": exif, "dpi": dpi}
     if name == "jpeg":
         options |= {"quality": quality, "subsampling": 0}
     elif name == "webp":
         options |= {"quality": quality, "lossless": quality == 100, "exact": True}
-    elif name == "tiff":
-        options["compression"] = "tiff_adobe_deflate"
     buffer = io.BytesIO()
     given = {key: value for key, value in options.items() if value is not None}
     Image.fromarray(array).save(buffer, format=name, **given)
@@ -242,7 +242,9 @@ def _exif(given: Image.Exif | None, size: tuple[int, ...], dpi: tuple[float, flo
         exif[ExifTags.IFD.Exif] |= {int(tag): side for tag, side in sides.items()}
     if dpi is not None:
         exif.update(dict(zip(_RESOLUTION, (*dpi, _INCH), strict=True)))
-    return exif
+    own = Image.Exif()
+    own.load(exif.tobytes())  # PIL writes a TIFF's folders only from what it has read
+    return own
 
 
 _FOLDERS = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
@@ -268,14 +270,14 @@ def _deep_png(array: np.ndarray, icc: bytes | None, exif: Image.Exif | None, dpi
     return whole[:end] + b"".join(packed) + whole[end:]
 
 
-def _deep_tiff(array: np.ndarray, icc: bytes | None, exif: Image.Exif | None, dpi: tuple[float, float] | None) -> bytes:
-    """Little-endian, one strip, deflated: PIL writes the tags, and has no mode for the pixels."""
+def _tiff(array: np.ndarray, icc: bytes | None, exif: Image.Exif | None, dpi: tuple[float, float] | None) -> bytes:
+    """One deflated strip. PIL writes the tags alone: it has no 16-bit colour, and loses EXIF where it compresses."""
     height, width, channels = array.shape
-    strip = zlib.compress(array.astype("<u2").tobytes())
+    strip = zlib.compress(array.astype("<u2" if array.dtype == np.uint16 else "u1").tobytes())
     tags: Any = TiffImagePlugin.ImageFileDirectory_v2()
-    for tag, value in (exif or {}).items():
-        tags[tag] = value
-    tags[256], tags[257], tags[258], tags[259], tags[262] = width, height, (16,) * channels, 8, 2
+    for tag, value in () if exif is None else exif.items():
+        tags[tag] = dict(exif.get_ifd(tag)) if exif is not None and tag in _FOLDERS else value
+    tags[256], tags[257], tags[258], tags[259], tags[262] = width, height, (8 * array.itemsize,) * channels, 8, 2
     tags[273], tags[277], tags[278], tags[279], tags[284] = 0, channels, height, len(strip), 1
     if channels == 4:
         tags[338] = 2  # alpha that the colours are not multiplied by
