@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rewardsr.adapters._live import live_network
 from rewardsr.adapters._networks import load_changed
-from rewardsr.adapters.stable_diffusion import Ancestral, Guidance, Parts, Steps, Tile, load_parts, parts_of, times
+from rewardsr.adapters.stable_diffusion import Ancestral, Guidance, Parts, Steps, load_parts, parts_of, times
 from rewardsr.batch import Batch, Condition
 from rewardsr.checks import check
 from rewardsr.draws import Source
@@ -62,7 +62,6 @@ class SeeSR(Ancestral):
             "comes with an image stays empty",
         )
         negative_prompt: str = Field("dotted, noise, blur, lowres, smooth", description="of the guidance")
-        tile: Tile = 96
 
     options: Options
 

@@ -47,6 +47,10 @@ Tile = Annotated[
 ]
 TileOverlap = Annotated[int, Field(le=65_536, description="of neighbouring tiles, in latents")]
 TileBatch = Annotated[int, Field(ge=1, le=65_536, description="tiles of an image in one network call, at most")]
+VAETile = Annotated[
+    int | None,
+    Field(ge=64, le=65_536, description="larger images (in pixels) are en- and decoded in tiles; null: never"),
+]
 
 
 @dataclass
@@ -231,9 +235,10 @@ class StableDiffusion(ISRAdapter):
         """Options of every family; most have a `Scale`, too."""
 
         prompt: str = Field("", description="text for images that bring none")
-        tile: Tile = None
+        tile: Tile = 96
         tile_overlap: TileOverlap = 32
         tile_batch: TileBatch = 4
+        vae_tile: VAETile = 1024
         revision: str | None = Field(None, description="branch, tag or commit of a Hub base")
 
         def tiling(self) -> Tiling | None:
@@ -258,7 +263,7 @@ class StableDiffusion(ISRAdapter):
                 f"{parts.vae.config.latent_channels} of latents and {self.extra_channels} more"
             )
         self.unet, self.vae = parts.unet, parts.vae
-        self.options, self.scale, self.tiling = options, scale, options.tiling()
+        self.options, self.scale, self.tiling, self.vae_tile = options, scale, options.tiling(), options.vae_tile
         self.size_multiple = compression(parts.vae)
         self.networks = {"unet": self.unet, **(more or {}), "vae": self.vae}
         self.trainable = {"unet": self.unet}
@@ -323,12 +328,11 @@ class StableDiffusion(ISRAdapter):
         return text
 
     def _encode(self, batch: Batch, generator: Source | None) -> Condition:
-        image = self.upsample(batch.lq)
-        height, width = image.shape[-2:]
+        height, width = batch.lq.shape[-2:]
         return Condition(
             text=self._text(batch.prompts, len(batch)),
-            latents=self.to_latents(image, generator),
-            size=(height, width),
+            latents=self.lq_latents(batch.lq, generator),
+            size=(height * self.scale, width * self.scale),
         )
 
     def _predict(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:

@@ -25,15 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from rewardsr.batch import Batch, Condition, parts, pick
-from rewardsr.checks import check
+from rewardsr.checks import check_image
 from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError
 from rewardsr.options import Options
 from rewardsr.schedule import Coefficient, Schedule, Time
-from rewardsr.tiling import Tiling, Window
+from rewardsr.sizes import Sizes
+from rewardsr.tiling import Window
 from rewardsr.transfer import to_device
-
-RANGE_SLACK = 1e-3  # resampling and half precision overshoot [0, 1] a little; more than this is another convention
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class BaseModel:
     fingerprint: str
 
 
-class ISRAdapter(ABC):
+class ISRAdapter(Sizes, ABC):
     """A super-resolution pipeline, seen through five hooks.
 
     Attributes:
@@ -68,6 +67,8 @@ class ISRAdapter(ABC):
         guidance: the pipeline's own classifier-free guidance scale; 1 means none.
         eta: how much noise the sampler draws at each step: 0 none (DDIM, Euler), 1 as much as ancestral DDPM.
         tiling: how latents too large for one network call are sampled; None: they never are cut.
+        vae_tile: where no gradient is needed, images of more than so many pixels squared are encoded and decoded in
+            tiles of that side; None: never.
         noisy_condition: whether `encode` needs its generator when sampling, too: the condition itself is noised.
         extras: names of the tensors that `Batch.extras` may bring, read from files beside the images.
         network_call: what runs in place of `_predict`, if anything: a run records its calls (`train.graphs`).
@@ -76,12 +77,8 @@ class ISRAdapter(ABC):
 
     name: ClassVar[str] = ""
     Options: ClassVar[type[Options]] = Options
-    scale: int
-    size_multiple: int
     schedule: Schedule
-    steps: tuple[float, ...]
     noise_t: float | None = None
-    networks: dict[str, nn.Module]
     trainable: dict[str, nn.Module]
     encoders: ClassVar[tuple[str, ...]] = ("vae",)
     lora_targets: dict[str, Sequence[str]]
@@ -91,7 +88,6 @@ class ISRAdapter(ABC):
     released: str | None = None
     guidance: float = 1.0
     eta: float = 0.0
-    tiling: Tiling | None = None
     noisy_condition: bool = False
     extras: ClassVar[tuple[str, ...]] = ()
     network_call: Callable[[Tensor, Tensor, Condition], Tensor] | None = None
@@ -107,11 +103,6 @@ class ISRAdapter(ABC):
     def one_step(self) -> bool:
         """Whether sampling is a single network call."""
         return len(self.steps) == 1
-
-    @property
-    def compression(self) -> int:
-        """How many pixels a latent is wide; `size_multiple`, unless a family pads to more than that."""
-        return self.size_multiple
 
     # ---- the five hooks, public side ----
 
@@ -133,7 +124,7 @@ class ISRAdapter(ABC):
             batch = Batch(lq=batch, prompts=None if prompts is None else tuple(prompts))
         elif prompts is not None:
             raise ValueError("encode: prompts go into the Batch, or beside a bare lq tensor, not both")
-        _check_image("encode: lq", batch.lq)
+        check_image("encode: lq", batch.lq)
         if batch.prompts is not None and len(batch.prompts) != len(batch):
             raise ValueError(f"encode: {len(batch.prompts)} prompts for {len(batch)} images")
         return self._encode(batch.to(self.device), generator)
@@ -168,16 +159,19 @@ class ISRAdapter(ABC):
 
     def to_latents(self, image: Tensor, generator: Source | None = None) -> Tensor:
         """Encode an image at output size, (B, 3, H, W) in [0, 1], to latents (B, C, h, w); no generator: the mode."""
-        _check_image("to_latents: image", image)
-        return self._to_latents(self.pad(to_device(image, self.device)), generator).float()
+        check_image("to_latents: image", image)
+        padded = self.pad(to_device(image, self.device))
+        return self._encoded(
+            len(padded), padded.shape[-2:], lambda which, rows, columns: padded[which, :, rows, columns], generator
+        )
 
     def to_image(self, z0: Tensor) -> Tensor:
         """Decode latents (B, C, h, w) to an image (B, 3, H', W') of the padded size, unclamped: callers clamp."""
         if z0.ndim != 4 or z0.dtype != torch.float32:
             raise ValueError(f"to_image: expected float32 latents (B, C, h, w), got {z0.dtype} {tuple(z0.shape)}")
-        return self._to_image(z0).float()
+        return self._decoded(z0)
 
-    # ---- the five hooks, what an adapter writes; gradients must follow ----
+    # ---- the five hooks, what an adapter writes; gradients must follow. `Sizes` has _to_latents and _to_image ----
 
     @abstractmethod
     def _encode(self, batch: Batch, generator: Source | None) -> Condition: ...
@@ -187,12 +181,6 @@ class ISRAdapter(ABC):
 
     @abstractmethod
     def _predict(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor: ...
-
-    @abstractmethod
-    def _to_latents(self, image: Tensor, generator: Source | None) -> Tensor: ...
-
-    @abstractmethod
-    def _to_image(self, z0: Tensor) -> Tensor: ...
 
     # ---- what every adapter must also say ----
 
@@ -324,7 +312,9 @@ class ISRAdapter(ABC):
     def decode(self, z0: Tensor, condition: Condition) -> Tensor:
         """`sr` (B, 3, H, W) in [0, 1] at exactly the size that belongs to the LQ image."""
         height, width = condition.size
-        return self.to_image(z0)[..., :height, :width].clamp(0, 1)
+        image = self.to_image(z0)[..., :height, :width]
+        # What was joined from tiles is large, and nobody else's.
+        return image.clamp(0, 1) if self._autoencoder_tiles(*z0.shape[-2:]) is None else image.clamp_(0, 1)
 
     def sample(
         self,
@@ -335,18 +325,6 @@ class ISRAdapter(ABC):
     ) -> Tensor:
         """`sr` (B, 3, H, W) in [0, 1]: `sample_latents`, decoded."""
         return self.decode(self.sample_latents(condition, generator, steps, guidance), condition)
-
-    def upsample(self, lq: Tensor) -> Tensor:
-        """LQ images (B, 3, h, w) at output size, bicubic as PIL has it, in [0, 1]."""
-        if self.scale == 1:
-            return lq
-        size = (lq.shape[-2] * self.scale, lq.shape[-1] * self.scale)
-        return nn.functional.interpolate(lq, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-
-    def pad(self, image: Tensor) -> Tensor:
-        """The image padded at the bottom and right (replicate) to `size_multiple`."""
-        right, bottom = -image.shape[-1] % self.size_multiple, -image.shape[-2] % self.size_multiple
-        return nn.functional.pad(image, (0, right, 0, bottom), mode="replicate") if right or bottom else image
 
     def _guided(
         self, z: Tensor, t: float, condition: Condition, guidance: float | None, rows: int | None = None
@@ -376,16 +354,6 @@ class ISRAdapter(ABC):
         if self.tiling is None or not self.tiling.cuts(z):
             return predict(z, condition)
         return self.tiling.apply(tiles, z)
-
-
-def _check_image(what: str, image: Tensor) -> None:
-    if image.ndim != 4 or image.shape[1] != 3 or image.dtype != torch.float32 or not image.numel():
-        raise ValueError(f"{what}: expected float32 (B, 3, H, W), got {image.dtype} {tuple(image.shape)}")
-    low, high = image.detach().aminmax()
-    check(
-        (low >= -RANGE_SLACK) & (high <= 1 + RANGE_SLACK),
-        lambda: ValueError(f"{what}: expected values in [0, 1], got [{float(low):.3g}, {float(high):.3g}]"),
-    )
 
 
 def precision_of(network: nn.Module) -> torch.dtype:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+RANGE_SLACK = 1e-3  # resampling and half precision overshoot [0, 1] a little; more than this is another convention
+
 
 @dataclass(frozen=True)
 class _Note:
@@ -73,6 +75,21 @@ def check(holds: Tensor, error: Callable[[], Exception]) -> None:
     """
     if not _noted(holds, error, None) and not holds:
         raise error()
+
+
+def check_image(what: str, image: Tensor) -> None:
+    """Refuse what is no image (B, 3, H, W) of float32 in [0, 1].
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if image.ndim != 4 or image.shape[1] != 3 or image.dtype != torch.float32 or not image.numel():
+        raise ValueError(f"{what}: expected float32 (B, 3, H, W), got {image.dtype} {tuple(image.shape)}")
+    low, high = image.detach().aminmax()
+    check(
+        (low >= -RANGE_SLACK) & (high <= 1 + RANGE_SLACK),
+        lambda: ValueError(f"{what}: expected values in [0, 1], got [{float(low):.3g}, {float(high):.3g}]"),
+    )
 
 
 def remark(holds: Tensor, say: Callable[[], object]) -> None:

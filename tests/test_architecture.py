@@ -14,9 +14,12 @@ ROOT = Path(__file__).parents[1]
 # A module imports from its own floor or lower ones only.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "run_folder", "options", "places", "checks", "transfer"),
-    ("plugins", "storage", "json_object", "draws", "hub.connection", "console", "progress", "interrupts", "together"),
     (
-        *("weights", "schedule", "tiling", "batch", "hub.fetch"),
+        *("plugins", "storage", "json_object", "draws", "hub.connection"),
+        *("console", "progress", "interrupts", "together", "pooling"),
+    ),
+    (
+        *("weights", "schedule", "tiling", "sizes", "batch", "hub.fetch"),
         *("train.recipe", "train.recipe_guards", "train.recipe_learning", "train.recipe_text"),
     ),
     ("adapter",),

@@ -39,6 +39,7 @@ _GRAY_STEPS = {"L;2": 85, "L;4": 17}  # of a PNG with 2 or 4 bits of gray, sprea
 
 _JPEG_WORK = 2 * 10**10  # scans times pixels: some ten seconds; an everyday file has at most a dozen scans
 _ODD_MODES = {"F": "floating-point values", "LAB": "Lab colours"}
+_ROWS = 256  # that are converted at a time
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_PLANAR = 258, 262, 284
 
 
@@ -47,7 +48,7 @@ def read_image(path: Stored | str) -> Tensor:
 
     Gray and palette images become RGB, CMYK by PIL's plain conversion (colour profiles and gamma are not applied). What
     is transparent is laid on white. The orientation is applied wherever PIL finds it. Of an animation the first frame
-    counts. PNG and 16-bit gray images keep their precision; of other 16-bit colour files PIL reads the upper 8 bits.
+    counts. PNG, TIFF and 16-bit gray images keep their precision; of other 16-bit colour PIL reads the upper 8 bits.
 
     Args:
         path: the file, or the row of a table; its content decides what it is, not its extension.
@@ -70,7 +71,7 @@ def read_pixels(path: Stored | str) -> Tensor:
     Raises:
         UserError: as `read_image`.
     """
-    with _opened(path) as (image, file):
+    with opened(path) as (image, file):
         return _decode(image, file)
 
 
@@ -94,7 +95,23 @@ def to_pil(image: Tensor) -> Image.Image:
         image = image[0]
     if image.ndim != 3 or image.shape[0] != 3 or not image.numel():
         raise ValueError(f"expected an image (3, H, W) or (1, 3, H, W), got {tuple(image.shape)}")
-    return Image.fromarray(to_uint8(image).permute(1, 2, 0).contiguous().cpu().numpy())
+    return Image.fromarray(levels(image))
+
+
+def levels(image: Tensor, deep: bool = False) -> np.ndarray:
+    """(C, H, W) in [0, 1] as an array (H, W, C) of uint8, or of uint16, clamped and rounded, a few rows at a time.
+
+    Raises:
+        ValueError: values that are not finite.
+    """
+    array = np.empty((*image.shape[1:], image.shape[0]), np.uint16 if deep else np.uint8)
+    for first in range(0, len(array), _ROWS):
+        some = image[:, first : first + _ROWS].detach().float().cpu()
+        if not some.isfinite().all():
+            raise ValueError("the image holds values that are not finite")
+        whole = (some.double() if deep else some).clamp(0, 1).mul_(65535 if deep else 255).round_()
+        array[first : first + _ROWS] = whole.permute(1, 2, 0).numpy()
+    return array
 
 
 def image_size(path: Stored | str) -> tuple[int, int]:
@@ -103,7 +120,7 @@ def image_size(path: Stored | str) -> tuple[int, int]:
     Raises:
         UserError: missing, too large, or no image that PIL knows.
     """
-    with _opened(path) as (image, file):
+    with opened(path) as (image, file):
         width, height = image.size
         if image.format in _SIZED and not (image.format == "PNG" and _is_turned_late(image, file)):
             # getexif() would decode a PNG without EXIF in front, to look behind the pixels.
@@ -236,7 +253,7 @@ def _extensions() -> frozenset[str]:
 
 
 @contextmanager
-def _opened(path: Stored | str) -> Iterator[tuple[Image.Image, BinaryIO]]:
+def opened(path: Stored | str) -> Iterator[tuple[Image.Image, BinaryIO]]:
     """The image, not decoded yet, and its file."""
     path = Path(path) if isinstance(path, str) else path
     with reading(path):
@@ -271,28 +288,55 @@ def _is_turned_late(image: Image.Image, file: BinaryIO) -> bool:
 
 
 def _decode(image: Image.Image, file: BinaryIO | None = None) -> Tensor:
-    """(3, H, W), uint8 or float32 in [0, 1], upright and on white, in any order in memory.
+    """(3, H, W), uint8 or float32 in [0, 1], upright and on white, in any order in memory; arguments of `layers`."""
+    colours, alpha = layers(image, file)
+    return colours if alpha is None else (colours * alpha + (1 - alpha)).clamp(0, 1)
+
+
+def layers(image: Image.Image, file: BinaryIO | None = None) -> tuple[Tensor, Tensor | None]:
+    """Colours (3, H, W), and alpha (1, H, W) where something is transparent: uint8 or float32 in [0, 1], upright.
 
     Args:
         image: not decoded yet.
         file: where it is in; gives the deep pixels that PIL has no mode for.
     """
-    stored = str(image.tile[0][3]) if isinstance(image, ImageFile.ImageFile) and image.tile else ""
-    deep = file is not None and image.format == "PNG" and stored in _DEEP_PNG
+    deep, turned = file is not None and is_deep(image), _tiff_orientation(image)
     if file is not None and image.format in ("JPEG", "MPO"):
         file.seek(0)
         scans = file.read().count(b"\xff\xda")  # marks the beginning of each, and stands nowhere inside of one
         if scans * image.width * image.height > _JPEG_WORK:
             raise ValueError(f"{scans} scans of {image.height}x{image.width} pixels take minutes; save it anew")
+    stored = _stored(image)
+    colour = deep and not image.mode.startswith("I")
     with without_remarks() if deep or image.format == "TIFF" else nullcontext():
         image.load()
         check_pixels(image)  # of an icon, now that its size is known
-        pixels = _deep_png(file) if deep and file is not None else _pixels(image, stored)
-    if pixels.shape[0] in (2, 4):
-        alpha = pixels[-1:]
-        pixels = (pixels[:-1] * alpha + (1 - alpha)).clamp(0, 1)
+        pixels = _deep_colour(file) if colour and file is not None else _pixels(image, stored)
     # Only now: PIL finds what stands behind the pixels, and has turned a TIFF by itself.
-    return _upright(pixels.expand(3, -1, -1), _orientation(image))
+    turn = turned if colour and image.format == "TIFF" else _orientation(image)
+    if pixels.shape[0] in (1, 3):
+        return _upright(pixels.expand(3, -1, -1), turn), None
+    return _upright(pixels[:-1].expand(3, -1, -1), turn), _upright(pixels[-1:], turn)
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether an image, not decoded yet, has 16 bits a channel that are read as such."""
+    if image.format == "PNG":
+        return _stored(image) in _DEEP_PNG or image.mode.startswith("I")
+    if image.format != "TIFF" or image.mode.startswith("I"):
+        return image.mode.startswith("I")
+    tags = getattr(image, "tag_v2", {})
+    plain = tags.get(_TIFF_PHOTOMETRIC) == 2 and tags.get(_TIFF_PLANAR, 1) == 1 and set(tags.get(339, (1,))) == {1}
+    return plain and set(tags.get(_TIFF_BITS, ())) == {16} and tags.get(338, (2,)) == (2,)
+
+
+def _stored(image: Image.Image) -> str:
+    return str(image.tile[0][3]) if isinstance(image, ImageFile.ImageFile) and image.tile else ""
+
+
+def _tiff_orientation(image: Image.Image) -> int:
+    value = getattr(image, "tag_v2", {}).get(ExifTags.Base.Orientation, 1) if image.format == "TIFF" else 1
+    return value if value in range(1, 9) else 1
 
 
 def _floats(pixels: Tensor) -> Tensor:
@@ -326,7 +370,7 @@ def _pixels(image: Image.Image, stored: str) -> Tensor:
     return pixels.contiguous().float().div_(255) if len(pixels) == 4 else pixels
 
 
-def _deep_png(file: BinaryIO) -> Tensor:
+def _deep_colour(file: BinaryIO) -> Tensor:
     """(3, H, W) or (4, H, W); PIL has decoded the file before, so it is whole."""
     try:
         import cv2  # comes with pyiqa

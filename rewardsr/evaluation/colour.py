@@ -1,5 +1,7 @@
 """Colour fixes: the colours of the LQ image for what a pipeline made of it."""
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -9,6 +11,8 @@ from rewardsr.errors import UserError
 COLOR_FIXES = ("none", "adain", "wavelet")
 
 _WAVELET_LEVELS = 5
+_REACH = 2**_WAVELET_LEVELS - 1  # of the blurs together, in pixels
+_BAND = 2**22  # pixels that are fixed at a time
 _EPS = 1e-5
 
 
@@ -25,7 +29,7 @@ def adain(sr: Tensor, reference: Tensor) -> Tensor:
     Returns:
         (B, 3, H, W) in [0, 1].
     """
-    return _restyled(sr, reference).clamp(0, 1)
+    return fix_color(sr, reference, "adain")
 
 
 def wavelet(sr: Tensor, reference: Tensor) -> Tensor:
@@ -45,7 +49,7 @@ def wavelet(sr: Tensor, reference: Tensor) -> Tensor:
     """
     if sr.shape != reference.shape:
         raise ValueError(f"wavelet: sr is {tuple(sr.shape)}, but the reference is {tuple(reference.shape)}")
-    return (sr - _coarse(sr) + _coarse(reference)).clamp(0, 1)
+    return fix_color(sr, reference, "wavelet")
 
 
 def fix_color(sr: Tensor, reference: Tensor, color_fix: str) -> Tensor:
@@ -54,10 +58,28 @@ def fix_color(sr: Tensor, reference: Tensor, color_fix: str) -> Tensor:
     Raises:
         UserError: another name.
     """
+    fixed = sr.clone()
+    fix_color_by_rows(fixed, lambda rows: reference[..., rows, :], reference.shape[-2], color_fix)
+    return fixed
+
+
+def fix_color_by_rows(sr: Tensor, reference: Callable[[slice], Tensor], height: int, color_fix: str) -> None:
+    """`fix_color` in place, a few rows at a time.
+
+    Args:
+        sr: (B, 3, H, W) in [0, 1]; is changed.
+        reference: gives rows of the reference.
+        height: of the reference; for "wavelet" that of `sr`, which is as wide, too.
+        color_fix: "none", "adain" or "wavelet".
+
+    Raises:
+        UserError: another name.
+    """
     _check_color_fix(color_fix)
-    if color_fix == "none":
-        return sr
-    return (adain if color_fix == "adain" else wavelet)(sr, reference)
+    if color_fix == "adain":
+        _adain(sr, reference, height)
+    elif color_fix == "wavelet":
+        _wavelet(sr, reference)
 
 
 def _check_color_fix(color_fix: str) -> None:
@@ -65,16 +87,44 @@ def _check_color_fix(color_fix: str) -> None:
         raise UserError(f"unknown colour fix '{color_fix}': choose one of {', '.join(COLOR_FIXES)}")
 
 
-def _restyled(sr: Tensor, reference: Tensor) -> Tensor:
-    (sr_mean, sr_std), (mean, std) = _statistics(sr), _statistics(reference)
-    return (sr - sr_mean) / sr_std * std + mean
+def _adain(sr: Tensor, reference: Callable[[slice], Tensor], height: int) -> None:
+    sr_mean, sr_std = _statistics(sr[..., rows, :] for rows in _bands(sr.shape[-2], sr.shape[-1]))
+    mean, std = _statistics(reference(rows) for rows in _bands(height, sr.shape[-1]))
+    for rows in _bands(sr.shape[-2], sr.shape[-1]):
+        band = sr[..., rows, :]
+        band.copy_(((band - sr_mean) / sr_std * std + mean).clamp_(0, 1))
 
 
-def _statistics(image: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every channel, (B, 3, 1, 1)."""
-    unbiased = int(image.shape[-2] * image.shape[-1] > 1)  # a single pixel has no unbiased variance
-    variance, mean = torch.var_mean(image, dim=(-2, -1), keepdim=True, correction=unbiased)
-    return mean, (variance + _EPS).sqrt()
+def _wavelet(sr: Tensor, reference: Callable[[slice], Tensor]) -> None:
+    height = sr.shape[-2]
+    before = sr[..., :0, :]  # rows above the band, as they were
+    for rows in _bands(height, sr.shape[-1]):
+        first, last = max(0, rows.start - _REACH), min(height, rows.stop + _REACH)
+        near = torch.cat([before[..., before.shape[-2] - (rows.start - first) :, :], sr[..., rows.start : last, :]], -2)
+        before = near[..., : rows.stop - first, :].clone()
+        fixed = near - _coarse(near) + _coarse(reference(slice(first, last)))
+        sr[..., rows, :] = fixed[..., rows.start - first : rows.stop - first, :].clamp_(0, 1)
+
+
+def _bands(height: int, width: int) -> list[slice]:
+    step = max(4 * _REACH, _BAND // width)
+    return [slice(first, min(first + step, height)) for first in range(0, height, step)]
+
+
+def _statistics(bands: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every channel, (B, 3, 1, 1), of an image that comes in parts."""
+    count, mean, squares = 0, torch.zeros(()), torch.zeros(())
+    for band in bands:
+        more = band.shape[-2] * band.shape[-1]
+        variance, middle = torch.var_mean(band, dim=(-2, -1), keepdim=True, correction=0)
+        if not count:
+            count, mean, squares = more, middle, variance * more
+            continue
+        away = middle - mean  # two parts put together, after Chan, Golub and LeVeque (1983)
+        squares = squares + variance * more + away**2 * (count * more / (count + more))
+        mean, count = mean + away * (more / (count + more)), count + more
+    # Unbiased; a single pixel has no such variance.
+    return mean, (squares / max(1, count - 1) + _EPS).sqrt()
 
 
 def _coarse(image: Tensor) -> Tensor:

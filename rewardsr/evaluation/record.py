@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from rewardsr.adapter import ISRAdapter
 from rewardsr.batch import Batch
+from rewardsr.data.writing import Picture
 from rewardsr.errors import UserError
 from rewardsr.options import Options
 from rewardsr.tiling import Tiling
@@ -37,16 +39,49 @@ class Record:
         self._path = folder / FILE
         self._settings = _digest(_pipeline(adapter), *settings)
         self._lines = self._read()
+        self._before = {name: len(lines) for name, lines in self._lines.items()}
 
-    def source(self, batch: Batch) -> str:
-        """Hash of what makes the result of a batch of one image."""
+    def source(self, batch: Batch, picture: Picture) -> str:
+        """Hash of what makes the result of a batch of one image, and of what its file passes on."""
         extras = [part for name in sorted(batch.extras) for part in (name, batch.extras[name])]
-        return _digest(self._settings, batch.lq, repr(batch.prompts), *extras)
+        alpha = b"" if picture.alpha is None else picture.alpha
+        exif = b"" if picture.exif is None else picture.exif.tobytes()
+        passed = (alpha, repr((picture.deep, picture.dpi)), picture.icc or b"", exif)
+        return _digest(self._settings, batch.lq, repr(batch.prompts), *extras, *passed)
+
+    @contextmanager
+    def claimed(self, target: Path, wait: bool) -> Iterator[bool]:
+        """Inside, no other process makes this result; False where one does now and `wait` is not set.
+
+        The claim is a lock of the operating system on a hidden file, and ends with its process, however that ends.
+        """
+        lock = FileLock(target.with_name(f".{target.name[:200]}.lock"), timeout=-1 if wait else 0)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            yield False
+            return
+        except OSError as error:
+            raise UserError(f"cannot write '{lock.lock_file}': {error.strerror or error}") from error
+        try:
+            yield True
+        finally:
+            # Whoever waits for the old file looks for the result as soon as it has the lock.
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+
+    def made_meanwhile(self, target: Path) -> bool:
+        """Whether another process has finished this result since the record was opened."""
+        lines = self._read().get(target.name, [])
+        if len(lines) <= self._before.get(target.name, 0) or not target.exists():
+            return False
+        return lines[-1][1] == _digest(target.read_bytes())
 
     def holds(self, target: Path, source: str) -> bool:
         """Whether the file is there, whole, and made from just this."""
         try:
-            return self._lines.get(target.name) == (source, _digest(target.read_bytes()))
+            return self._lines.get(target.name, [None])[-1] == (source, _digest(target.read_bytes()))
         except OSError as error:
             raise UserError(f"cannot read '{target}': {error.strerror or error}") from error
 
@@ -70,8 +105,9 @@ class Record:
                     self._path.unlink()
             raise
 
-    def _read(self) -> dict[str, tuple[str, str]]:
-        found: dict[str, tuple[str, str]] = {}
+    def _read(self) -> dict[str, list[tuple[str, str]]]:
+        """What was noted of each result, first to last."""
+        found: dict[str, list[tuple[str, str]]] = {}
         try:
             lines = self._path.read_text(errors="replace").splitlines() if self._path.is_file() else []
         except OSError as error:
@@ -79,7 +115,7 @@ class Record:
         for line in lines:
             try:
                 entry = json.loads(line)
-                found[str(entry["name"])] = str(entry["source"]), str(entry["content"])
+                found.setdefault(str(entry["name"]), []).append((str(entry["source"]), str(entry["content"])))
             except (ValueError, KeyError, TypeError, RecursionError):  # cut short by a kill, or not ours
                 continue
         return found

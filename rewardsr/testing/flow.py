@@ -94,12 +94,10 @@ class TinyFlow(ISRAdapter):
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def _encode(self, batch: Batch, generator: Source | None) -> Condition:
-        image = self.upsample(batch.lq)
+        height, width = (side * self.scale for side in batch.lq.shape[-2:])
         prompts = batch.prompts if batch.prompts is not None else (None,) * len(batch)
         text, pooled = self._text([self.options.prompt if prompt is None else prompt for prompt in prompts])
-        condition = Condition(
-            text, self.to_latents(image, generator), (image.shape[-2], image.shape[-1]), pooled=pooled
-        )
+        condition = Condition(text, self.lq_latents(batch.lq, generator), (height, width), pooled=pooled)
         if self.guidance != 1:
             negative, negative_pooled = self._text([self.options.negative_prompt] * len(batch))
             condition = replace(condition, negative=negative, negative_pooled=negative_pooled)

@@ -8,7 +8,7 @@ gradients are averaged once a step instead, so every process takes the same step
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -33,7 +33,7 @@ from rewardsr.together import everywhere
 from rewardsr.train import checkpoint
 from rewardsr.train.checkpoint import State
 from rewardsr.train.compiled import check_one_path, compile_networks, eager
-from rewardsr.train.ending import end
+from rewardsr.train.ending import Ending, end
 from rewardsr.train.graphs import as_written, use_graphs
 from rewardsr.train.guards import Guards
 from rewardsr.train.log import RunLog
@@ -160,10 +160,16 @@ def train(setup: Setup, run: Path, resume: bool, earlier: Recipe | None = None) 
         if whole and not stopping:
             ending = end(setup, run, state.step, guards, held_out)
     accelerator.wait_for_everyone()
+    return _result(run, state.step, whole and state.step == recipe.steps, scored, ending)
+
+
+def _result(
+    run: Path, at: int, finished: bool, scored: Mapping[int, Mapping[str, Any]], ending: Ending | None
+) -> Result:
     last = scored.get(max(scored, default=0) if ending is None else ending.shipped, {}).get("validation", {})
     if ending is None:
-        return Result(state.step, whole and state.step == recipe.steps, run, last)
-    return Result(state.step, True, run, last, ending.stopped, ending.shipped)
+        return Result(at, finished, run, last)
+    return Result(at, True, run, last, ending.stopped, ending.shipped)
 
 
 def _speed_up(setup: Setup) -> None:
