@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # A module imports from its own floor or lower ones only.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "run_folder", "options", "places", "checks", "transfer"),
-    ("plugins", "storage", "json_object", "draws", "hub.connection", "console", "together"),
+    ("plugins", "storage", "json_object", "draws", "hub.connection", "console", "together", "versions"),
     ("weights", "schedule", "tiling", "batch", "hub.fetch", "train.recipe", "train.recipe_text"),
     ("adapter",),
     ("lora", "data", "rewards"),

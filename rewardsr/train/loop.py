@@ -5,6 +5,7 @@ networks are not wrapped for several processes (calls through an adapter would b
 gradients are averaged once a step instead, so every process takes the same step.
 """
 
+import json
 import logging
 import random
 import signal
@@ -29,7 +30,7 @@ from rewardsr.checks import Gathered, gathered
 from rewardsr.draws import Draws, seed_of
 from rewardsr.errors import TrainingError, UserError, is_out_of_memory
 from rewardsr.evaluation.protocol import HeldOut
-from rewardsr.run_folder import RECIPE
+from rewardsr.run_folder import RECIPE, VERSIONS
 from rewardsr.storage import write_text
 from rewardsr.together import any_process
 from rewardsr.train import checkpoint
@@ -44,6 +45,7 @@ from rewardsr.train.recipe import Recipe, to_yaml
 from rewardsr.train.resume import check_goes_on
 from rewardsr.train.update import Means, Samples, update
 from rewardsr.trainers.base import Prepared
+from rewardsr.versions import installed
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +99,7 @@ def train(setup: Setup, run: Path, resume: bool, earlier: Recipe | None = None) 
         use_graphs(setup.adapter, setup.method.trained_weights().values())
     if accelerator.is_main_process:
         write_text(run / RECIPE, to_yaml(recipe))
+        write_text(run / VERSIONS, json.dumps(installed() | {"device": _device(accelerator)}, indent=2) + "\n")
     for note in (*setup.notes, *_other_end(state, recipe, earlier)):
         logger.info(note)
     log = RunLog(run, recipe, state.step, accelerator.is_main_process)
@@ -140,6 +143,11 @@ def train(setup: Setup, run: Path, resume: bool, earlier: Recipe | None = None) 
                 validate()
     accelerator.wait_for_everyone()
     return Result(state.step, state.step == recipe.steps, run, validation)
+
+
+def _device(accelerator: Accelerator) -> str:
+    device = accelerator.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _saved_if_it_fails(
