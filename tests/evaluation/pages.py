@@ -69,10 +69,11 @@ def page_of_two() -> Page:
     ]
     views = [viewed("run", images, **{"psnr": UP, NASTY: EVEN}), viewed("control", images, psnr=EVEN)]
     shades = {"LQ": (90, 90, 90), "base": (100, 100, 100), "run": (110, 104, 100), "HQ": (120, 110, 100)}
+    scores = {
+        label: {"psnr": 0.123456, "one_name_of_a_metric_that_nothing_breaks": -12.3456} for label in ("base", "run")
+    }
     pictures = [
-        Picture(
-            name, {label: encoded((r, g + place, b)) for label, (r, g, b) in shades.items()}, {"base": {"psnr": 0.5}}
-        )
+        Picture(name, {label: encoded((r, g + place, b)) for label, (r, g, b) in shades.items()}, scores)
         for place, name in enumerate(images)
     ]
     return Page(f"report {NASTY}", runs, views, pictures)

@@ -195,12 +195,12 @@ def test_light_and_dark_by_the_system_and_by_the_switch(shown) -> None:
     assert shown.js(ground) == light
 
 
-@pytest.mark.parametrize("width", [320, 360, 768, 1920])
+@pytest.mark.parametrize("width", [320, 360, 768, 1024, 1920])
 def test_no_width_scrolls_sideways(shown, page, width) -> None:
     shown.open(page, width, 740)
+    assert shown.js("return document.documentElement.scrollWidth") <= width
     shown.click("#difference")
-    for part in shown.js("document.querySelectorAll('details').forEach((part) => { part.open = true }); return [0]"):
-        assert part == 0
+    shown.js("document.querySelectorAll('details').forEach((part) => { part.open = true })")
     assert shown.js("return document.documentElement.scrollWidth") <= width
     stage = shown.js("return document.getElementById('stage').getBoundingClientRect().toJSON()")
     assert stage["left"] >= 0 and stage["right"] <= width and stage["width"] > 200

@@ -30,6 +30,7 @@ MEANINGS = {
     "spread/": (SAMPLES, "standard deviation of the score within a group: what there is to choose from"),
     "group/pixel_std": (SAMPLES, "how much the outputs of a group differ, in [0, 1]"),
     "group/tied": (SAMPLES, "share of groups whose outputs score the same, from which nothing is learnt"),
+    "share/": (SAMPLES, "share of the step's images in this window of the sampler"),
     "seconds": (MACHINE, "of a step"),
 }
 
