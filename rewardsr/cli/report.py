@@ -37,7 +37,7 @@ def report(
     from rewardsr.storage import expand
 
     places = [expand(run) for run in runs]
-    if output is None and (len(places) > 1 or not places[0].is_dir()):
+    if output is None and (len(places) > 1 or places[0].is_file()):
         raise UserError("several runs, or a file, have no folder for their page: name it, --output report.html")
     path = places[0] / REPORT if output is None else expand(output)
     check_place(path)
