@@ -89,6 +89,7 @@ def test_the_verdict_knows_cast_and_control() -> None:
     cast_page = Page("", [], [EvaluationView("lora", content)])
     found = judge(cast_page, cast_page.evaluations[0])
     assert found.headline == "Mostly a global cast" and found.tone == "bad"
+    assert "gives 91 % of psnr's gain" in found.sentences[1]
 
 
 def test_the_cast_test_has_its_section(tmp_path) -> None:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rewardsr.evaluation.page.content import EvaluationView, Page, distinct
-from rewardsr.evaluation.report import Comparison, Evaluation
+from rewardsr.evaluation.report import Comparison, Evaluation, OffsetTest
 
 Tone = Literal["good", "bad", "mixed", "none"]
+MOST_NOTES = 3  # of a run; all of them stand beside its recipe
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,11 @@ def judge(page: Page, view: EvaluationView) -> Verdict:
         if not beyond and tone == "good":
             headline, tone = "No more than its control", "bad"
     if found.cast is not None:
-        sentences += found.cast.sentences
+        sentences.append(_cast(found.cast.rewards[lead], lead))
         if any(test.mostly for name, test in found.cast.rewards.items() if name in (steering or [lead])):
             headline, tone = "Mostly a global cast", "bad"
     if run is not None:
-        sentences += run.notes
+        sentences += run.notes[-MOST_NOTES:]
     worst = distinct(found.images)[min(range(len(found.images)), key=compared.differences.__getitem__)]
     return Verdict(view.name, headline, tone, tuple(sentences), lead, worst)
 
@@ -101,6 +102,15 @@ def _listed(names: Sequence[str]) -> str:
 def _on_images(found: Evaluation, lead: str, compared: Comparison) -> str:
     better, count = sum(difference > 0 for difference in compared.differences), len(found.images)
     return f"{lead} {change(compared)}: up on {better} of {count} image{'s' * (count != 1)}."
+
+
+def _cast(test: OffsetTest, name: str) -> str:
+    if not test.gain.low > 0:
+        return f"Cast test: {name} has no gain that an offset of the latents could explain."
+    return (
+        f"Cast test: one constant offset of the latents gives {test.share_in_words} of {name}'s gain; without it the "
+        f"LoRA gives {change(test.without)}."
+    )
 
 
 def _control(page: Page, view: EvaluationView, names: Sequence[str]) -> tuple[bool, str] | None:
