@@ -7,6 +7,9 @@ METRICS = "metrics.jsonl"
 ENDING = "ending.json"  # how the run ended, and which step's weights it left
 LOCK = ".lock"  # while a process trains there
 VALIDATION = "validation"
+PICTURES = "pictures"  # in VALIDATION: single ones, as pictures.write_cells names them
+REPORT = "report.html"
+VERSIONS = "versions.json"  # of what the run was last begun or resumed with
 READY = "hub"  # what a push that found no connection has made ready
 
 CHECKPOINTS = "checkpoints"  # a folder a step, with LORA, FULL and these

@@ -16,7 +16,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "run_folder", "options", "places", "checks", "transfer"),
     (
         *("plugins", "storage", "json_object", "draws", "hub.connection"),
-        *("console", "progress", "interrupts", "together", "pooling"),
+        *("console", "progress", "interrupts", "together", "pooling", "versions"),
     ),
     (
         *("weights", "schedule", "tiling", "sizes", "batch", "hub.fetch"),

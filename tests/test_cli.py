@@ -61,6 +61,37 @@ def test_finetune_leaves_a_run(commands: Commands, tiny_base, hq_folder, tmp_pat
     assert [line["step"] for line in lines] == [0, 1, 2, 2]  # held-out images are scored before and after
     assert set(lines[-1]["validation"]) == {"psnr", "detail", "ssim"}
     assert (tmp_path / "run" / "validation" / "step-00000002.png").is_file()
+    assert f"look at it: {tmp_path / 'run' / 'report.html'}" in answer.out
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert '"LQ",' in page and "ssim (validation)" in page and "group_size: 3" in page and "<dt>torch</dt>" in page
+    again = commands(
+        "report", tmp_path / "run", tmp_path / "run", "-o", tmp_path / "two.html", "--plots", tmp_path / "plots"
+    )
+    assert again.code == 0, again.err
+    assert '"runs":["run","run (2)"]' in (tmp_path / "two.html").read_text()
+    assert (tmp_path / "plots" / "psnr-validation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_refuses_before_it_writes(commands: Commands, tmp_path, monkeypatch) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("steps: 1\n")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    before = snapshot(tmp_path)
+    for arguments, said in (
+        ((run, run), "several runs"),
+        ((tmp_path / "absent",), "no such run or evaluation"),
+        ((tmp_path / "full",), "neither the folder of a run"),
+        ((run, "-o", tmp_path / "page.png"), "let the name end in .html"),
+        ((run, "--plots", tmp_path / "full"), "is not empty"),
+    ):
+        answer = commands("report", *arguments)
+        assert answer.code == 2 and said in answer.err and len(answer.err.splitlines()) == 1, answer.err
+    monkeypatch.setattr("rewardsr.evaluation.page.plots.find_spec", lambda name: None)
+    answer = commands("report", run, "--plots", tmp_path / "plots")
+    assert answer.code == 2 and "pip install 'rewardsr[plots]'" in answer.err
+    assert snapshot(tmp_path) == before
 
 
 def test_options_override_the_recipe_and_set_comes_last(commands: Commands, tiny_base, hq_folder, tmp_path) -> None:

@@ -11,7 +11,7 @@ from rewardsr.errors import UserError
 from rewardsr.evaluation.cast import Cast, OffsetTest
 from rewardsr.evaluation.comparison import Comparison
 from rewardsr.evaluation.report import Evaluation
-from rewardsr.run_folder import LORA
+from rewardsr.run_folder import LORA, REPORT
 
 
 @pytest.fixture
@@ -33,6 +33,11 @@ def test_it_runs_to_its_end(small, caplog) -> None:
     picture = read_image(output / "closeups.png")
     assert picture.shape[2] == 5 * run.CLOSEUP * run.ZOOM + 4 * 4, "LQ, base, gdpo, rfsr, HQ"
     assert len(list_images(output / "upscaled")) == 2
+    page = (output / REPORT).read_text()
+    assert caplog.text.index("look at this first     " + str(output / REPORT)) > caplog.text.index("done in")
+    assert (
+        '"runs":["gdpo","rfsr","gdpo-shuffled"]' in page and 'id="cast"' in page and page.count("data:image/webp") == 10
+    )
     assert "shuffled" in caplog.text and "8-bit rounding" in caplog.text and "done in" in caplog.text
     with pytest.raises(UserError, match="is not empty"):
         run.run_demo(output)

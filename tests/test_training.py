@@ -246,7 +246,7 @@ def test_validation_scores_the_policy_and_draws_pictures(recipe, folder, tmp_pat
     assert at_start["difference"] == 0 and at_end["difference"] != 0
     assert at_start["base_mean"] == at_end["base_mean"]  # the same images and noise every time
     assert at_end["interval"][0] <= at_end["difference"] <= at_end["interval"][1]
-    files = sorted(path.name for path in (tmp_path / "run" / "validation").iterdir())
+    files = sorted(path.name for path in (tmp_path / "run" / "validation").glob("step-*"))
     assert files == [f"step-{step:08d}.{kind}" for step in (0, 4, 6) for kind in ("json", "png")]
     table = json.loads((tmp_path / "run" / "validation" / "step-00000006.json").read_text())
     assert table["images"] == ["000.png", "001.png"]

@@ -14,6 +14,7 @@ from rewardsr.cli.evaluate import evaluate, sweep
 from rewardsr.cli.exchange import export, imports
 from rewardsr.cli.finetune import finetune
 from rewardsr.cli.hub import pull, push, search
+from rewardsr.cli.report import report
 from rewardsr.cli.show import adapters, demo, doctor, rewards
 from rewardsr.cli.upscale import upscale
 
@@ -26,7 +27,21 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-for command in (finetune, upscale, evaluate, sweep, export, push, pull, search, adapters, rewards, doctor, demo):
+for command in (
+    finetune,
+    upscale,
+    evaluate,
+    sweep,
+    report,
+    export,
+    push,
+    pull,
+    search,
+    adapters,
+    rewards,
+    doctor,
+    demo,
+):
     app.command()(command)
 app.add_typer(imports, name="import")
 app.add_typer(data, name="data")

@@ -4,7 +4,7 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from textwrap import indent
@@ -20,7 +20,9 @@ from rewardsr.demo.photos import SOFT, write_folders
 from rewardsr.draws import Draws
 from rewardsr.errors import UserError
 from rewardsr.evaluation.offset import latent_offset
-from rewardsr.evaluation.pictures import Cell, closeup, write_grid
+from rewardsr.evaluation.page import EvaluationView, Page, Picture, write_page
+from rewardsr.evaluation.page.read import read_run
+from rewardsr.evaluation.pictures import Cell, closeup, encode_webp, write_grid
 from rewardsr.evaluation.protocol import HeldOut
 from rewardsr.evaluation.report import Evaluation, side_by_side
 from rewardsr.evaluation.upscale import upscale_tensor
@@ -73,10 +75,10 @@ def run_demo(output: Path, steps: int | None = None) -> None:
 
     logger.info("comparing all of them on held-out photographs ...")
     found, rows = compare(recipes, photos / "val")
-    write_grid(rows, output / "before_after.png")
     write_grid([closeup(row, CLOSEUP, ZOOM) for row in rows], output / "closeups.png")
     for name, table in found.items():
         write_text(output / f"{name}.json", table.to_json())
+    write_page(output / run_folder.REPORT, page_of(found, rows, output))
     logger.info("\nchange against the base [95 % interval over photographs]:")
     for name in RECIPES:
         control = found[SHUFFLED] if name == "gdpo" else None
@@ -126,6 +128,20 @@ def _beside(rows: list[list[Cell]], more: list[list[Cell]], name: str) -> list[l
     """Rows LQ | base | ... | HQ with one more run in them."""
     rows = rows or [[*row[:2], row[-1]] for row in more]
     return [[*row[:-1], (name, of[2][1]), row[-1]] for row, of in zip(rows, more, strict=True)]
+
+
+def page_of(found: Mapping[str, Evaluation], rows: Sequence[list[Cell]], output: Path) -> Page:
+    """Curves, evaluations and photographs of the demo's runs as one page."""
+    labels = ("LQ", "base", *RECIPES, "HQ")
+    pictures = []
+    for place, (name, row) in enumerate(zip(found["gdpo"].images, rows, strict=True)):
+        images = {label: encode_webp(image) for label, (_, image) in zip(labels, row, strict=True)}
+        scores = {run: {key: pair.tuned[place] for key, pair in found[run].rewards.items()} for run in RECIPES}
+        scores["base"] = {key: pair.base[place] for key, pair in found["gdpo"].rewards.items()}
+        pictures.append(Picture(name, images, scores))
+    runs = [read_run(output / name, name) for name in found]
+    views = [EvaluationView(name, one.to_dict()) for name, one in found.items()]
+    return Page("rewardsr demo: a soft lens", runs, views, pictures)
 
 
 def table_of(found: Evaluation, control: Evaluation | None) -> str:
@@ -184,8 +200,8 @@ def _in_a_fresh_process(run: Path, photos: Path, output: Path, expected: list[Te
 
 def _where(output: Path) -> str:
     return f"""\
-  look at this first     {output / "closeups.png"} (LQ | base | gdpo | rfsr | HQ, {ZOOM} times enlarged)
-  whole photographs      {output / "before_after.png"}
+  look at this first     {output / run_folder.REPORT} (in a browser: verdict, sliders, curves, every photograph)
+  the same in one look   {output / "closeups.png"} (LQ | base | gdpo | rfsr | HQ, {ZOOM} times enlarged)
   LoRAs                  {output / "gdpo" / run_folder.LORA}, {output / "rfsr" / run_folder.LORA}
   metrics of every step  {output / "rfsr" / run_folder.METRICS}
   tables, per image      {output / "gdpo.json"}, {output / "rfsr.json"}

@@ -1,5 +1,6 @@
 """Images side by side as one picture."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from rewardsr.data.images import to_uint8, write_image
 from rewardsr.errors import printable
+from rewardsr.storage import write_bytes
 
 Cell = tuple[str, Tensor]
 """A caption and an image (3, H, W): float32 in [0, 1], or uint8."""
@@ -123,6 +125,35 @@ def write_grid(cells: Sequence[Sequence[Cell]], path: Path | str) -> Path:
         UserError: the place cannot be written to.
     """
     return write_image(grid(cells), path)
+
+
+def write_cells(cells: Sequence[Sequence[Cell]], folder: Path, step: int) -> None:
+    """Write the images of `comparison_row`s one by one, as lossless WebP.
+
+    Of row 0: `0000-LQ.webp`, `0000-base.webp` and `0000-HQ.webp`, which stay the same over a run and are written once,
+    and what the tuned pipeline made of it at a step, `0000-step-00000100.webp`.
+
+    Args:
+        cells: the rows.
+        folder: made where it is missing.
+        step: of the run.
+
+    Raises:
+        UserError: the place cannot be written to.
+    """
+    for place, row in enumerate(cells):
+        for caption, image in row:
+            label = caption.rpartition(" ")[2]
+            path = folder / f"{place:04d}-{f'step-{step:08d}' if label == 'tuned' else label}.webp"
+            if label == "tuned" or not path.exists():
+                write_bytes(path, encode_webp(image))
+
+
+def encode_webp(image: Tensor) -> bytes:
+    """An image as `shown` takes it, as lossless WebP."""
+    content = io.BytesIO()
+    Image.fromarray(shown(image).permute(1, 2, 0).numpy()).save(content, "WEBP", lossless=True, method=2)
+    return content.getvalue()
 
 
 def _caption(caption: str, width: int) -> Tensor:

@@ -18,13 +18,13 @@ from rewardsr.batch import Batch
 from rewardsr.draws import Draws
 from rewardsr.errors import TrainingError, UserError, is_out_of_memory
 from rewardsr.evaluation.offset import Offset, cast_of, shifted
-from rewardsr.evaluation.pictures import Cell, comparison_row, shown, write_grid
+from rewardsr.evaluation.pictures import Cell, comparison_row, shown, write_cells, write_grid
 from rewardsr.evaluation.report import Evaluation
 from rewardsr.evaluation.scoring import Scorer, by_metric, check_hq, image_name, negated
 from rewardsr.evaluation.upscale import upscale_tensor
 from rewardsr.lora.layers import reference
 from rewardsr.rewards.base import Reward
-from rewardsr.run_folder import VALIDATION
+from rewardsr.run_folder import PICTURES, VALIDATION
 from rewardsr.storage import write_text
 from rewardsr.together import everywhere
 
@@ -58,7 +58,8 @@ class HeldOut:
         base: a context in which the pipeline is the one to compare with; our LoRA off by default.
         accelerator: the processes that share the images; None: this one alone.
         run: the run's folder: `score` writes pictures and scores of a step to `validation/` there.
-        pictures: the first so many images are shown, enlarged LQ beside base, tuned and HQ.
+        pictures: the first so many images are shown, enlarged LQ beside base, tuned and HQ; in a run's grid the first
+            four of them.
         picture_side: pictures are cut at the centre to this many pixels a side; None: not at all.
         memory_advice: text of the TrainingError that is raised where memory runs out; None: torch's own error.
 
@@ -82,7 +83,7 @@ class HeldOut:
         base: Callable[[], AbstractContextManager[None]] | None = None,
         accelerator: Accelerator | None = None,
         run: Path | None = None,
-        pictures: int = 4,
+        pictures: int = 12,
         picture_side: int | None = 512,
         memory_advice: str | None = None,
     ) -> None:
@@ -174,5 +175,6 @@ class HeldOut:
         if self._run is None or (self._accelerator is not None and not self._accelerator.is_main_process):
             return
         folder = self._run / VALIDATION
-        write_grid(self.rows, folder / f"step-{step:08d}.png")
+        write_grid(self.rows[:4], folder / f"step-{step:08d}.png")
+        write_cells(self.rows, folder / PICTURES, step)
         write_text(folder / f"step-{step:08d}.json", evaluation.to_json())

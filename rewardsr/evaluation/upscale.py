@@ -135,12 +135,7 @@ def upscale(
     record = Record(folder, adapter, color_fix, str(seed), name, str(quality) if name in ("jpeg", "webp") else "")
     kept = [] if overwrite else there
     keys = _refuse_unreadable(work, name, record, [] if skip_existing else kept)
-    others = [targets[index].name for index in keys if not record.holds(targets[index], keys[index])]
-    if others:
-        raise UserError(
-            f"'{folder}' has {len(others)} of the results already ({first_few(others)}), of other settings or another "
-            "program: choose another folder, leave them (--skip-existing), or make them anew (--overwrite)"
-        )
+    _refuse_others(folder, [targets[index] for index in keys if not record.holds(targets[index], keys[index])])
     if kept:
         logger.info("%d of %d results are there already and are kept", len(kept), len(sources))
     remove_own_leftovers(folder)
@@ -154,6 +149,15 @@ def upscale(
     if failed:
         raise UserError(f"{len(failed)} of {len(sources)} images have failed, the others are done: {_listed(failed)}")
     return targets
+
+
+def _refuse_others(folder: Path, others: Sequence[Path]) -> None:
+    if others:
+        names = first_few([other.name for other in others])
+        raise UserError(
+            f"'{folder}' has {len(others)} of the results already ({names}), of other settings or another program: "
+            "choose another folder, leave them (--skip-existing), or make them anew (--overwrite)"
+        )
 
 
 def _share(

@@ -1,18 +1,24 @@
 """`rewardsr finetune` as a function."""
 
+import logging
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from rewardsr.errors import UserError
+from rewardsr.evaluation.page import read_page, write_page
 from rewardsr.interrupts import keeping
 from rewardsr.options import parse
+from rewardsr.run_folder import REPORT
 from rewardsr.storage import remove_leftovers
 from rewardsr.train.dry_run import DryRun, measure_step
 from rewardsr.train.loop import Result, train
 from rewardsr.train.prepare import complete, set_up
 from rewardsr.train.recipe import Recipe, load_recipe
 from rewardsr.train.resume import check_output, held
+
+logger = logging.getLogger(__name__)
 
 
 def finetune(
@@ -47,4 +53,15 @@ def finetune(
         if setup.accelerator.is_main_process:
             remove_leftovers(run)
         with closing(setup.data):
-            return train(setup, run, resume, earlier)
+            result = train(setup, run, resume, earlier)
+        if setup.accelerator.is_main_process:
+            _report(run)
+        return result
+
+
+def _report(run: Path) -> None:
+    """Write the run's page; what keeps it from being written does not make the run fail."""
+    try:
+        logger.info("look at it: %s", write_page(run / REPORT, read_page([run])))
+    except UserError as error:
+        logger.warning("no report: %s", error)

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rewardsr.evaluation.report import Comparison
+from rewardsr.evaluation.comparison import Comparison
 from rewardsr.rewards import build
 from rewardsr.rewards.base import Reward
 from rewardsr.train.recipe import Recipe

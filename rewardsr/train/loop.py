@@ -5,6 +5,7 @@ networks are not wrapped for several processes (calls through an adapter would b
 gradients are averaged once a step instead, so every process takes the same step.
 """
 
+import json
 import logging
 import random
 import time
@@ -27,7 +28,7 @@ from rewardsr.draws import Draws, seed_of
 from rewardsr.errors import TrainingError, UserError, is_out_of_memory
 from rewardsr.evaluation.protocol import HeldOut
 from rewardsr.interrupts import Stop, StoppedError, finishing, keeping
-from rewardsr.run_folder import ENDING, RECIPE
+from rewardsr.run_folder import ENDING, RECIPE, VERSIONS
 from rewardsr.storage import write_text
 from rewardsr.together import everywhere
 from rewardsr.train import checkpoint
@@ -45,6 +46,7 @@ from rewardsr.train.resume import check_goes_on
 from rewardsr.train.trackers import Trackers
 from rewardsr.train.update import Means, Samples, update
 from rewardsr.trainers.base import Prepared
+from rewardsr.versions import installed
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +105,7 @@ def train(setup: Setup, run: Path, resume: bool, earlier: Recipe | None = None) 
     choose_micro_batch(setup, state)
     _speed_up(setup)
     if accelerator.is_main_process:
-        write_text(run / RECIPE, to_yaml(recipe))
+        _write_origin(setup, run)
     for note in (*setup.notes, *_other_end(state, recipe, earlier)):
         logger.info(note)
     trackers = Trackers(run, recipe, state.step) if accelerator.is_main_process else None
@@ -191,6 +193,14 @@ def _not_finite(state: State, metrics: dict[str, Any]) -> TrainingError:
 def _steering(recipe: Recipe) -> dict[str, float]:
     """The weights of the rewards that steer."""
     return {entry.name: entry.weight for entry in recipe.rewards if entry.weight > 0}
+
+
+def _write_origin(setup: Setup, run: Path) -> None:
+    """What the run is made by: its recipe, the versions, and the device."""
+    device = setup.accelerator.device
+    named = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    write_text(run / RECIPE, to_yaml(setup.recipe))
+    write_text(run / VERSIONS, json.dumps(installed() | {"device": named}, indent=2) + "\n")
 
 
 def _saved_if_it_fails(

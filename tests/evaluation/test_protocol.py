@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from rewardsr import load_adapter, lora
 from rewardsr.batch import Batch
@@ -215,8 +216,19 @@ def test_scored_again_the_base_is_remembered(adapter, tmp_path) -> None:
     assert first == again == HeldOut(adapter, images, {"drawing": Drawing()}, seed=5).score()
     assert metric.calls == 3 * 2 + 3
     assert sorted(path.name for path in (tmp_path / "validation").iterdir()) == [
-        f"step-{step:08d}.{kind}" for step in (0, 12) for kind in ("json", "png")
+        "pictures",
+        *(f"step-{step:08d}.{kind}" for step in (0, 12) for kind in ("json", "png")),
     ]
+    single = sorted(path.name for path in (tmp_path / "validation" / "pictures").iterdir())
+    assert single == [
+        f"000{place}-{label}.webp"
+        for place in (0, 1)
+        for label in ("HQ", "LQ", "base", "step-00000000", "step-00000012")
+    ]
+    for place, row in enumerate(held_out.rows):
+        for label, (_, image) in zip(("LQ", "base", "step-00000012", "HQ"), row, strict=True):
+            kept = np.asarray(Image.open(tmp_path / "validation" / "pictures" / f"000{place}-{label}.webp"))
+            assert np.array_equal(kept.transpose(2, 0, 1), image.numpy()), "without loss"
     written = json.loads((tmp_path / "validation" / "step-00000012.json").read_text())
     assert Evaluation.from_dict(written) == again
     assert [[caption for caption, _ in row] for row in held_out.rows] == [

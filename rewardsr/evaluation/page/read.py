@@ -1,0 +1,140 @@
+"""Pages of runs and evaluations that lie on the disk."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rewardsr.errors import UserError, shown
+from rewardsr.evaluation.page.content import EvaluationView, Page, Picture, RunView, distinct
+from rewardsr.evaluation.page.images import chosen, merged
+from rewardsr.json_object import read_object
+from rewardsr.run_folder import METRICS, PICTURES, RECIPE, VALIDATION, VERSIONS
+from rewardsr.storage import read_bytes, read_text
+
+LARGEST = 2**30  # bytes of a file that is read
+EVALUATION = "evaluation.json"
+MOST_NOTES = 20  # of a run
+
+
+def read_page(places: Sequence[Path], title: str | None = None) -> Page:
+    """What runs and evaluations left behind, as one page; nothing is loaded or computed anew.
+
+    Args:
+        places: folders of runs, folders that `evaluate -o` wrote, or JSON files of an evaluation.
+        title: heading; by default the names of the runs.
+
+    Raises:
+        UserError: one of them is something else, or damaged.
+    """
+    names = distinct([_name(place) for place in places])
+    runs: list[RunView] = []
+    evaluations: list[EvaluationView] = []
+    pictures: dict[str, list[Picture]] = {}
+    for name, place in zip(names, places, strict=True):
+        if (place / RECIPE).is_file():
+            runs.append(read_run(place, name))
+            found = _newest_validation(place, name)
+        else:
+            found = _evaluation(place, name)
+        if found is None:
+            continue
+        evaluations.append(found)
+        pictures[name] = list(_pictures_of_run(place, found) if (place / RECIPE).is_file() else _pictures(place, found))
+    held = {name: part for name, part in pictures.items() if part}
+    shown_ones = chosen(merged(held) if held else [], evaluations[0] if evaluations else None)
+    return Page(title or ", ".join(names), runs, evaluations, shown_ones)
+
+
+def read_run(run: Path, name: str) -> RunView:
+    """Recipe, versions, metrics and notes of a run, also of one that has not ended.
+
+    Raises:
+        UserError: it is not the folder of a run.
+    """
+    recipe = read_text(run / RECIPE, f"'{run / RECIPE}'")
+    steps = list(_lines(run / METRICS)) if (run / METRICS).is_file() else []
+    versions = read_object(run / VERSIONS) if (run / VERSIONS).is_file() else {}
+    notes = [
+        f"Step {line['step']}: {key.replace('_', ' ')}: {value}"
+        for line in steps
+        for key, value in line.items()
+        if isinstance(value, str)
+    ]
+    view = RunView(name, recipe, {key: str(value) for key, value in versions.items()}, steps)
+    last, planned = max((line["step"] for line in steps), default=0), view.recipe.get("steps")
+    if isinstance(planned, int) and last < planned:
+        notes.append(f"The run ends at step {last} of {planned}.")
+    return RunView(name, recipe, view.versions, steps, notes[-MOST_NOTES:])
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Lines of metrics; what is none (the last one of a run that is going on, cut off) is left out."""
+    for line in read_bytes(path, f"'{path}'", LARGEST).splitlines():
+        try:
+            content = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(content, dict) and isinstance(content.get("step"), int):
+            yield content
+
+
+def _name(place: Path) -> str:
+    return place.stem if place.suffix == ".json" else place.resolve().name
+
+
+def _newest_validation(run: Path, name: str) -> EvaluationView | None:
+    newest = max((run / VALIDATION).glob("step-*.json"), default=None)
+    return None if newest is None else _read_evaluation(newest, name)
+
+
+def _evaluation(place: Path, name: str) -> EvaluationView:
+    if place.is_dir():
+        place = place / EVALUATION
+        if not place.is_file():
+            raise UserError(f"'{place.parent}' is neither the folder of a run ({RECIPE}) nor of an evaluation")
+    if not place.is_file():
+        raise UserError(f"no such run or evaluation: '{place}'")
+    return _read_evaluation(place, name)
+
+
+def _read_evaluation(path: Path, name: str) -> EvaluationView:
+    view = EvaluationView(name, read_object(path))
+    try:
+        if not view.evaluation.images or not view.evaluation.rewards:
+            raise UserError("no images or no metrics")
+    except UserError as error:
+        raise UserError(f"'{path}' is not an evaluation: {error}") from error
+    return view
+
+
+def _pictures_of_run(run: Path, view: EvaluationView) -> Iterator[Picture]:
+    """Single pictures of the newest validation, as `write_cells` left them."""
+    folder = run / VALIDATION / PICTURES
+    for place, name in enumerate(distinct(view.evaluation.images)):
+        newest = max(folder.glob(f"{place:04d}-step-*.webp"), default=None)
+        files = {label: folder / f"{place:04d}-{label}.webp" for label in ("LQ", "base", "HQ")}
+        if newest is not None:
+            files = {"LQ": files["LQ"], "base": files["base"], "tuned": newest, "HQ": files["HQ"]}
+        images = {label: read_bytes(file, f"'{file}'", LARGEST) for label, file in files.items() if file.is_file()}
+        if images:
+            yield Picture(name, images, scores_of(view, place))
+
+
+def _pictures(folder: Path, view: EvaluationView) -> Iterator[Picture]:
+    """Pictures of an evaluation: `pictures/<system>/<image>.png`."""
+    systems = sorted(path for path in (folder / PICTURES).glob("*") if path.is_dir()) if folder.is_dir() else []
+    for place, name in enumerate(distinct(view.evaluation.images)):
+        files = {path.name: path / f"{Path(view.evaluation.images[place]).stem}.png" for path in systems}
+        images = {label: read_bytes(file, shown(str(file)), LARGEST) for label, file in files.items() if file.is_file()}
+        if images:
+            yield Picture(name, images, scores_of(view, place))
+
+
+def scores_of(view: EvaluationView, place: int) -> dict[str, dict[str, float]]:
+    """What the image at a place scored, base and tuned."""
+    rewards = view.evaluation.rewards.items()
+    return {
+        "base": {name: comparison.base[place] for name, comparison in rewards},
+        "tuned": {name: comparison.tuned[place] for name, comparison in rewards},
+    }
