@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from rewardsr.errors import UserError, shown
 from rewardsr.json_object import read_object
-from rewardsr.weights import read_network, variant_of
+from rewardsr.outline import is_outlined
+from rewardsr.weights import read_network, read_outline, variant_of
 
 # On a CPU it warns of a kernel that nobody asked for as soon as diffusers is imported.
 logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
@@ -53,7 +54,8 @@ def load_changed(folder: Path, kind: Any, expected: str, change: Change | None =
     """
     try:
         config = read_object(folder / "config.json")
-        state = {name: value.float() for name, value in read_network(folder, WEIGHTS).items()}
+        read = read_outline if is_outlined(folder.name) else read_network
+        state = {name: value.float() for name, value in read(folder, WEIGHTS).items()}
     except UserError as error:
         raise UserError(f"{error} (expected {expected})") from error
     return assemble(kind, config, state, str(folder), change)
@@ -104,6 +106,8 @@ def read_part(folder: Path, kind: Any) -> Any:
     """
     options: dict[str, Any] = {"local_files_only": True}
     network = issubclass(kind, nn.Module)
+    if network and is_outlined(folder.name) and (outline := _outline(folder, kind)) is not None:
+        return outline
     if network:
         options |= {"torch_dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
         options["variant"] = variant_of(folder, WEIGHTS if kind.__module__.startswith("diffusers.") else "model")
@@ -121,6 +125,42 @@ def read_part(folder: Path, kind: Any) -> Any:
     if more and kind.__module__.startswith("diffusers."):
         raise UserError(f"'{folder}' is no plain {kind.__name__}, but another family's: it has {_first(more)} besides")
     return made
+
+
+def _outline(folder: Path, kind: Any) -> Any:
+    """The network without its weights (`rewardsr.outline`); None where names or shapes are not plainly its own.
+
+    What is wrong then, or how the libraries understand it all the same, shows when they read all of it.
+    """
+    from accelerate import init_empty_weights
+
+    diffusers = kind.__module__.startswith("diffusers.")
+    state = read_outline(folder, WEIGHTS if diffusers else "model")
+    config = read_object(folder / "config.json")
+    try:
+        with init_empty_weights(include_buffers=False):
+            network = kind.from_config(config) if diffusers else kind(kind.config_class.from_dict(config))
+    except Exception:  # the libraries share no error class
+        return None
+    network.eval()
+    own = {_plain(name): name for name in network.state_dict()}
+    named = {own[plain]: value.float() for name, value in state.items() if (plain := _plain(name)) in own}
+    if len(named) < len(own) or (diffusers and len(state) > len(own)):
+        return None
+    if any(value.shape != named[name].shape for name, value in network.state_dict().items()):
+        return None
+    network.load_state_dict(named, strict=True, assign=True)
+    return network
+
+
+_OF_OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # in autoencoders of diffusers
+
+
+def _plain(name: str) -> str:
+    """A tensor's name as current libraries have it, without the prefix that only some of their versions have."""
+    *parents, layer, kind = name.removeprefix("text_model.").split(".") if "." in name else ("", name)
+    old = "attentions" in parents
+    return ".".join((*parents, _OF_OLD.get(layer, layer) if old else layer, kind))
 
 
 def read_tokenizer(folder: Path) -> Any:

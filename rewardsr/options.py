@@ -1,6 +1,6 @@
 """Options that users set: strict models, one line for the first thing that is wrong, and the list of what there is."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
@@ -69,25 +69,46 @@ def parse(model: type[Model], content: Mapping[str, Any], where: str) -> Model:
 
 
 class Option(NamedTuple):
-    """One option of a model, in words."""
+    """One option of a model, in words; `name` is dotted for those of a section."""
 
     name: str
     type: str
     default: str
     description: str
+    bounds: str
 
 
 def describe(model: type[Options]) -> list[Option]:
-    """All options of a model, in its order."""
-    return [
-        Option(
-            name,
-            _in_words(entry.annotation),
-            "required" if entry.is_required() else _default(entry.get_default(call_default_factory=True)),
-            entry.description or "",
-        )
-        for name, entry in model.model_fields.items()
-    ]
+    """All options of a model, in its order; a section's instead of the section."""
+    found = []
+    for name, entry in model.model_fields.items():
+        kind = entry.annotation
+        if isinstance(kind, type) and issubclass(kind, Options) and not entry.is_required():
+            own = entry.get_default(call_default_factory=True)
+            found += [
+                option._replace(name=f"{name}.{option.name}", default=_default(_at(own, option.name)))
+                for option in describe(kind)
+            ]
+            continue
+        default = "required" if entry.is_required() else _default(entry.get_default(call_default_factory=True))
+        found.append(Option(name, _in_words(kind), default, entry.description or "", _bounds(entry.metadata)))
+    return found
+
+
+def _at(value: Any, dotted: str) -> Any:
+    for name in dotted.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _bounds(metadata: Sequence[Any]) -> str:
+    """What numbers may be, in words: "1 to 64", "above 0, below 1"."""
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    found = {word: value for entry in metadata for word in words if (value := getattr(entry, word, None)) is not None}
+    found = {word: value for word, value in found.items() if abs(value) < 10**8}  # the others keep nobody from anything
+    if found.keys() == {"ge", "le"}:
+        return f"{found['ge']:g} to {found['le']:g}"
+    return ", ".join(f"{words[word]} {value:g}" for word, value in found.items())
 
 
 def _plain_kinds(annotation: Any) -> Iterator[Any]:
@@ -111,11 +132,21 @@ def _in_words(annotation: Any) -> str:
         return _in_words(get_args(annotation)[0])
     if annotation is NoneType:
         return "null"
-    return annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
+    if get_origin(annotation) is tuple and Ellipsis not in get_args(annotation):
+        return f"[{', '.join(map(_in_words, get_args(annotation)))}]"
+    if get_origin(annotation) in (list, tuple):
+        return f"list of {_in_words(get_args(annotation)[0])}"
+    if get_origin(annotation) is dict or (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        return "mapping"
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
 def _default(value: Any) -> str:
-    return "null" if value is None else repr(value) if value == "" else str(value)
+    if value is None or isinstance(value, bool):
+        return {None: "null", False: "false", True: "true"}[value]
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_default, value))}]"
+    return repr(value) if value == "" else str(value)
 
 
 def _explain(model: type[BaseModel], loc: tuple[int | str, ...], kind: str, message: str, value: Any) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,12 +15,14 @@ from rewardsr import lora, plugins
 from rewardsr.adapter import ISRAdapter
 from rewardsr.errors import UserError, shown
 from rewardsr.hub.fetch import EMBEDDED, fetch_lora, is_reference
-from rewardsr.options import describe, parse
+from rewardsr.lora.pairs import Lora
+from rewardsr.options import parse
+from rewardsr.outline import outlined
 from rewardsr.places import is_place
 from rewardsr.plugins import names, resolve_class
 from rewardsr.progress import waiting
 from rewardsr.rewards import is_plugin
-from rewardsr.run_folder import RECIPE
+from rewardsr.run_folder import RECIPE, of_checkpoint
 from rewardsr.storage import expand
 from rewardsr.train import recipe as recipes
 from rewardsr.train.recipe import Recipe
@@ -155,13 +157,6 @@ def adapter_options(name: str, given: Mapping[str, Any]) -> Any:
     return parse(adapter_class(name).Options, given, f"adapter '{name}'")
 
 
-def options_table(name: str) -> str:
-    """The options of an adapter as a Markdown table, as adapters/README.md has it."""
-    rows = [("option", "type", "default", "meaning"), ("---",) * 4]
-    rows += [(f"`{o.name}`", o.type, f"`{o.default}`", o.description) for o in describe(adapter_class(name).Options)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
 def choose_device(device: str, precision: str) -> tuple[torch.device, torch.dtype]:
     """The device, and the precision that the base computes in there.
 
@@ -220,21 +215,22 @@ def open_run(
     loras: Sequence[str] | None = None,
     *,
     strength: float = 1.0,
-    device: str = "auto",
+    device: str | None = "auto",
     precision: str | None = None,
     force_base: bool = False,
 ) -> tuple[ISRAdapter, Recipe | None]:
     """Load a pipeline and, where there is one, its LoRA.
 
     Args:
-        run: folder of a run, or "user/name[@revision]" on the Hub; its recipe names adapter, base and options, and its
-            LoRA is loaded. A recipe from the Hub is a stranger's: it names registered plug-ins only, and no place here.
+        run: folder of a run or of a checkpoint in it, or "user/name[@revision]" on the Hub; its recipe names adapter,
+            base and options, and its LoRA is loaded. A recipe from the Hub is a stranger's: it names registered
+            plug-ins only, and no place here.
         adapter: without a run.
         base: without a run; beside one, where the run's base lies here.
         options: `key=value` strings; they override those of the recipe.
         loras: LoRA files, folders or Hub references, instead of the run's; `:weight` behind one is its share.
         strength: scale of the LoRA.
-        device: as in a recipe.
+        device: as in a recipe; None leaves the pipeline as it is loaded, in float32 on the CPU.
         precision: as in a recipe; None: the run's, else auto.
         force_base: load the LoRA although it belongs to another base.
 
@@ -244,34 +240,89 @@ def open_run(
     Raises:
         UserError: neither run nor base, or anything that cannot be had.
     """
+    chosen = _choose(run, adapter, base, options, loras, strength)
+    stated = precision or (chosen.recipe.precision if chosen.recipe else "auto")
+    where = None if device is None else choose_device(device, stated)
+    pipeline = chosen.load() if where is None else chosen.load().to(*where)
+    if len(chosen.parts) == 1:
+        lora.load(pipeline, *chosen.parts[0], force_base)
+    elif chosen.parts:
+        lora.load_several(pipeline, chosen.parts, force_base)
+    return pipeline, chosen.recipe
+
+
+def open_outline(
+    run: str | None = None,
+    adapter: str = "osediff",
+    base: str | None = None,
+    options: Sequence[str] | None = None,
+    loras: Sequence[str] | None = None,
+    *,
+    strength: float = 1.0,
+    force_base: bool = False,
+) -> tuple[ISRAdapter, Lora | None]:
+    """A pipeline in outline (`rewardsr.outline`), for what a LoRA fits; and the LoRA as one, its strength taken in.
+
+    Args: as `open_run`.
+
+    Returns:
+        The pipeline, and the LoRA; None where neither run nor LoRAs are given.
+
+    Raises:
+        UserError: as `open_run`; or weights were trained in full beside a LoRA.
+    """
+    chosen = _choose(run, adapter, base, options, loras, strength)
+    with outlined():
+        pipeline = chosen.load()
+    return pipeline, lora.gather(pipeline, chosen.parts, force_base) if chosen.parts else None
+
+
+class _Chosen(NamedTuple):
+    """A pipeline and its LoRAs, before anything of them is loaded."""
+
+    adapter: str
+    base: str
+    options: Mapping[str, Any]
+    parts: Sequence[tuple[str, float]]
+    recipe: Recipe | None
+    stranger: str | None  # the run on the Hub that names the pipeline
+    given: Sequence[str]  # texts among the options that the user gave
+
+    def load(self) -> ISRAdapter:
+        """The pipeline, in float32 on the CPU."""
+        with plugins.registered_only(f"the run '{self.stranger}'", self.given) if self.stranger else nullcontext():
+            return adapter_class(self.adapter).load(self.base, adapter_options(self.adapter, self.options))
+
+
+def _choose(
+    run: str | None,
+    adapter: str,
+    base: str | None,
+    options: Sequence[str] | None,
+    loras: Sequence[str] | None,
+    strength: float,
+) -> _Chosen:
     if not math.isfinite(strength):
         raise UserError(f"strength is {strength}, expected a finite number")
-    chosen, dtype = choose_device(device, precision or "auto")
     given = recipes.assignments_of(list(options or ()), "--option")
     parts = [weighted(text) for text in loras or ()]
-    recipe, stranger = None, False
+    recipe, stranger = None, None
     settings: dict[str, Any] = {}
     if run is not None:
-        stranger = is_reference(run)
+        stranger = run if is_reference(run) else None
         folder = fetch_lora(run) if stranger else expand(run)
-        recipe = recipes.load_recipe(str(folder / RECIPE), {}, [])
+        recipe = recipes.load_recipe(str(of_checkpoint(folder) / RECIPE), {}, [])
         if stranger:
             _check_stranger(recipe, run, base is None, given)
         adapter, base, settings = recipe.adapter, base or recipe.base, dict(recipe.adapter_options)
         parts = parts or [(str(folder), 1.0)]
-        chosen, dtype = choose_device(device, precision or recipe.precision)
     if base is None:
         raise UserError(
             "say which pipeline: --run FOLDER of a run, or --base with a diffusers folder, a Hub id or 'embedded'"
         )
-    named = [value for value in given.values() if isinstance(value, str)]
-    with plugins.registered_only(f"the run '{run}'", named) if stranger else nullcontext():
-        pipeline = load_adapter(adapter, base, device=chosen, dtype=dtype, **(settings | given))
-    if len(parts) == 1:
-        lora.load(pipeline, parts[0][0], strength * parts[0][1], force_base)
-    elif parts:
-        lora.load_several(pipeline, [(source, strength * weight) for source, weight in parts], force_base)
-    return pipeline, recipe
+    texts = [value for value in given.values() if isinstance(value, str)]
+    weighed = [(source, strength * weight) for source, weight in parts]
+    return _Chosen(adapter, base, settings | given, weighed, recipe, stranger, texts)
 
 
 def _check_stranger(recipe: Recipe, run: str, uses_base: bool, given: Mapping[str, Any]) -> None:
@@ -336,15 +387,3 @@ def weighted(text: str) -> tuple[str, float]:
     if not math.isfinite(value):
         raise UserError(f"--lora {text}: the weight is not a finite number")
     return source, value
-
-
-def describe_adapters() -> list[tuple[str, str]]:
-    """Name and first line of the documentation of every registered adapter; why, of one that does not load."""
-    described = []
-    for name in names("adapters"):
-        try:
-            text = str(adapter_class(name).__doc__ or "").strip()
-        except UserError as error:  # of another package: a list is no place to stop at a stranger's mistake
-            text = f"does not load: {error}"
-        described.append((name, text.partition("\n")[0]))
-    return described

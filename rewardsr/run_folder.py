@@ -1,4 +1,6 @@
-"""Every file name of a run, once, and the names in the header of its LoRA."""
+"""Every file name of a run, once, the names in the header of its LoRA, and where in a run things lie."""
+
+from pathlib import Path
 
 RECIPE = "recipe.yaml"
 LORA = "pytorch_lora_weights.safetensors"
@@ -25,3 +27,22 @@ SAMPLES = "samples"
 # Keys of a LoRA file's text header:
 DIFFUSERS_HEADER = "lora_adapter_metadata"  # where diffusers looks for rank and alpha
 OUR_HEADER = "rewardsr"  # base, rank and alpha, as JSON
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Finished checkpoints, oldest first: only a finished one ever gets its name."""
+    return sorted((run / CHECKPOINTS).glob("step-*"))
+
+
+def with_weights(run: Path) -> Path:
+    """The folder that holds what a run has learnt: its own, or of a run that did not end its newest whole checkpoint.
+
+    Where there is neither, it is the run's own.
+    """
+    held = [folder for folder in checkpoints(run) if (folder / LORA).is_file() or (folder / FULL).is_file()]
+    return run if (run / LORA).is_file() or (run / FULL).is_file() or not held else held[-1]
+
+
+def of_checkpoint(folder: Path) -> Path:
+    """The folder of the run that a checkpoint belongs to; of anything else, the folder itself."""
+    return folder.parent.parent if folder.absolute().parent.name == CHECKPOINTS else folder

@@ -2,7 +2,8 @@
 
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from rewardsr.errors import UserError, one_line
 from rewardsr.json_object import LONGEST_NAME, read_object
+from rewardsr.outline import sampled
 from rewardsr.storage import write_bytes
 
 _INDEX = "{}.safetensors.index.json"  # of weights in several files
@@ -42,18 +44,27 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         UserError: no such file, or it is damaged.
     """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in _names(path, file)}, dict(file.metadata() or {})
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise UserError(f"no file '{path}'")
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            header = dict(file.metadata() or {})
+            yield file
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"'{path}' is damaged or not a safetensors file: {one_line(error)}") from error
-    for name in tensors:
+
+
+def _names(path: Path, file: Any) -> list[str]:
+    names = list(file.keys())
+    for name in names:
         if not name.isprintable() or len(name) > LONGEST_NAME:
             raise UserError(f"'{path}' is damaged: {name[:LONGEST_NAME]!r} is no name of a tensor")
-    return tensors, header
+    return names
 
 
 def variant_of(folder: Path, stem: str) -> str | None:
@@ -85,20 +96,53 @@ def read_network(folder: Path, stem: str) -> dict[str, Tensor]:
     Raises:
         UserError: as `variant_of`; or a file is missing or damaged.
     """
+    tensors: dict[str, Tensor] = {}
+    for file in _files(folder, stem):
+        tensors |= read_safetensors(file)[0]
+    return tensors
+
+
+def read_outline(folder: Path, stem: str) -> dict[str, Tensor]:
+    """As `read_network`, but of names and shapes alone: tensors on the meta device, except those of `outline.sampled`.
+
+    Of the files only the headers are read, and these tensors.
+
+    Raises:
+        UserError: as `read_network`.
+    """
+    tensors: dict[str, Tensor] = {}
+    files = _files(folder, stem)
+    for path in files:
+        with _opened(path) as file:
+            for name in _names(path, file):
+                part = file.get_slice(name)
+                kind = torch.int64 if part.get_dtype().startswith(("I", "U", "BOOL")) else torch.float32
+                tensors[name] = torch.empty(part.get_shape(), dtype=kind, device="meta")
+    wanted = sampled({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    for path in files:
+        with _opened(path) as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys() if name in wanted}  # noqa: SIM118
+    return tensors
+
+
+def _files(folder: Path, stem: str) -> list[Path]:
+    """The files of a network's weights, whose index, where there are several, tells no lies."""
     variant = variant_of(folder, stem)
     index = folder / (_INDEX.format(stem) if variant is None else f"{stem}.safetensors.index.{variant}.json")
     if not index.is_file():
-        return read_safetensors(folder / f"{stem}.{'' if variant is None else f'{variant}.'}safetensors")[0]
+        return [folder / f"{stem}.{'' if variant is None else f'{variant}.'}safetensors"]
     places: Any = read_object(index).get("weight_map")
     files: list[Any] = list(places.values()) if isinstance(places, dict) else [None]
     if not all(isinstance(file, str) and Path(file).name == file for file in files):
         raise UserError(f"'{index}' is damaged: expected files beside it, by tensor, as weight_map")
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(set(files)):
-        tensors |= read_safetensors(folder / file)[0]
-    if tensors.keys() != places.keys():
-        raise UserError(f"'{index}' and its files disagree about {min(tensors.keys() ^ places.keys())}")
-    return tensors
+    found: set[str] = set()
+    paths = [folder / file for file in sorted(set(files))]
+    for path in paths:
+        with _opened(path) as file:
+            found |= set(_names(path, file))
+    if found != places.keys():
+        raise UserError(f"'{index}' and its files disagree about {min(found ^ places.keys())}")
+    return paths
 
 
 def read_pickle(path: Path) -> Any:

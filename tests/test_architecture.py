@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # From low to high; an entry stands for the module or package and what is in it, unless a longer entry names that.
 # A module imports from its own floor or lower ones only.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "run_folder", "options", "places", "checks", "transfer"),
+    ("errors", "run_folder", "options", "outline", "places", "checks", "transfer"),
     (
         *("plugins", "storage", "json_object", "draws", "hub.connection"),
         *("console", "progress", "interrupts", "together", "pooling", "versions"),
@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("adapter",),
     ("lora", "data", "rewards"),
     ("adapters", "trainers"),
-    ("pipelines",),
+    ("pipelines", "catalogue"),
     ("evaluation",),
     ("train", "hub"),
     ("testing", "demo", "doctor", "cli", "", "__main__"),

@@ -7,9 +7,9 @@ import pytest
 import stranger_package
 
 import rewardsr
-from rewardsr import Recipe, UserError, load_adapter, plugins
+from rewardsr import Recipe, UserError, catalogue, load_adapter, plugins
 from rewardsr.options import parse
-from rewardsr.pipelines import adapter_class, describe_adapters, options_table
+from rewardsr.pipelines import adapter_class
 from rewardsr.testing import check_adapter
 from rewardsr.train.prepare import set_up
 
@@ -88,7 +88,7 @@ def test_lists_tell_of_broken_plugins_and_go_on(installed, commands) -> None:
         answer = commands(command)
         assert answer.code == 0, answer.err
         assert "does not load" in answer.out and "good" in answer.out
-    assert [name for name, text in describe_adapters() if "does not load" in text] == ["broken"]
+    assert [name for name, text in catalogue.entries("adapters") if "does not load" in text] == ["broken"]
 
 
 @pytest.mark.parametrize(
@@ -175,13 +175,13 @@ def test_a_scale_that_is_promised_must_hold(recipe) -> None:
 def test_the_options_of_an_adapter_are_listed(commands, refused) -> None:
     answer = commands("adapters", "osediff")
     assert answer.code == 0, answer.err
-    for part in ("noise_t (int or null, default null): ", "scale (int, default 4): ", "tile_overlap"):
+    for part in ("noise_t (int or null, default null): ", "scale (int, 1 to 64, default 4): ", "tile_overlap"):
         assert part in answer.out
     assert "did you mean 'osediff'?" in refused("adapters", "osedif")
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_the_readme_has_the_options_that_there_are(name) -> None:
-    table = options_table(name)
+    table = catalogue.table(catalogue.options_of("adapters", name))
     assert table in (Path(__file__).parents[1] / "adapters" / "README.md").read_text(), table
     assert all(row.count(" | ") == 3 and not row.endswith("|  |") for row in table.splitlines())

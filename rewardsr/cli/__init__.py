@@ -14,37 +14,32 @@ from rewardsr.cli.evaluate import evaluate, sweep
 from rewardsr.cli.exchange import export, imports
 from rewardsr.cli.finetune import finetune
 from rewardsr.cli.hub import pull, push, search
+from rewardsr.cli.panels import HELP, Command, Group
 from rewardsr.cli.report import report
-from rewardsr.cli.show import adapters, demo, doctor, rewards
+from rewardsr.cli.show import adapters, captioners, degradations, demo, doctor, recipe, rewards, trainers
 from rewardsr.cli.upscale import upscale
 
 app = typer.Typer(
     name="rewardsr",
     help="Fine-tune diffusion-based image super-resolution pipelines with image-quality rewards.",
+    cls=Group,
+    context_settings=HELP,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
-for command in (
-    finetune,
-    upscale,
-    evaluate,
-    sweep,
-    report,
-    export,
-    push,
-    pull,
-    search,
-    adapters,
-    rewards,
-    doctor,
-    demo,
-):
-    app.command()(command)
-app.add_typer(imports, name="import")
-app.add_typer(data, name="data")
+PANELS = {
+    "Train": (recipe, finetune, demo),
+    "Use and compare": (upscale, evaluate, sweep, report),
+    "Share and convert": (push, pull, search, export),
+    "See what there is": (adapters, trainers, rewards, degradations, captioners, doctor),
+}
+for panel, commands in PANELS.items():
+    for command in commands:
+        app.command(cls=Command, context_settings=HELP, rich_help_panel=panel)(command)
+app.add_typer(imports, name="import", rich_help_panel="Share and convert")
+app.add_typer(data, name="data", rich_help_panel="Train")
 
 
 def main() -> None:

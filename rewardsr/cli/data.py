@@ -6,12 +6,15 @@ from typing import Annotated
 import typer
 
 from rewardsr import console
+from rewardsr.cli.panels import HELP, Command, Group
 from rewardsr.errors import UserError
 
-data = typer.Typer(help="Look at images before a run.", no_args_is_help=True, rich_markup_mode=None)
+data = typer.Typer(
+    help="Look at images before a run.", cls=Group, context_settings=HELP, no_args_is_help=True, rich_markup_mode=None
+)
 
 
-@data.command()
+@data.command(cls=Command, context_settings=HELP)
 def preview(
     folder: Annotated[Path, typer.Argument(help="folder of HQ images")],
     output: Annotated[Path, typer.Option("--output", "-o", help="the picture, a PNG")],
@@ -42,7 +45,7 @@ def preview(
     console.say(path)
 
 
-@data.command()
+@data.command(cls=Command, context_settings=HELP)
 def check(
     place: Annotated[
         str, typer.Argument(metavar="DIR", help="folder of images, list of paths (.txt), or with --dataset its name")

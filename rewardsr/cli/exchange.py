@@ -7,11 +7,19 @@ import typer
 
 from rewardsr import console
 from rewardsr.cli.options import AdapterName, AdapterOption, BaseOfRun, Loras, Run
+from rewardsr.cli.panels import HELP, Command, Group
+from rewardsr.errors import UserError
 
-imports = typer.Typer(help="Take over what other programs made.", no_args_is_help=True, rich_markup_mode=None)
+imports = typer.Typer(
+    help="Take over what other programs made.",
+    cls=Group,
+    context_settings=HELP,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
 
-@imports.command("lora")
+@imports.command("lora", cls=Command, context_settings=HELP)
 def import_lora(
     source: Annotated[Path, typer.Argument(help="kohya, diffusers or peft file or folder, or the family's checkpoint")],
     output: Annotated[Path, typer.Argument(help="new folder for the LoRA")],
@@ -20,18 +28,18 @@ def import_lora(
     option: AdapterOption = None,
 ) -> None:
     """Turn a LoRA of another program into one that every command here loads; pickles never run code."""
-    from rewardsr import lora
     from rewardsr.lora import exchange
-    from rewardsr.pipelines import open_run
+    from rewardsr.lora.file import file_name, write
+    from rewardsr.pipelines import open_outline
 
-    exchange.check_output(output)
-    pipeline, _ = open_run(None, adapter, base, option, device="cpu", precision="fp32")
-    path = exchange.import_lora(pipeline, source, output)
-    rank, alpha = lora.rank_and_alpha(pipeline)
-    console.say(f"rank {rank}, alpha {alpha:g}: {path}")
+    folder = exchange.check_output(output)
+    pipeline, _ = open_outline(None, adapter, base, option)
+    given = exchange.read_foreign(pipeline, source)
+    path = write(pipeline, given, folder / file_name())
+    console.say(f"rank {given.rank}, alpha {given.alpha:g}: {path}")
 
 
-@imports.command("stablesr")
+@imports.command("stablesr", cls=Command, context_settings=HELP)
 def import_stablesr(
     source: Annotated[Path, typer.Argument(metavar="CKPT", help="released checkpoint, .ckpt or .safetensors")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="new folder, with unet/ and struct_encoder/")],
@@ -60,12 +68,21 @@ def export(
 ) -> None:
     """Write a LoRA in the form of another program; merged networks serve as an adapter's `weights`."""
     from rewardsr.lora import exchange
-    from rewardsr.pipelines import open_run
+    from rewardsr.outline import outlined
+    from rewardsr.pipelines import open_outline, open_run
 
-    exchange.check_output(output, form)
-    pipeline, _ = open_run(
-        run, adapter, base, option, lora, strength=strength, device="cpu", precision="fp32", force_base=force_base
-    )
-    for path in sorted(exchange.export(pipeline, output, form).rglob("*")):
+    folder = exchange.check_output(output, form)
+    if form == "merged":
+        with outlined({"text_encoder"}):
+            pipeline, _ = open_run(
+                run, adapter, base, option, lora, strength=strength, device=None, force_base=force_base
+            )
+        exchange.export(pipeline, folder, form)
+    else:
+        pipeline, given = open_outline(run, adapter, base, option, lora, strength=strength, force_base=force_base)
+        if given is None:
+            raise UserError("say which LoRA: --run FOLDER of a run, or --lora")
+        exchange.write_as(pipeline, given, folder, form)
+    for path in sorted(folder.rglob("*")):
         if path.is_file():
             console.say(path)

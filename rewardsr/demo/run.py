@@ -208,5 +208,5 @@ def _where(output: Path) -> str:
   upscaled photographs   {output / "upscaled"}
 
 your own pipeline and photographs:
-  rewardsr finetune --base FOLDER_OR_ID --set adapter_options.noise_t=250 --rewards psnr=0.5,musiq=0.5 \\
+  rewardsr finetune --base FOLDER_OR_ID --option noise_t=250 --rewards psnr=0.5,musiq=0.5 \\
     --data YOUR_HQ_FOLDER --validation HELD_OUT_FOLDER --steps 1000 --output runs/first"""

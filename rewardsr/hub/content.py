@@ -55,7 +55,10 @@ def read_run(run: Path, keep_paths: bool = False) -> tuple[dict[str, bytes], lis
             "export --format merged writes them"
         )
     if not (run / LORA).is_file():
-        raise UserError(f"the run in '{run}' has no {LORA}: it is not finished; go on with finetune --resume")
+        raise UserError(
+            f"the run in '{run}' has no {LORA}: it is not finished, and a checkpoint is not published; go on with "
+            "finetune --resume"
+        )
     check_lora(run / LORA, f"'{run / LORA}'")
     ending = read_ending(run)
     _check_metrics(run / METRICS, recipe.steps if ending is None else ending.step)

@@ -1,13 +1,16 @@
 """LoRAs on the networks of a pipeline (`layers`), in files (`file`) and in other programs' formats (`exchange`)."""
 
+from rewardsr.lora.file import gather as gather
 from rewardsr.lora.file import load as load
 from rewardsr.lora.file import load_several as load_several
 from rewardsr.lora.file import locate as locate
+from rewardsr.lora.file import merge_saved as merge_saved
 from rewardsr.lora.file import read as read
 from rewardsr.lora.file import save as save
 from rewardsr.lora.full import train_in_full as train_in_full
 from rewardsr.lora.layers import NAME as NAME
 from rewardsr.lora.layers import active as active
+from rewardsr.lora.layers import add as add
 from rewardsr.lora.layers import attach as attach
 from rewardsr.lora.layers import attached as attached
 from rewardsr.lora.layers import delta as delta

@@ -5,10 +5,10 @@ from pathlib import Path
 from torch import nn
 
 from rewardsr.adapter import ISRAdapter
-from rewardsr.errors import UserError
+from rewardsr.errors import UserError, nearest
 from rewardsr.interrupts import keeping
 from rewardsr.lora import full, layers
-from rewardsr.lora.file import described, held, put, save
+from rewardsr.lora.file import described, file_name, fitted, held, put, write
 from rewardsr.lora.formats import FORMATS
 from rewardsr.lora.layers import NAME
 from rewardsr.lora.pairs import Lora
@@ -44,12 +44,22 @@ def export(adapter: ISRAdapter, output: Path | str, form: str, *, name: str = NA
             f"{in_full[0]} was trained in full, and {form}'s form holds a LoRA alone: export --format merged, or train "
             "with trainer_options.full=none"
         )
-    given = held(adapter, name) if layers.attached(adapter, name) or not in_full else Lora({}, 1, 1.0)
-    others = [other for other in layers.names(adapter) if other != name]
-    if form == "merged" and others:
+    if form != "merged":
+        return write_as(adapter, held(adapter, name), folder, form)
+    if others := [other for other in layers.names(adapter) if other != name]:
         raise UserError(f"merged networks hold one LoRA: merge or detach {', '.join(others)} first")
+    layers.merge(adapter, name)
+    return write_as(adapter, Lora({}, 1, 1.0), folder, form)
+
+
+def write_as(adapter: ISRAdapter, given: Lora, folder: Path, form: str) -> Path:
+    """Write a LoRA that the adapter need not carry, in the format of another program, to a new folder; returns that.
+
+    Raises:
+        UserError: the format cannot hold it.
+    """
     with waiting(f"writing '{folder}'"):
-        write_folder(folder, lambda path: FORMATS[form].write(adapter, name, given, path))
+        write_folder(folder, lambda path: FORMATS[form].write(adapter, given, path))
     return folder
 
 
@@ -73,14 +83,24 @@ def import_lora(adapter: ISRAdapter, source: Path | str, output: Path | str | No
     folder = None if output is None else check_output(output)
     if layers.attached(adapter):
         raise UserError(f"this pipeline carries a {NAME} LoRA already")
+    given = read_foreign(adapter, source)
+    put(adapter, given, f"'{source}'")
+    return None if folder is None else write(adapter, given, folder / file_name())
+
+
+def read_foreign(adapter: ISRAdapter, source: Path | str) -> Lora:
+    """A LoRA of another program for this pipeline, which may be loaded in outline.
+
+    Raises:
+        UserError: as `import_lora`.
+    """
     path = expand(source)
     readers = (form.read for form in FORMATS.values() if form.read is not None)
     with waiting(f"reading '{path}'"):
         given = next((found for read in readers if (found := read(adapter, path)) is not None), None)
     if given is None:
         raise UserError(f"'{path}' is neither safetensors nor a checkpoint of adapter '{adapter.name}'")
-    put(adapter, given, f"'{path}'")
-    return None if folder is None else save(adapter, folder)
+    return fitted(adapter, given, f"'{path}'")
 
 
 def check_output(output: Path | str, form: str | None = None) -> Path:
@@ -91,7 +111,7 @@ def check_output(output: Path | str, form: str | None = None) -> Path:
     """
     folder = expand(output)
     if form is not None and form not in FORMATS:
-        raise UserError(f"unknown format '{form}': choose one of {', '.join(FORMATS)}")
+        raise UserError(f"unknown format '{form}': {nearest(form, FORMATS)}")
     if folder.exists():
         raise UserError(f"'{folder}' exists already: choose a new folder")
     return folder

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rewardsr import run_folder
@@ -22,7 +23,7 @@ from rewardsr.lora import full, layers
 from rewardsr.lora.fingerprint import differing, is_early, matches_early, same_base
 from rewardsr.lora.foreign import VARIATIONS, check_settings
 from rewardsr.lora.layers import NAME
-from rewardsr.lora.pairs import Lora, alpha_of, even, rank_of, side_by_side
+from rewardsr.lora.pairs import Lora, Pair, Place, alpha_of, by_component, even, rank_of, side_by_side
 from rewardsr.lora.targets import target_shapes, tensor_shapes
 from rewardsr.options import Options, marked_for_lora
 from rewardsr.run_folder import DIFFUSERS_HEADER, OUR_HEADER
@@ -50,20 +51,27 @@ def save(adapter: ISRAdapter, folder: Path | str, name: str = NAME) -> Path:
         full.save(adapter, beside, _about(adapter))
         if not layers.attached(adapter, name):
             return beside
-    given = held(adapter, name)
-    write_safetensors(path, dict(given.tensors), header(adapter, given, name=name))
+    return write(adapter, held(adapter, name), path)
+
+
+def write(adapter: ISRAdapter, given: Lora, path: Path) -> Path:
+    """Write a LoRA that the pipeline need not carry to our file, in one atomic step; returns the file."""
+    write_safetensors(path, dict(given.tensors), header(adapter, given))
     return path
 
 
 def held(adapter: ISRAdapter, name: str = NAME) -> Lora:
-    """The LoRA as it acts in the pipeline, at whatever strength: tensors on the CPU, rank and alpha.
+    """The LoRA as it acts in the pipeline, at whatever strength: tensors on the CPU, rank, alpha and places.
 
     Raises:
         UserError: the pipeline does not carry it.
     """
     rank, alpha = layers.rank_and_alpha(adapter, name)
     pairs, scales = Lora(layers.state_dict(adapter, name), rank, alpha).pairs(), layers.scales(adapter, name)
-    return even({place: pair._replace(scale=scales[place]) for place, pair in pairs.items()})
+    given = even({place: pair._replace(scale=scales[place]) for place, pair in pairs.items()})
+    found = {component: getattr(network, "peft_config", {}) for component, network in adapter.networks.items()}
+    targets = {component: sorted(of[name].target_modules) for component, of in found.items() if name in of}
+    return replace(given, targets=targets, in_full=bool(full.names(adapter)))
 
 
 def load(
@@ -115,21 +123,56 @@ def load_several(adapter: ISRAdapter, parts: Sequence[tuple[Path | str, float]],
         force_base: load although a file says that it was trained on other base weights.
 
     Raises:
-        UserError: as `load`; or they sit on different modules.
+        UserError: as `load`.
+    """
+    put(adapter, gather(adapter, parts, force_base), f"LoRAs {', '.join(str(source) for source, _ in parts)}")
+
+
+@torch.no_grad()
+def merge_saved(adapter: ISRAdapter, source: Path | str) -> None:
+    """Add a saved LoRA, and what was trained in full beside it, into the networks of its base, for good.
+
+    Args:
+        adapter: in float32, or loaded in outline; carries no LoRA.
+        source: as in `load`.
+
+    Raises:
+        UserError: as `load`.
+    """
+    path = locate(source)
+    given = Lora({}, 1, 1.0, in_full=True) if path.name == run_folder.FULL else read(adapter, path)
+    if given.in_full:
+        _load_full(adapter, path.with_name(run_folder.FULL), 1.0, False)
+        full.settle(adapter)
+    for (component, module), pair in given.pairs().items():
+        layers.add(adapter.networks[component].get_parameter(f"{module}.weight"), pair)
+    _compare_options(adapter, {path: given})
+
+
+def gather(adapter: ISRAdapter, parts: Sequence[tuple[Path | str, float]], force_base: bool = False) -> Lora:
+    """Saved LoRAs as one, apart from the pipeline that they were trained on, which may be loaded in outline.
+
+    Args:
+        adapter, parts, force_base: as in `load_several`; one part will do.
+
+    Raises:
+        UserError: as `load`; or weights were trained in full beside one of them.
     """
     for _, weight in parts:
         _check_strength(weight)
     paths = [locate(source) for source, _ in parts]
-    loras = [read(adapter, path, force_base) for path in paths if path.name != run_folder.FULL]
-    if len(loras) < len(paths) or any(one.in_full for one in loras):
+    loras = {path: read(adapter, path, force_base) for path in paths if path.name != run_folder.FULL}
+    if any(path not in loras or loras[path].in_full for path in paths):
         raise UserError("weights that were trained in full cannot be combined: load a run that has some alone")
-    first = loras[0]
-    if any(one.tensors.keys() != first.tensors.keys() for one in loras):
-        raise UserError("these LoRAs sit on different modules, and cannot be combined")
-    changes = [one.pairs(weight) for one, (_, weight) in zip(loras, parts, strict=True)]
-    pairs = {place: side_by_side([one[place] for one in changes]) for place in changes[0]}
-    put(adapter, replace(even(pairs), targets=first.targets), f"LoRAs {', '.join(map(str, paths))}")
-    _compare_options(adapter, dict(zip(paths, loras, strict=True)))
+    changes: dict[Place, list[Pair]] = {}
+    for path, (_, weight) in zip(paths, parts, strict=True):
+        for place, pair in loras[path].pairs(weight).items():
+            changes.setdefault(place, []).append(pair)
+    given = even({place: side_by_side(pairs) for place, pairs in changes.items()})
+    alike = all(one.tensors.keys() == given.tensors.keys() for one in loras.values())
+    targets = loras[paths[0]].targets if alike else by_component(changes)
+    _compare_options(adapter, loras)
+    return replace(given, targets=targets)
 
 
 def _compare_options(adapter: ISRAdapter, loras: Mapping[Path, Lora]) -> None:
@@ -160,7 +203,7 @@ def put(adapter: ISRAdapter, given: Lora, source: str, name: str = NAME) -> None
         UserError: it does not fit the pipeline, or is of another rank than the attached one; `source` is named, and
             the pipeline is as it was.
     """
-    given = _fitted(adapter, given, source)
+    given = fitted(adapter, given, source)
     if not layers.attached(adapter, name):
         layers.attach(adapter, given.rank, given.alpha, name=name, targets=given.targets)
     elif layers.rank_and_alpha(adapter, name)[0] != given.rank:
@@ -171,7 +214,7 @@ def put(adapter: ISRAdapter, given: Lora, source: str, name: str = NAME) -> None
     layers.set_alpha(adapter, given.alpha, name)
 
 
-def _fitted(adapter: ISRAdapter, given: Lora, source: str) -> Lora:
+def fitted(adapter: ISRAdapter, given: Lora, source: str) -> Lora:
     """The LoRA in float32, once all of it is known to fit: nothing is made for one that does not.
 
     Raises:
@@ -199,13 +242,17 @@ def _check_strength(scale: float) -> None:
 def locate(source: Path | str, name: str = NAME) -> Path:
     """The file of a LoRA: given as such, as the folder of a run, or as "user/name[@revision]" on the Hub.
 
-    Of a run that trained weights in full, and no LoRA, it is the file of these.
+    Of a run that trained weights in full, and no LoRA, it is the file of these; of one that did not end, that of its
+    newest checkpoint.
 
     Raises:
         UserError: there is none, or the Hub does not give it.
     """
     path = fetch.fetch_lora(str(source)) if fetch.is_reference(str(source)) else expand(source)
     if path.is_dir():
+        if name == NAME and (newest := run_folder.with_weights(path)) != path:
+            log.info("'%s' did not end, and has no LoRA of its own: taking its checkpoint %s", path, newest.name)
+            path = newest
         alone = (path / run_folder.FULL).is_file() and not (path / file_name(name)).is_file()
         path = path / (run_folder.FULL if alone else file_name(name))
     if not path.is_file():
@@ -223,14 +270,14 @@ def read(adapter: ISRAdapter, path: Path, force_base: bool = False) -> Lora:
         imported = adapter.import_lora(str(path))
         if imported is None:
             raise UserError(f"'{path}' is not a safetensors file: pickles can run code and are refused")
-        return _fitted(adapter, Lora(*imported), f"LoRA '{path}'")
+        return fitted(adapter, Lora(*imported), f"LoRA '{path}'")
     tensors, header = read_safetensors(path)
     if OUR_HEADER not in header:
         raise UserError(f"'{path}' does not say which base it belongs to: not written by rewardsr")
     given, theirs = described(path, tensors, header)
     if not force_base:
         _check_base(adapter, path, theirs)
-    return _fitted(adapter, given, f"LoRA '{path}'")
+    return fitted(adapter, given, f"LoRA '{path}'")
 
 
 def _check_base(adapter: ISRAdapter, path: Path, theirs: BaseModel) -> None:
@@ -307,24 +354,31 @@ def settings_of(path: Path, header: Mapping[str, str], bare: str | None = None) 
     return found
 
 
-def header(adapter: ISRAdapter, given: Lora, only: Iterable[str] | None = None, name: str = NAME) -> dict[str, str]:
+def header(adapter: ISRAdapter, given: Lora, only: Iterable[str] | None = None) -> dict[str, str]:
     """Safetensors metadata: the configuration as diffusers reads it, and what ours needs to refuse another base.
 
     Args:
-        adapter: with the LoRA attached.
-        given: the same as it goes into the file.
+        adapter: the pipeline that it belongs to.
+        given: the LoRA as it goes into the file.
         only: the components whose tensors are in the file; all by default.
-        name: of the LoRA.
     """
-    configs = _configs(adapter, name)
+    from peft import LoraConfig  # slow to import
+
+    targets = adapter.lora_targets if given.targets is None else given.targets
     diffusers: dict[str, Any] = {}
-    for component in configs if only is None else only:
-        config = configs[component].to_dict() | {"r": given.rank, "lora_alpha": given.alpha}
+    for component in targets if only is None else only:
+        config = LoraConfig(
+            r=given.rank,
+            lora_alpha=given.alpha,
+            target_modules=list(targets[component]),
+            init_lora_weights="gaussian",
+        )
         diffusers |= {
-            f"{component}.{key}": sorted(value) if isinstance(value, set) else value for key, value in config.items()
+            f"{component}.{key}": sorted(value) if isinstance(value, set) else value
+            for key, value in config.to_dict().items()
         }
     about = {**_about(adapter), "rank": given.rank, "alpha": given.alpha}
-    if full.names(adapter):
+    if given.in_full:
         about["in_full"] = True
     return {
         DIFFUSERS_HEADER: json.dumps(diffusers, sort_keys=True, default=str),
@@ -344,9 +398,3 @@ def _about(adapter: ISRAdapter) -> dict[str, Any]:
         "base": asdict(adapter.base_model),
         "options": _options(adapter),
     }
-
-
-def _configs(adapter: ISRAdapter, name: str) -> dict[str, Any]:
-    """peft's configuration of the LoRA, by component."""
-    found = {component: getattr(network, "peft_config", {}) for component, network in adapter.networks.items()}
-    return {component: configs[name] for component, configs in found.items() if name in configs}

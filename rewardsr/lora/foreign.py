@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from rewardsr.adapter import ISRAdapter
 from rewardsr.errors import UserError, one_line, shown
 from rewardsr.lora.original import original_names
-from rewardsr.lora.pairs import Lora, Pair, Place, Shape, alpha_of, even, floats, rank_of
+from rewardsr.lora.pairs import Lora, Pair, Place, Shape, alpha_of, by_component, even, floats, rank_of
 from rewardsr.lora.targets import target_shapes
 
 # How programs end the name of a tensor: peft (with or without the name of the LoRA), kohya, diffusers' training
@@ -152,8 +153,8 @@ def read_tensors(
 ) -> Lora:
     """A LoRA of all tensors of a file.
 
-    Files may have another rank and alpha for every module, and nothing for some; they are brought to one rank and
-    scale, with zeros where there is nothing, without changing what B A does.
+    Files may have another rank and alpha for every module; they are brought to one rank and scale without changing what
+    B A does. Modules that a file has nothing for are none of the LoRA's.
 
     Args:
         adapter: whose modules the keys are matched with.
@@ -196,7 +197,15 @@ def _read(adapter: ISRAdapter, tensors: Mapping[str, Tensor], settings: Mapping[
     for component, module in sorted(shapes.keys() - pairs.keys()):
         if stated[component].sits_on(module):
             raise UserError(f"its settings put a LoRA on {component}.{module}, but its tensors are missing")
-    return even(pairs, shapes)
+    if pairs.keys() == shapes.keys():
+        return even(pairs)
+    targets = by_component(pairs)
+    fitting = {
+        (component, module): shape
+        for component, modules in targets.items()
+        for module, shape in target_shapes(adapter, component, modules).items()
+    }
+    return replace(even(pairs, fitting), targets=targets)
 
 
 def _pair(

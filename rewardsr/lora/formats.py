@@ -11,7 +11,6 @@ from rewardsr import run_folder
 from rewardsr.adapter import ISRAdapter
 from rewardsr.errors import UserError
 from rewardsr.json_object import read_object
-from rewardsr.lora import layers
 from rewardsr.lora.file import header, settings_of
 from rewardsr.lora.foreign import denoiser_of, read_tensors
 from rewardsr.lora.pairs import SUFFIXES, Lora
@@ -30,12 +29,13 @@ class Format:
 
     Attributes:
         about: what reads such files.
-        write: writes a LoRA that an adapter carries under a name, its strength taken in, into an empty folder.
+        write: writes a LoRA of an adapter, which may be loaded in outline, into an empty folder; "merged": the networks
+            of the adapter, which hold it already.
         read: reads a file or folder for an adapter; None where that is of another format. Without it: export only.
     """
 
     about: str
-    write: Callable[[ISRAdapter, str, Lora, Path], None]
+    write: Callable[[ISRAdapter, Lora, Path], None]
     read: Callable[[ISRAdapter, Path], Lora | None] | None = None
 
 
@@ -50,11 +50,11 @@ def _by_component(given: Lora) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def _write_diffusers(adapter: ISRAdapter, name: str, given: Lora, folder: Path) -> None:
+def _write_diffusers(adapter: ISRAdapter, given: Lora, folder: Path) -> None:
     for component, tensors in _by_component(given).items():
         file = run_folder.LORA if component == "unet" else f"{component}_lora.safetensors"
         named = {f"{component}.{key}": tensor for key, tensor in tensors.items()}
-        write_safetensors(folder / file, named, header(adapter, given, [component], name))
+        write_safetensors(folder / file, named, header(adapter, given, [component]))
 
 
 def _read_file(adapter: ISRAdapter, path: Path) -> Lora | None:
@@ -67,7 +67,7 @@ def _read_file(adapter: ISRAdapter, path: Path) -> Lora | None:
     return read_tensors(adapter, f"'{path}'", tensors, settings_of(path, about, denoiser_of(adapter)))
 
 
-def _write_peft(adapter: ISRAdapter, name: str, given: Lora, folder: Path) -> None:
+def _write_peft(adapter: ISRAdapter, given: Lora, folder: Path) -> None:
     from peft import LoraConfig
 
     for component, tensors in _by_component(given).items():
@@ -104,7 +104,7 @@ def _read_peft(adapter: ISRAdapter, folder: Path) -> Lora | None:
 # ---- kohya's sd-scripts, and with them ComfyUI ----
 
 
-def _write_kohya(adapter: ISRAdapter, name: str, given: Lora, folder: Path) -> None:
+def _write_kohya(adapter: ISRAdapter, given: Lora, folder: Path) -> None:
     found = _by_component(given)
     if set(found) != {"unet"} or any("image_attentions" in key for key in found["unet"]):
         raise UserError(
@@ -124,7 +124,7 @@ def _write_kohya(adapter: ISRAdapter, name: str, given: Lora, folder: Path) -> N
 # ---- a pipeline family's own checkpoints ----
 
 
-def _write_osediff(adapter: ISRAdapter, name: str, given: Lora, folder: Path) -> None:
+def _write_osediff(adapter: ISRAdapter, given: Lora, folder: Path) -> None:
     """OSEDiff's layout: its own LoRA and ours side by side, rescaled, since that layout's scale is 8 / rank."""
     released = None if adapter.released is None else expand(adapter.released)
     if released is None or not released.is_file():
@@ -148,9 +148,13 @@ def _write_osediff(adapter: ISRAdapter, name: str, given: Lora, folder: Path) ->
             made.setdefault(key, value)
             continue
         b_key = key.replace(".lora_A.", ".lora_B.")
-        if f"{module}{SUFFIXES['A']}" not in left:
-            raise UserError(f"'{released}' has a LoRA on {module}, and this one has none there")
-        a, b = (left.pop(f"{module}{suffix}") for suffix in SUFFIXES.values())
+        if f"{module}{SUFFIXES['A']}" in left:
+            a, b = (left.pop(f"{module}{suffix}") for suffix in SUFFIXES.values())
+        else:  # that layout has one rank for all modules
+            a, b = (
+                value.new_zeros(given.rank, *value.shape[1:]),
+                state[b_key].new_zeros(len(state[b_key]), given.rank, *state[b_key].shape[2:]),
+            )
         if a.shape[1:] != value.shape[1:] or len(b) != len(state[b_key]):
             raise UserError(f"'{released}': {module} belongs to a module of another size")
         made[key] = torch.cat([value.float(), a])
@@ -170,8 +174,7 @@ def _read_family(adapter: ISRAdapter, path: Path) -> Lora | None:
     return None if imported is None else Lora(*imported)
 
 
-def _write_merged(adapter: ISRAdapter, name: str, given: Lora, folder: Path) -> None:
-    layers.merge(adapter, name)
+def _write_merged(adapter: ISRAdapter, given: Lora, folder: Path) -> None:
     write_networks(adapter.networks, folder)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rewardsr.adapter import ISRAdapter
 from rewardsr.errors import UserError
 from rewardsr.lora import full
-from rewardsr.lora.pairs import LARGEST_RANK, floats
+from rewardsr.lora.pairs import LARGEST_RANK, Pair, floats
 from rewardsr.lora.targets import target_shapes
 
 NAME = "rewardsr"  # the LoRA that is trained and shipped, unless a method names others
@@ -308,6 +308,12 @@ def detach_from(network: Any, name: str = NAME) -> None:
     if not network.peft_config:
         del network.peft_config
         network.requires_grad_(False)
+
+
+def add(weight: Tensor, pair: Pair) -> None:
+    """Add what a module is changed by to its weight, in place; one without values (`rewardsr.outline`) keeps none."""
+    if not weight.is_meta:
+        weight.add_(delta(*pair))
 
 
 def delta(a: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -1,6 +1,6 @@
 """LoRAs apart from any network: what each module is changed by, and how that comes to one rank and one scale."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -56,6 +56,14 @@ class Lora:
                 component, _, module = stem.partition(".")
                 found[component, module] = Pair(a, self.tensors[stem + other], scale)
         return found
+
+
+def by_component(places: Iterable[Place]) -> dict[str, list[str]]:
+    """Modules by component, sorted: the targets of a LoRA on these places alone."""
+    found: dict[str, list[str]] = {}
+    for component, module in sorted(places):
+        found.setdefault(component, []).append(module)
+    return found
 
 
 def side_by_side(pairs: Sequence[Pair]) -> Pair:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rewardsr import lora
 from rewardsr.errors import UserError
-from rewardsr.run_folder import CHECKPOINTS, METHOD_STATE, MOMENTS, STATE, TRAINED
+from rewardsr.run_folder import CHECKPOINTS, METHOD_STATE, MOMENTS, STATE, TRAINED, checkpoints
 from rewardsr.storage import write_folder, write_text
 from rewardsr.trainers.base import Method, copy_into
 from rewardsr.weights import read_safetensors, write_safetensors
@@ -55,7 +55,7 @@ def folder_of(run: Path, step: int) -> Path:
 
 def steps(run: Path) -> list[int]:
     """The steps of which there are checkpoints, oldest first."""
-    return [int(path.name.removeprefix("step-")) for path in complete(run)]
+    return [int(path.name.removeprefix("step-")) for path in checkpoints(run)]
 
 
 def save(
@@ -83,7 +83,7 @@ def save(
     path.parent.mkdir(parents=True, exist_ok=True)
     write_folder(path, fill)
     kept = None if best is None else folder_of(run, best)
-    for old in complete(run)[:-keep]:
+    for old in checkpoints(run)[:-keep]:
         if old == kept:
             continue
         doomed = old.with_name(f".{old.name}.tmp")  # a half-removed checkpoint must not look like one
@@ -98,7 +98,7 @@ def resume(run: Path, method: Method, optimiser: torch.optim.Optimizer) -> State
     Raises:
         UserError: the checkpoint is damaged, belongs to another pipeline or method, or is of rewardsr 0.1.0.
     """
-    found = complete(run)
+    found = checkpoints(run)
     if not found:
         return State()
     newest = found[-1]
@@ -132,11 +132,6 @@ def _put(file: Path, load: Callable[[dict[str, Tensor]], None]) -> None:
         raise UserError(f"checkpoint '{file.parent}': its {file.name} belongs to another LoRA or method") from error
     except ValueError as error:
         raise UserError(f"checkpoint '{file.parent}': {file.name}: {error}") from error
-
-
-def complete(run: Path) -> list[Path]:
-    """Finished checkpoints, oldest first: only a finished one ever gets its name."""
-    return sorted((run / CHECKPOINTS).glob("step-*"))
 
 
 def _moments(method: Method, optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, str]]:

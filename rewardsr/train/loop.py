@@ -28,7 +28,7 @@ from rewardsr.draws import Draws, seed_of
 from rewardsr.errors import TrainingError, UserError, is_out_of_memory
 from rewardsr.evaluation.protocol import HeldOut
 from rewardsr.interrupts import Stop, StoppedError, finishing, keeping
-from rewardsr.run_folder import ENDING, RECIPE, VERSIONS
+from rewardsr.run_folder import ENDING, RECIPE, VERSIONS, checkpoints
 from rewardsr.storage import write_text
 from rewardsr.together import everywhere
 from rewardsr.train import checkpoint
@@ -359,7 +359,7 @@ def _other_end(state: State, recipe: Recipe, earlier: Recipe | None) -> Iterator
 
 def _kept(run: Path) -> str:
     """What a run that quits leaves."""
-    found = checkpoint.complete(run)
+    found = checkpoints(run)
     if not found:
         return "there is no checkpoint yet"
     return f"step {int(found[-1].name.removeprefix('step-'))} is kept; go on with the same command and --resume"

@@ -189,9 +189,9 @@ class Recipe(Options):
 
     adapter: str = Field("osediff", description="registered name, or module:Name")
     base: Place = Field(description="local diffusers folder, Hub id, or 'embedded' for the pipeline that comes along")
-    adapter_options: dict[str, Any] = Field(default_factory=dict)
+    adapter_options: dict[str, Any] = Field(default_factory=dict, description="as `rewardsr adapters NAME` lists them")
     trainer: str = Field("gdpo", description="registered name, or module:Name")
-    trainer_options: dict[str, Any] = Field(default_factory=dict)
+    trainer_options: dict[str, Any] = Field(default_factory=dict, description="as `rewardsr trainers NAME` lists them")
     rewards: list[RewardRecipe] = Field(
         default_factory=list, description="what steers the trainer; a supervised one has none that weigh more than 0"
     )
@@ -223,12 +223,12 @@ class Recipe(Options):
     updates_per_group: int = Field(
         1, ge=1, le=4096, description="optimiser updates on each sampled group, with fresh noise"
     )
-    seed: Seed = 0
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    seed: Seed = Field(0, description="of everything that is drawn")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, else mps, else cpu")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of the base; auto: bf16 where CUDA has it, else fp32"
     )
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(False, description="of networks and autoencoder: less memory, more time")
     compile: bool = Field(
         False,
         description="compile the networks (torch.compile) for the steps; takes minutes at the start, and gcc. Held-out "
@@ -239,11 +239,13 @@ class Recipe(Options):
         description="record the network's calls in the second step and replay them, which spares a fast card most of "
         "the launching; keeps the memory of a pass. Held-out images are scored without",
     )
-    validate_every: Count = 100
-    checkpoint_every: Count = 100
-    keep_checkpoints: Count = 2
+    validate_every: Count = Field(100, description="steps from one scoring of the held-out images to the next")
+    checkpoint_every: Count = Field(100, description="steps from one checkpoint to the next")
+    keep_checkpoints: Count = Field(2, description="the last so many")
     max_skipped: Count = Field(10, description="stop after this many steps in a row that were not finite")
-    log_with: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+    log_with: list[Literal["tensorboard", "wandb"]] = Field(
+        default_factory=list, description="trackers that get the metrics, beside metrics.jsonl"
+    )
     run_name: str | None = Field(None, pattern=r"^\w[\w.-]*$", description="in trackers; null: output's")
 
     @model_validator(mode="after")

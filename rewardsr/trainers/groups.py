@@ -46,7 +46,7 @@ class GroupOptions(Options):
         "at inference. With several steps there is one form: noise the outputs' own latents",
     )
     sampling_steps: int | None = Field(
-        None, ge=1, le=10_000, description="steps that a group is sampled with; None: all of the pipeline's"
+        None, ge=1, le=10_000, description="steps that a group is sampled with; null: all of the pipeline's"
     )
     shared_noise: bool = Field(False, description="conditional: one noise for a group, so one policy pass serves it")
     reward_tile: int | None = Field(
@@ -54,7 +54,7 @@ class GroupOptions(Options):
         ge=8,
         le=10**5,
         description="rewards judge tiles of so many pixels a side, and each tile is a group of its own: many more "
-        "comparisons from the same outputs, for rewards that say something of a tile (psnr); None: whole images",
+        "comparisons from the same outputs, for rewards that say something of a tile (psnr); null: whole images",
     )
     weighting: Literal["fixed", "attribute"] = Field(
         "fixed", description="fixed: the rewards' weights; attribute: shared by the texture share of HQ"
@@ -68,7 +68,7 @@ class GroupOptions(Options):
         None,
         ge=1,
         le=10**6,
-        description="images that a reward sees at once; None: at most 4 and 2^19 pixels (two of 512x512), and no more "
+        description="images that a reward sees at once; null: at most 4 and 2^19 pixels (two of 512x512), and no more "
         "than micro_batch",
     )
     shuffle_advantages: bool = Field(False, description="control run: rewards are dealt out at random in each group")

@@ -40,19 +40,19 @@ class RFSROptions(Options):
     structure_weight: float = Field(
         5e-4, ge=0, le=1e6, description="of the low-frequency structure term; 0 switches it off"
     )
-    structure_window: Window | None = Field(None, description="steps it acts on; None: the first 2/5 (0-19 of 50)")
+    structure_window: Window | None = Field(None, description="steps it acts on; null: the first 2/5 (0-19 of 50)")
     structure_level: int = Field(3, ge=1, le=6, description="levels of the Haar transform whose low band is compared")
-    reward_window: Window | None = Field(None, description="steps the rewards act on; None: the last 1/5 (40-49 of 50)")
+    reward_window: Window | None = Field(None, description="steps the rewards act on; null: the last 1/5 (40-49 of 50)")
     margin: float = Field(2.0, ge=-1e6, le=1e6, description="a reward counts as weight * relu(margin - reward)")
     kl_weight: float = Field(
         5e-7, ge=0, le=1e6, description="of the style distance (Gram-KL) to the untuned pipeline; 0: off"
     )
-    kl_window: Window | None = Field(None, description="steps it acts on; None: those of the rewards")
-    vgg: str | None = Field(None, description="VGG19 weights for the style distance; None: torchvision's")
+    kl_window: Window | None = Field(None, description="steps it acts on; null: those of the rewards")
+    vgg: str | None = Field(None, description="VGG19 weights for the style distance; null: torchvision's")
     rollout: Literal["denoise", "none"] = Field(
         "denoise", description="none: the start latents go in at every step, as the released code has it; to compare"
     )
-    guidance: float | None = Field(None, ge=1, le=1000, description="of the rollout; None: the pipeline's own")
+    guidance: float | None = Field(None, ge=1, le=1000, description="of the rollout; null: the pipeline's own")
     text_dropout: float = Field(0.5, ge=0, le=1, description="share of the images whose prompt is left empty")
     ema: float = Field(0.999, ge=0, lt=1, description="decay of the average that is validated and shipped; 0: none")
     reward_crop: int | None = Field(

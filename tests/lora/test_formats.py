@@ -245,7 +245,7 @@ def test_exports_that_cannot_be(tiny_base, tmp_path, data) -> None:
     with pytest.raises(UserError, match="carries no rewardsr LoRA"):
         exchange.export(adapter, tmp_path / "out", "peft")
     shaken(adapter)
-    with pytest.raises(UserError, match="unknown format 'safetensors': choose one of"):
+    with pytest.raises(UserError, match="unknown format 'safetensors': known: diffusers, peft"):
         exchange.export(adapter, tmp_path / "out", "safetensors")
     with pytest.raises(UserError, match="exists already"):
         exchange.export(adapter, tmp_path, "peft")

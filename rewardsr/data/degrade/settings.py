@@ -53,12 +53,12 @@ _Quality = Annotated[Qualities, Field(description="JPEG quality, 1 to 100")]
 class Families(Options):
     """Shares of the blur kernels' forms; they add up to 1."""
 
-    iso: float = Field(0.45, ge=0, le=1)
-    aniso: float = Field(0.25, ge=0, le=1)
-    generalized_iso: float = Field(0.12, ge=0, le=1)
-    generalized_aniso: float = Field(0.03, ge=0, le=1)
-    plateau_iso: float = Field(0.12, ge=0, le=1)
-    plateau_aniso: float = Field(0.03, ge=0, le=1)
+    iso: float = Field(0.45, ge=0, le=1, description="share of round Gaussians")
+    aniso: float = Field(0.25, ge=0, le=1, description="share of stretched Gaussians")
+    generalized_iso: float = Field(0.12, ge=0, le=1, description="share of round generalised Gaussians")
+    generalized_aniso: float = Field(0.03, ge=0, le=1, description="share of stretched generalised Gaussians")
+    plateau_iso: float = Field(0.12, ge=0, le=1, description="share of round plateaus")
+    plateau_aniso: float = Field(0.03, ge=0, le=1, description="share of stretched plateaus")
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
