@@ -16,7 +16,7 @@ from rewardsr import Batch, Draws, load_adapter, lora
 from rewardsr.adapter import ISRAdapter
 from rewardsr.demo.photos import SOFT, HeldOut, held_out, write_folders
 from rewardsr.rewards import build
-from rewardsr.rewards.detail import CELL, _cells, _high_frequencies
+from rewardsr.rewards.detail import CELL, _cells, high_frequencies
 
 TIMES = {"noise_t": 250, "net_t": 100, "scale": 4}
 TEXTURE = 0.03  # root mean square of high frequencies in a cell, of [0, 1]: what shows
@@ -42,7 +42,7 @@ def measured() -> dict[str, dict[str, float]]:
     for place, pair in enumerate(held_out()):
         sr, batch = outputs(adapter, pair, place), Batch(lq=pair.lq[None], hq=pair.hq[None])
         bicubic = F.interpolate(batch.lq, scale_factor=4, mode="bicubic", antialias=True).clamp(0, 1)
-        textured = _cells(_high_frequencies(pair.hq[None]).square()).sqrt() >= TEXTURE
+        textured = _cells(high_frequencies(pair.hq[None]).square()).sqrt() >= TEXTURE
         variance = F.avg_pool2d(sr.var(0).mean(0)[None, None], CELL)
         found[pair.name] = {
             "bicubic": float(psnr(bicubic, batch)),

@@ -3,7 +3,7 @@
 import html
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from textwrap import fill
@@ -97,6 +97,16 @@ class Evaluation:
         if not self.compared:
             raise ValueError(f"'{self.first}' is the only system: there is nothing to compare it with")
         return self.comparisons[self.compared[-1]]
+
+    def pair(self, system: str) -> Self:
+        """The first system and this one alone."""
+        return replace(
+            self,
+            scores={name: self.scores[name] for name in (self.first, system)},
+            casts={name: cast for name, cast in self.casts.items() if name == system},
+            sets={name: values for name, values in self.sets.items() if name in (self.first, system)},
+            weights={name: hashes for name, hashes in self.weights.items() if name in (self.first, system)},
+        )
 
     @property
     def cast(self) -> Cast | None:

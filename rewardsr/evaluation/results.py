@@ -1,4 +1,4 @@
-"""The folder that an evaluation leaves: scores as JSON, CSV, Markdown and LaTeX, and the pictures that were scored."""
+"""The folder that an evaluation leaves: scores as JSON, CSV, Markdown and LaTeX, the pictures, and a page of it all."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,9 @@ from torch import Tensor
 from rewardsr.data.images import encode_png
 from rewardsr.errors import UserError, printable, shown
 from rewardsr.evaluation.exports import as_csv, as_latex, as_markdown
+from rewardsr.evaluation.page import read_page, write_page
 from rewardsr.evaluation.report import LARGEST, Evaluation
+from rewardsr.run_folder import REPORT
 from rewardsr.storage import check_folder, expand, read_text, remove_own_leftovers, write_bytes, write_text
 
 EVALUATION, SCORES, MARKDOWN, LATEX = "evaluation.json", "scores.csv", "table.md", "table.tex"
@@ -78,11 +80,12 @@ class Results:
         write_bytes(self.folder / PICTURES / of / f"{Path(image).stem}.png", encode_png(content))
 
     def finish(self, evaluation: Evaluation) -> None:
-        """Write the tables, and last the file that says that all is there."""
+        """Write the tables, the file that says that all is there, and the page that shows it."""
         for name, written in ((SCORES, as_csv), (MARKDOWN, as_markdown), (LATEX, as_latex)):
             # File names may hold what no text file can.
             write_text(self.folder / name, printable(written(evaluation), but="\n"))
         write_text(self.folder / EVALUATION, evaluation.to_json())
+        write_page(self.folder / REPORT, read_page([self.folder]))
 
 
 def _as_json(content: Mapping[str, Any]) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from rewardsr.evaluation.comparison import Comparison
+from rewardsr.evaluation.cast import Cast
+from rewardsr.evaluation.comparison import Comparison, interval
 from rewardsr.evaluation.page import EvaluationView, Page, Picture, RunView
-from rewardsr.evaluation.protocol import interval
 from rewardsr.evaluation.report import Evaluation
 
 NASTY = "</script><script>window.broken = 1</script><!--<img src=x onerror='window.broken = 2'>&amp;\u2028\".png"
@@ -40,9 +40,17 @@ UP, DOWN, EVEN = compared(0.2, 0.1, 0.15), compared(-0.2, -0.1, -0.15), compared
 
 
 def viewed(
-    name: str = "run", images: Sequence[str] = ("a.png", "b.png", "c.png"), **rewards: Comparison
+    name: str = "run",
+    images: Sequence[str] = ("a.png", "b.png", "c.png"),
+    cast: Cast | None = None,
+    **rewards: Comparison,
 ) -> EvaluationView:
-    found = Evaluation(tuple(images), rewards or {"psnr": UP, "ssim": EVEN}, 0, 1, "none")
+    pairs = rewards or {"psnr": UP, "ssim": EVEN}
+    scores = {
+        "base": {metric: pair.base for metric, pair in pairs.items()},
+        "tuned": {metric: pair.tuned for metric, pair in pairs.items()},
+    }
+    found = Evaluation(tuple(images), scores, 0, 1, "none", {} if cast is None else {"tuned": cast})
     return EvaluationView(name, json.loads(found.to_json()))
 
 

@@ -17,7 +17,6 @@ from rewardsr.evaluation.page import EvaluationView, Page, Picture, RunView, che
 from rewardsr.evaluation.page.curves import MOST_POINTS, charts
 from rewardsr.evaluation.page.images import chosen, fitted, merged
 from rewardsr.evaluation.page.verdict import judge
-from rewardsr.evaluation.report import Evaluation
 
 
 class Tags(HTMLParser):
@@ -86,8 +85,7 @@ def test_the_verdict_knows_cast_and_control() -> None:
     )
     assert judge(drifting, drifting.evaluations[0]).headline == "No more than its control"
     cast = Cast((0.1,), "these images", {"psnr": OffsetTest(UP, compared(0.18, 0.09, 0.14), EVEN, EVEN)})
-    content = Evaluation(("a", "b", "c"), {"psnr": UP}, 0, 1, "none", cast).to_dict()
-    cast_page = Page("", [], [EvaluationView("lora", content)])
+    cast_page = Page("", [], [viewed("lora", cast=cast, psnr=UP)])
     found = judge(cast_page, cast_page.evaluations[0])
     assert found.headline == "Mostly a global cast" and found.tone == "bad"
     assert "gives 91 % of psnr's gain" in found.sentences[1]
@@ -95,8 +93,7 @@ def test_the_verdict_knows_cast_and_control() -> None:
 
 def test_the_cast_test_has_its_section(tmp_path) -> None:
     cast = Cast((0.1, 0.2), "two <images>", {"psnr": OffsetTest(UP, UP, EVEN, EVEN)})
-    content = Evaluation(("a", "b", "c"), {"psnr": UP}, 0, 1, "none", cast).to_dict()
-    text = write_page(tmp_path / "a.html", Page("", [], [EvaluationView("lora", content)])).read_text()
+    text = write_page(tmp_path / "a.html", Page("", [], [viewed("lora", cast=cast, psnr=UP)])).read_text()
     assert 'id="cast"' in text and "two &lt;images&gt;" in text and "100 %" in text
     assert 'id="cast"' not in write_page(tmp_path / "b.html", page_of_two()).read_text()
 
@@ -181,7 +178,7 @@ def test_what_is_no_run_is_refused(tmp_path) -> None:
     with pytest.raises(UserError, match="no such run or evaluation"):
         read_page([tmp_path / "absent"])
     (tmp_path / "x.json").write_text("{}")
-    with pytest.raises(UserError, match="is not an evaluation"):
+    with pytest.raises(UserError, match="holds no evaluation"):
         read_page([tmp_path / "x.json"])
     view = viewed()
     (tmp_path / "x.json").write_text(json.dumps(view.content))

@@ -8,6 +8,7 @@ from typing import Any
 from rewardsr.errors import UserError, shown
 from rewardsr.evaluation.page.content import EvaluationView, Page, Picture, RunView, distinct
 from rewardsr.evaluation.page.images import chosen, merged
+from rewardsr.evaluation.report import Evaluation
 from rewardsr.json_object import read_object
 from rewardsr.run_folder import METRICS, PICTURES, RECIPE, VALIDATION, VERSIONS
 from rewardsr.storage import read_bytes, read_text
@@ -35,12 +36,15 @@ def read_page(places: Sequence[Path], title: str | None = None) -> Page:
         if (place / RECIPE).is_file():
             runs.append(read_run(place, name))
             found = _newest_validation(place, name)
+            evaluations += [] if found is None else [found]
+            pictures[name] = [] if found is None else list(_pictures_of_run(place, found))
         else:
-            found = _evaluation(place, name)
-        if found is None:
-            continue
-        evaluations.append(found)
-        pictures[name] = list(_pictures_of_run(place, found) if (place / RECIPE).is_file() else _pictures(place, found))
+            whole = _evaluation(place)
+            evaluations += [
+                EvaluationView(name if system == "tuned" else system, whole.pair(system).to_dict())
+                for system in whole.compared
+            ]
+            pictures[name] = list(_pictures(place, whole))
     held = {name: part for name, part in pictures.items() if part}
     shown_ones = chosen(merged(held) if held else [], evaluations[0] if evaluations else None)
     return Page(title or ", ".join(names), runs, evaluations, shown_ones)
@@ -88,14 +92,14 @@ def _newest_validation(run: Path, name: str) -> EvaluationView | None:
     return None if newest is None else _read_evaluation(newest, name)
 
 
-def _evaluation(place: Path, name: str) -> EvaluationView:
+def _evaluation(place: Path) -> Evaluation:
     if place.is_dir():
         place = place / EVALUATION
         if not place.is_file():
             raise UserError(f"'{place.parent}' is neither the folder of a run ({RECIPE}) nor of an evaluation")
     if not place.is_file():
         raise UserError(f"no such run or evaluation: '{place}'")
-    return _read_evaluation(place, name)
+    return Evaluation.read(place)
 
 
 def _read_evaluation(path: Path, name: str) -> EvaluationView:
@@ -121,14 +125,17 @@ def _pictures_of_run(run: Path, view: EvaluationView) -> Iterator[Picture]:
             yield Picture(name, images, scores_of(view, place))
 
 
-def _pictures(folder: Path, view: EvaluationView) -> Iterator[Picture]:
+def _pictures(folder: Path, whole: Evaluation) -> Iterator[Picture]:
     """Pictures of an evaluation: `pictures/<system>/<image>.png`."""
-    systems = sorted(path for path in (folder / PICTURES).glob("*") if path.is_dir()) if folder.is_dir() else []
-    for place, name in enumerate(distinct(view.evaluation.images)):
-        files = {path.name: path / f"{Path(view.evaluation.images[place]).stem}.png" for path in systems}
+    folders = [folder / PICTURES / label for label in ("LQ", *whole.scores, "HQ")]
+    for place, name in enumerate(distinct(whole.images)):
+        files = {path.name: path / f"{Path(whole.images[place]).stem}.png" for path in folders}
         images = {label: read_bytes(file, shown(str(file)), LARGEST) for label, file in files.items() if file.is_file()}
+        scores = {
+            system: {metric: values[place] for metric, values in of.items()} for system, of in whole.scores.items()
+        }
         if images:
-            yield Picture(name, images, scores_of(view, place))
+            yield Picture(name, images, scores)
 
 
 def scores_of(view: EvaluationView, place: int) -> dict[str, dict[str, float]]:
