@@ -59,7 +59,8 @@ def test_finetune_leaves_a_run(commands: Commands, tiny_base, hq_folder, tmp_pat
     assert (tmp_path / "run" / LORA).is_file()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 2]  # held-out images are scored before and after
-    assert set(lines[-1]["validation"]) == {"psnr", "detail", "ssim"}
+    panel = {"lq_consistency", "high_frequency", "color_shift", "clipping", "periodic_pattern"}
+    assert set(lines[-1]["validation"]) == {"psnr", "detail", "ssim"} | panel
     assert (tmp_path / "run" / "validation" / "step-00000002.png").is_file()
     assert f"look at it: {tmp_path / 'run' / 'report.html'}" in answer.out
     page = (tmp_path / "run" / "report.html").read_text()

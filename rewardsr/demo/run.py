@@ -42,6 +42,7 @@ TARGET = "detail_correlation"
 GUARDS = {"psnr": -0.1, "ssim": -0.005, "structure": -0.0075, "lq_consistency": -0.01}
 METRICS = (TARGET, *GUARDS, "detail")
 OFFSET_IMAGES, OFFSET_SIDE = 4, 256  # training photographs that the constant offset is measured on, and their pixels
+UPSCALED = 4  # photographs that a fresh process upscales as well
 CLOSEUP, ZOOM = 84, 3  # pixels a side of what the picture shows of each photograph, and how much larger
 
 
@@ -83,7 +84,8 @@ def run_demo(output: Path, steps: int | None = None) -> None:
     for name in RECIPES:
         control = found[SHUFFLED] if name == "gdpo" else None
         logger.info(f"\n{name}\n{indent(table_of(found[name], control), '  ')}\n{verdict(found[name], control)}")
-    _in_a_fresh_process(output / "rfsr", photos, output / "upscaled", _in_this_process(recipes["rfsr"], photos))
+    files = list_images(photos / "val" / "lq")[:UPSCALED]
+    _in_a_fresh_process(output / "rfsr", files, output / "upscaled", _in_this_process(recipes["rfsr"], files))
     logger.info(f"done in {time.perf_counter() - began:.0f} s\n")
     logger.info(_where(output))
 
@@ -176,19 +178,19 @@ def verdict(found: Evaluation, control: Evaluation | None) -> str:
     return "\n".join(lines)
 
 
-def _in_this_process(recipe: Recipe, photos: Path) -> list[Tensor]:
-    """What `upscale` gives for the held-out LQ photographs."""
+def _in_this_process(recipe: Recipe, files: Sequence[Path]) -> list[Tensor]:
+    """What `upscale` gives for these LQ photographs."""
     adapter: ISRAdapter = load_adapter(recipe.adapter, recipe.base, **recipe.adapter_options)
     lora.load(adapter, Path(recipe.output))
     return [
         upscale_tensor(adapter, read_image(file)[None], generator=Draws(0, 0, [index], "upscale"))[0]
-        for index, file in enumerate(list_images(photos / "val" / "lq"))
+        for index, file in enumerate(files)
     ]
 
 
-def _in_a_fresh_process(run: Path, photos: Path, output: Path, expected: list[Tensor]) -> None:
+def _in_a_fresh_process(run: Path, files: Sequence[Path], output: Path, expected: list[Tensor]) -> None:
     """Run the command that a user would, and compare its pictures with this process's."""
-    command = ["upscale", str(photos / "val" / "lq"), "--run", str(run), "--output", str(output), "--device", "cpu"]
+    command = ["upscale", *map(str, files), "--run", str(run), "--output", str(output), "--device", "cpu"]
     logger.info("\nin a fresh process: rewardsr " + " ".join(command))
     subprocess.run([sys.executable, "-m", "rewardsr", *command], check=True)
     written = [read_image(path) for path in sorted(output.glob("*.png"))]

@@ -47,7 +47,7 @@ def test_the_hubs_classes_read_it(run) -> None:
 
 def test_it_tells_what_the_run_did(run) -> None:
     text = build_card(run, "ada/crisp")
-    assert "| psnr" in text and "+1.2500" in text and "0.1000" in text  # mean difference and interval
+    assert "| psnr" in text and "+1.2500 [-8.2797, +10.7797]" in text  # mean difference and interval
     assert "rank 2, alpha 8" in text and "| `psnr` | 1 | Apache-2.0 |" in text
     assert 'rewardsr.load_lora(adapter, "ada/crisp", scale=1.0)' in text
     assert f'pipe.load_lora_weights("ada/crisp", weight_name="{LORA}")' in text and "--format kohya" in text

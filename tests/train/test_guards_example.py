@@ -28,10 +28,10 @@ def test_sharpness_alone_degrades_and_is_stopped(tmp_path) -> None:
     result = rewardsr.finetune(load_recipe(str(EXAMPLE), quick, []))
     assert result.stopped is not None and 0 < result.shipped < result.step < 10
     found = [
-        json.loads((result.output / "validation" / f"step-{step:08d}.json").read_text())["rewards"]
+        json.loads((result.output / "validation" / f"step-{step:08d}.json").read_text())["systems"]["tuned"]
         for step in (result.shipped, result.step)
     ]
-    shipped, last = ({name: entry["difference"] for name, entry in rewards.items()} for rewards in found)
+    shipped, last = ({name: entry["difference"] for name, entry in metrics.items()} for metrics in found)
     assert 0 < shipped["sharpness"] < last["sharpness"], "the reward rises"
     assert shipped["psnr"] > -1 and shipped["ssim"] > -0.05, "what is shipped is within the margins"
     assert last["psnr"] < -1 or last["ssim"] < -0.05 or last["periodic_pattern"] < -0.5, "what it came to is not"
