@@ -215,6 +215,8 @@ class _Work:
         system = leader or next(iter(self.systems.values()))
         data = images.opened(system, first)
         described = images.described(data)
+        if not isinstance(self.cast, bool):
+            images.opened(system, first, self.cast)
         logger.info("%s; LQ images: %s; prompts: %s", data.said, described["lq"], images.protocol.prompts)
         names = [Path(str(item.shown)).name for item in data.items[: images.limit]]
         for item, name in zip(data.items, names, strict=False):

@@ -221,7 +221,7 @@ def test_beside_the_others_in_one_table(adapter) -> None:
 def test_it_needs_a_lora_and_images(adapter, hq_folder, tmp_path) -> None:
     with pytest.raises(UserError, match="carries none"):
         latent_offset(adapter, images(), "two")
-    with pytest.raises(UserError, match="carries no LoRA"):
+    with pytest.raises(UserError, match="no system carries one"):
         rewardsr.evaluate(adapter, hq_folder, cast=True)
     lora.attach(adapter)
     with pytest.raises(UserError, match="there are none"):
