@@ -187,7 +187,6 @@ def test_loras_that_do_not_belong_here(commands: Commands, refused, tiny_base, h
     (tmp_path / "bad.safetensors").write_bytes(b"nothing of the kind")
     assert "damaged" in refused(*upscale, "--lora", tmp_path / "bad.safetensors")
     (tmp_path / "no_run").mkdir()
-    assert "give --run, or --lora" in refused("evaluate", hq_folder, "--base", tiny_base)
     assert "carries no rewardsr LoRA" in refused(
         "export", tmp_path / "merged", "--format", "merged", "--base", tiny_base
     )

@@ -56,6 +56,7 @@ class Record:
         The claim is a lock of the operating system on a hidden file, and ends with its process, however that ends.
         """
         lock = FileLock(target.with_name(f".{target.name[:200]}.lock"), timeout=-1 if wait else 0)
+        new = not target.parent.exists()
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire()
@@ -70,6 +71,9 @@ class Record:
             # Whoever waits for the old file looks for the result as soon as it has the lock.
             Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()
+            if new:  # and the image has failed
+                with suppress(OSError):
+                    target.parent.rmdir()
 
     def made_meanwhile(self, target: Path) -> bool:
         """Whether another process has finished this result since the record was opened."""

@@ -282,7 +282,8 @@ def merge(adapter: ISRAdapter, name: str = NAME) -> None:
     if adapter.dtype != torch.float32:
         raise UserError("merge in float32: load the adapter with dtype=torch.float32, and cast afterwards")
     for layer in _layers(adapter, name):
-        layer.get_base_layer().weight.data += layer.get_delta_weight(name).detach()
+        a, b = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
+        add(layer.get_base_layer().weight.data, Pair(a, b, layer.scaling[name]))
     detach(adapter, name)
     full.settle(adapter)
 

@@ -294,11 +294,13 @@ def test_evaluate_reads_the_files_of_a_data_folder(commands: Commands, tiny_sees
     for seed in (0, 0, 1):
         write_extras(place, 2, seed)
         command = ("evaluate", data, "--base", tiny_seesr, *COMMAND, "--lora", tmp_path / "lora", "--metrics", "psnr")
-        answer = commands(*command, "-o", tmp_path / "scores.json")
+        found = tmp_path / f"found-{len(scores)}"
+        answer = commands(*command, "-o", found)
         assert answer.code == 0, answer.err
-        scores.append(json.loads((tmp_path / "scores.json").read_text())["rewards"]["psnr"])
+        systems = json.loads((found / "evaluation.json").read_text())["systems"]
+        scores.append([metrics["psnr"]["scores"] for metrics in systems.values()])
     assert scores[0] == scores[1]
-    assert scores[0]["base"] != scores[2]["base"] and scores[0]["tuned"] != scores[2]["tuned"]
+    assert all(one != other for one, other in zip(scores[0], scores[2], strict=True)) and len(scores[0]) == 2
     for path in place.glob("*.safetensors"):
         path.unlink()
     answer = commands(*command)

@@ -203,12 +203,11 @@ def test_a_run_captions_and_what_follows_does_the_same(commands, tiny_base, hq_f
     assert answer.code == 0, answer.err
     kept = load_recipe(str(tmp_path / "run" / RECIPE), {}, []).data
     assert (kept.captioner, kept.captioner_options["model"], kept.prompt_suffix) == ("image_tags", str(tagger), "sharp")
-    answer = commands(
-        "evaluate", hq_folder, "--run", tmp_path / "run", "--device", "cpu", "-o", tmp_path / "found.json"
-    )
+    answer = commands("evaluate", hq_folder, "--run", tmp_path / "run", "--device", "cpu", "-o", tmp_path / "found")
     assert answer.code == 0 and "prompts: captioner" in answer.out, answer.err
     own = max((tmp_path / "run" / "validation").glob("*.json")).read_text()
-    scores = [json.loads(text)["rewards"]["psnr"] for text in (own, (tmp_path / "found.json").read_text())]
+    there = (tmp_path / "found" / "evaluation.json").read_text()
+    scores = [[one["psnr"]["scores"] for one in json.loads(text)["systems"].values()] for text in (own, there)]
     assert scores[0] == scores[1]
     kept = set(cache.rglob("*.txt"))
     assert len(kept) == 7  # of three HQ images, of three LQ images of validation, and of one that was tried before

@@ -102,7 +102,7 @@ def test_pyiqa_ids_need_no_prefix() -> None:
         ("pnsr", {}, "unknown reward 'pnsr': did you mean 'psnr'"),
         ("musik", {}, "unknown reward 'musik': did you mean 'musiq'"),
         ("sharpnes", {}, "'sharpness'"),
-        ("qqqqqq", {}, "known: detail, detail_correlation, imagereward, lq_consistency, perceptual, psnr"),
+        ("qqqqqq", {}, "known: clipping, color_shift, detail, detail_correlation, high_frequency, "),
         ("iqa:musik", {}, "pyiqa has no metric 'musik': did you mean 'musiq'"),
         ("psnr", {"crop": 4}, "options of reward 'psnr': unknown key 'crop': known: none"),
         ("piqe", {"crop": 4}, "metric 'piqe' has no option 'crop'"),

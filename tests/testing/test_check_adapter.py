@@ -97,6 +97,7 @@ class LooseOptions(OSEDiff):
         net_t: int | None = None
         scale: int = 4
         prompt: str = ""
+        vae_tile: int | None = None
 
         def tiling(self):
             return None

@@ -188,15 +188,15 @@ def test_it_stops_says_why_and_ships_the_best(stopped) -> None:
 
 def test_its_cast_test_is_that_of_what_it_ships(stopped) -> None:
     found = json.loads((stopped.output / "validation" / "step-00000004.json").read_text())
-    assert found["cast"]["measured_on"] == "3 training images"
+    assert found["casts"]["tuned"]["measured_on"] == "3 training images"
     read = Evaluation.from_dict(found)
     assert read.rewards["color_shift"].difference == stopped.validation["color_shift"]["difference"]
-    assert "cast" not in json.loads((stopped.output / "validation" / "step-00000008.json").read_text())
+    assert "casts" not in json.loads((stopped.output / "validation" / "step-00000008.json").read_text())
 
 
 def test_it_is_a_finished_run_for_upscale_and_for_the_hub(stopped, folder, commands, tmp_path) -> None:
     files, _ = read_run(stopped.output)
-    assert json.loads(files["samples/validation.json"])["cast"], "that of the weights which are published"
+    assert json.loads(files["samples/validation.json"])["casts"], "that of the weights which are published"
     card = build_card(stopped.output, "ada/lora")
     assert "Its guards stopped the run after step 8 of 12: color_shift -0." in card
     assert "These are the weights of step 4" in card and "4 steps of" in card
@@ -234,8 +234,8 @@ def test_killed_at_any_point_of_its_end_it_ends_alike(stopped, folder, monkeypat
             patched.setattr(module, name, call)
             rewardsr.finetune(again, resume=True)
 
-    dies(log.RunLog, "write", lambda _, step, line: step == 6 and "guards" in line)  # saved, and not judged
-    dies(log.RunLog, "write", lambda _, step, line: step == 8 and "guards" in line)
+    dies(log.RunLog, "write", lambda _, step, line, *_rows: step == 6 and "guards" in line)  # saved, and not judged
+    dies(log.RunLog, "write", lambda _, step, line, *_rows: step == 8 and "guards" in line)
     dies(ending, "_ship")
     dies(ending, "latent_offset")
     dies(ending, "write_text")

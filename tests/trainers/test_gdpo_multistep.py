@@ -156,7 +156,8 @@ def test_a_fresh_lora_gives_exactly_ln_2_and_a_gradient(kind, micro_batch, check
     if checkpointing:
         assert method.adapter.enable_gradient_checkpointing() == []
     gradient, losses = update(method, prepare(method))
-    assert all(loss.metrics == {"loss": pytest.approx(LN2, abs=1e-7), "implicit_accuracy": 0} for loss in losses)
+    wanted = {"loss": pytest.approx(LN2, abs=1e-7), "implicit_accuracy": 0, "distance": 0}
+    assert all(loss.metrics == wanted for loss in losses)
     assert sum(loss.weight for loss in losses) == pytest.approx(1)
     assert gradient.isfinite().all() and float(gradient.norm()) > 0
 
