@@ -14,7 +14,15 @@ from torch import Tensor
 
 from rewardsr import lora
 from rewardsr.adapters._networks import encoder_layers, load_network
-from rewardsr.adapters.stable_diffusion import Parts, Scale, StableDiffusion, check_fit, load_parts, parts_of
+from rewardsr.adapters.stable_diffusion import (
+    Parts,
+    ReleasedTiles,
+    Scale,
+    StableDiffusion,
+    check_fit,
+    load_parts,
+    parts_of,
+)
 from rewardsr.batch import Condition
 from rewardsr.draws import Source, draw
 from rewardsr.errors import UserError, shown
@@ -36,7 +44,7 @@ class OSEDiff(StableDiffusion):
 
     name = "osediff"
 
-    class Options(StableDiffusion.Options):
+    class Options(ReleasedTiles):
         """Options of OSEDiff and of GDPO-SR's one-step base."""
 
         scale: Scale = 4

@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -143,13 +143,11 @@ def check_scheduler(config: Mapping[str, Any], where: str) -> None:
         UserError: no schedule of betas, none that makes noise of images, one that ends in pure noise, or another
             prediction type than epsilon and v.
     """
-    kind = config.get("_class_name", "scheduler")
+    kind, betas = config.get("_class_name", "scheduler"), config.get("beta_schedule")
     # A schedule that is not of betas (flow matching) names none, and leaving it out does not mean scaled_linear either.
-    if config.get("beta_schedule") not in BETA_SCHEDULES:
-        raise UserError(
-            f"'{where}': {kind} has beta_schedule {shown(config.get('beta_schedule'))}, "
-            f"expected one of {', '.join(BETA_SCHEDULES)}"
-        )
+    if betas not in BETA_SCHEDULES:
+        expected = ", ".join(BETA_SCHEDULES)
+        raise UserError(f"'{where}': {kind} has beta_schedule {shown(betas)}, expected one of {expected}")
     for option in ("trained_betas", "rescale_betas_zero_snr"):
         if config.get(option):
             raise UserError(f"'{where}': {kind} sets {option}, which is not supported")
@@ -207,11 +205,9 @@ def check_fit(base: str, parts: Parts) -> None:
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
         raise UserError(f"base '{base}': scaling_factor of the VAE is {shown(factor)}, expected a positive number")
     check_tokenizer(base, parts.tokenizer, parts.text_encoder)
-    latents = parts.vae.config.latent_channels
-    if parts.unet.config.out_channels != latents:
-        raise UserError(
-            f"base '{base}': the UNet gives {parts.unet.config.out_channels} channels, but the latents have {latents}"
-        )
+    latents, given = parts.vae.config.latent_channels, parts.unet.config.out_channels
+    if given != latents:
+        raise UserError(f"base '{base}': the UNet gives {given} channels, but the latents have {latents}")
     width, cross = parts.text_encoder.config.hidden_size, parts.unet.config.cross_attention_dim
     if width != cross:
         raise UserError(f"base '{base}': the text encoder is {width} wide, but the UNet attends to {cross}")
@@ -355,10 +351,23 @@ class StableDiffusion(ISRAdapter):
         return image.float() / 2 + 0.5
 
 
+class ReleasedTiles(StableDiffusion.Options):
+    """Options of families whose released code cuts latents, too."""
+
+    tile_weights: Literal["centred", "original"] = Field(
+        "centred", description="original: half a latent pixel too low, as released"
+    )
+
+    def tiling(self) -> Tiling | None:
+        """How latents are cut."""
+        tiling = super().tiling()
+        return tiling and replace(tiling, off_centre=self.tile_weights == "original")
+
+
 class Ancestral(StableDiffusion):
     """Common ground of families that take many steps of ancestral DDPM (eq. 6 and 7), starting near the LQ image."""
 
-    class Options(StableDiffusion.Options):
+    class Options(ReleasedTiles):
         """Options of SeeSR and StableSR."""
 
         scale: Scale = 4
@@ -367,15 +376,6 @@ class Ancestral(StableDiffusion):
             description="lq: the LQ latents, noised as of the schedule's last time; noise: noise alone",
             json_schema_extra=options.FOR_LORA,
         )
-        tile_weights: Literal["centred", "original"] = Field(
-            "centred", description="original: half a latent pixel too low, as released"
-        )
-
-        def tiling(self) -> Tiling | None:
-            """How latents are cut."""
-            if self.tile is None:
-                return None
-            return Tiling(self.tile, self.tile_overlap, self.tile_batch, off_centre=self.tile_weights == "original")
 
     noisy_condition = True
     eta = 1.0

@@ -9,7 +9,6 @@ from _support import picked
 
 from rewardsr import load_adapter, lora
 from rewardsr.draws import Replay
-from rewardsr.tiling import Tiling
 
 GDPO = {"noise_t": 250, "net_t": 100, "scale": 1}
 
@@ -55,12 +54,13 @@ def test_osediff_from_the_released_checkpoint(variant, tiny, data, golden, recor
 def test_tiles(tiny, data, golden, record_property) -> None:
     """OSEDiff's tiles of 16 with 4 overlap on latents of 24 x 20, its weights half a pixel too low."""
     v = golden("osediff_tiled")
-    adapter = load_adapter("osediff", tiny, weights=data / "osediff.pkl", scale=1, tile=16, tile_overlap=4)
+    options = {"weights": data / "osediff.pkl", "scale": 1, "tile": 16, "tile_overlap": 4}
+    adapter = load_adapter("osediff", tiny, **options, tile_weights="original")
+    centred = load_adapter("osediff", tiny, **options)
     height, width = v["latent"].shape[-2] * 4, v["latent"].shape[-1] * 4
     with torch.no_grad():
         condition = adapter.encode(torch.zeros(1, 3, height, width), ["clean, high-resolution, 8k"])
-        ours = adapter._stitched(v["latent"], 999, condition)
-        adapter.tiling = Tiling(16, 4, off_centre=True)
+        ours = centred._stitched(v["latent"], 999, condition)
         eps = adapter._stitched(v["latent"], 999, condition)
         z0 = adapter.schedule.x0(v["latent"], eps, 999)
         adapter.tiling = None

@@ -1,14 +1,13 @@
-"""Peak memory of `rewardsr upscale` against the size of its output, each size in a process of its own.
+"""Peak memory of `rewardsr upscale` against the size of its output: the command itself, a process for each size.
 
-    python tests/benchmarks/upscale_memory.py [--base BASE] [--color-fix wavelet] 512 1024 2048 4096 8192
+    OMP_NUM_THREADS=1 python tests/benchmarks/upscale_memory.py [--base BASE] [--color-fix wavelet] 512 2048 8192x2048
 
-Without `--base` on the tiny pipeline of the tests, whose tiles take next to nothing: what is left is what grows with
-the image. Prints a Markdown table: pixels a side, peak resident memory, how much of that was not there before,
-what one float32 image of that size takes, and the seconds.
+Sizes are of the output, in pixels, width by height or a side; the image is a photograph of the demo, repeated. Prints a
+Markdown table: the size, peak resident memory, what the output takes in float32, and seconds, start of Python and all.
 """
 
 import argparse
-import resource
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,48 +17,51 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+import rewardsr.demo
 
-def measure(base: str, side: int, color_fix: str) -> None:
-    """Upscale one image to `side`, and print what it took."""
-    import rewardsr
-    from rewardsr.testing import tiny_pipeline
+PHOTOS = Path(rewardsr.demo.__file__).parent / "photographs" / "held_out"
+SCALE = 4
 
-    with tempfile.TemporaryDirectory() as folder:
-        made = str(tiny_pipeline(Path(folder, "base"))) if base == "tiny" else base
-        adapter = rewardsr.load_adapter("osediff", made, scale=4)
-        ramp = np.linspace(0, 255, side // 4).astype(np.uint8)
-        picture = np.stack(
-            [np.add.outer(ramp // 2, ramp // 2), np.tile(ramp, (side // 4, 1)), np.full_like(ramp, 9) + ramp[:, None]],
-            -1,
-        )
-        Image.fromarray(picture).save(Path(folder, "lq.png"))
-        rewardsr.upscale(adapter, picture[:8, :8], Path(folder, "small"))
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        start = time.perf_counter()
-        rewardsr.upscale(adapter, Path(folder, "lq.png"), Path(folder, "out"), color_fix=color_fix)
-        took = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(f"| {side} | {peak:,.0f} | {peak - before:,.0f} | {side**2 * 12 / 2**20:,.0f} | {took:,.0f} |")
+
+def image(width: int, height: int) -> Image.Image:
+    """An LQ image for an output of this size."""
+    photo = np.asarray(Image.open(min(PHOTOS.iterdir())).convert("RGB"))
+    rows, columns = -(-height // SCALE), -(-width // SCALE)
+    times = (-(-rows // photo.shape[0]), -(-columns // photo.shape[1]), 1)
+    return Image.fromarray(np.tile(photo, times)[:rows, :columns])
+
+
+def measure(lq: Path, out: Path, base: str, color_fix: str) -> tuple[float, float]:
+    """Peak MiB and seconds of the command on one image.
+
+    Raises:
+        RuntimeError: it has failed.
+    """
+    command = [sys.executable, "-m", "rewardsr", "upscale", str(lq), "-o", str(out), "--base", base, "--device", "cpu"]
+    start = time.perf_counter()
+    process = subprocess.Popen([*command, "--color-fix", color_fix], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"'{' '.join(command)}' has failed")
+    return usage.ru_maxrss / 1024, time.perf_counter() - start
 
 
 def main() -> None:
     """Measure the sizes one after another."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sides", nargs="+", type=int)
-    parser.add_argument("--base", default="tiny")
+    parser.add_argument("sizes", nargs="+", metavar="SIDE or WIDTHxHEIGHT")
+    parser.add_argument("--base", default="embedded")
     parser.add_argument("--color-fix", default="none")
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.here:
-        measure(given.base, given.sides[0], given.color_fix)
-        return
-    print(
-        "| output, px a side | peak RSS, MiB | beyond the start | one float32 image | seconds |\n|---|---|---|---|---|",
-        flush=True,
-    )
-    for side in given.sides:
-        command = [sys.executable, __file__, str(side), "--base", given.base, "--color-fix", given.color_fix, "--here"]
-        subprocess.run(command, check=True)
+    print("| output, px | peak RSS, MiB | the output in float32, MiB | seconds |\n|---|---|---|---|", flush=True)
+    for size in given.sizes:
+        width, _, height = size.partition("x")
+        sides = int(width), int(height or width)
+        with tempfile.TemporaryDirectory() as folder:
+            image(*sides).save(Path(folder, "lq.png"))
+            peak, seconds = measure(Path(folder, "lq.png"), Path(folder, "out"), given.base, given.color_fix)
+        pixels = sides[0] * sides[1]
+        print(f"| {sides[0]}x{sides[1]} | {peak:,.0f} | {pixels * 12 / 2**20:,.0f} | {seconds:,.0f} |", flush=True)
 
 
 if __name__ == "__main__":
