@@ -20,8 +20,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError, safe_open
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from rewardsr import progress
 from rewardsr.errors import UserError
