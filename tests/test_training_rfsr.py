@@ -165,7 +165,7 @@ print(json.dumps(deaths))
 def test_runs_that_are_killed_end_like_straight_ones(own, folder) -> None:
     """At operations on the disk, before and after the method's state is written among them, and at some moment."""
     path, run = own("killed", checkpoint_every=1)
-    numbers = [4, 8, 10, 11, 17, 24, 36]
+    numbers = [4, 8, 10, 11, 12, 17, 24, 36]
     done = subprocess.run(
         [sys.executable, "-c", KILLS, path, json.dumps(numbers)],
         env=ENVIRONMENT,
