@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from rewardsr.batch import Batch
 from rewardsr.errors import UserError
@@ -95,14 +96,16 @@ def test_options_of_metrics_that_are_not_there() -> None:
 
 @pytest.fixture
 def small_fid(monkeypatch):
-    """pyiqa's FID on the first 64 features of an Inception network of random weights, in place of its download."""
+    """pyiqa's FID on 16 features of a small network of random weights, in place of Inception and its download."""
     import pyiqa.archs.fid_arch
     import pyiqa.archs.inception
 
     monkeypatch.setattr(pyiqa.archs.inception, "load_pretrained_network", lambda *_, **__: None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = pyiqa.archs.fid_arch.FID(dims=64)
+        network = pyiqa.archs.fid_arch.FID()
+        pooled = (nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        network.model = nn.Sequential(nn.Conv2d(3, 16, 7, 4), *pooled)
     monkeypatch.setattr(fid, "_cached_or_fetched", lambda *_: SimpleNamespace(net=network))
     return network
 
