@@ -1,6 +1,7 @@
 """What the tests of training share: a tiny run, and what it left."""
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from torch import Tensor
 from rewardsr import run_folder
 from rewardsr.batch import Batch
 from rewardsr.options import Options
+
+# Of processes that tests start.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent)}
+PATIENCE = 240  # seconds that one may take on a loaded machine
 
 MAIN = "runs:Brightness"
 OPTIONS = {"group_size": 2, "preference": "conditional", "beta": 100.0}

@@ -16,7 +16,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "run_folder", "options", "outline", "places", "checks", "transfer"),
     (
         *("plugins", "storage", "json_object", "draws", "hub.connection"),
-        *("console", "progress", "interrupts", "together", "pooling", "versions"),
+        *("console", "progress", "interrupts", "together", "pooling", "versions", "ending"),
     ),
     (
         *("weights", "schedule", "tiling", "sizes", "batch", "hub.fetch"),

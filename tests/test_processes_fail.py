@@ -1,6 +1,5 @@
 """What fails in one process ends all of them, soon and with its message, and spoils nothing."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -9,17 +8,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import content, leftovers, lines
+from runs import ENVIRONMENT, PATIENCE, content, leftovers, lines
 
 from rewardsr.options import parse
 from rewardsr.storage import write_text
 from rewardsr.testing import tiny_pipeline, write_images
 from rewardsr.train.recipe import Recipe, to_yaml
 
-HERE = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE)}
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "rewardsr"]
-PATIENCE = 240  # seconds, set-up on a loaded machine included; processes that wait for each other would take two hours
 
 
 @pytest.fixture(scope="module")

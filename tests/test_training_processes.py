@@ -1,7 +1,6 @@
 """The loop in processes of its own: killed at any moment it goes on bit for bit, and two processes equal one."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_equal_runs, content, lines, weights
+from runs import ENVIRONMENT, PATIENCE, assert_equal_runs, content, lines, weights
 
 import rewardsr
 from rewardsr.options import parse
@@ -19,9 +18,6 @@ from rewardsr.storage import write_text
 from rewardsr.testing import tiny_pipeline, write_images
 from rewardsr.train.recipe import Recipe, to_yaml
 
-HERE = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE)}
-PATIENCE = 240  # seconds that a subprocess may take on a loaded machine
 EVERY = {"checkpoint_every": 1, "validate_every": 3}
 
 
@@ -49,7 +45,7 @@ def test_runs_that_are_killed_end_like_straight_ones(folder) -> None:
     rewardsr.finetune(written(folder, "straight", **EVERY))
     paths = [written(folder, "disk", **looked), written(folder, "random", **slow)]
     done = subprocess.run(
-        [sys.executable, str(HERE / "killing.py"), *paths, "0"],
+        [sys.executable, str(Path(__file__).with_name("killing.py")), *paths, "0"],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,

@@ -1,7 +1,6 @@
 """RFSR through the loop on a sampler of five steps: what is shipped, what is kept, and going on after an end."""
 
 import json
-import os
 import subprocess
 import sys
 from itertools import pairwise
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from _data import DATA
-from runs import assert_equal_runs, content, leftovers, lines, listing, weights
+from runs import ENVIRONMENT, PATIENCE, assert_equal_runs, content, leftovers, lines, listing, weights
 from safetensors.torch import load_file, save_file
 from test_training import Interrupted, interrupt
 
@@ -29,9 +28,6 @@ from rewardsr.train.recipe import Recipe, to_yaml
 from rewardsr.trainers import rfsr
 from rewardsr.trainers.ema import EMA, decay_at
 
-HERE = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE)}
-PATIENCE = 240  # seconds that a subprocess may take on a loaded machine
 STEPS, EMA_DECAY = 12, 0.6
 SAMPLER = {"steps": 5, "guidance": 2.0}
 # Weights that let every term steer: the paper's are made for networks of another size.

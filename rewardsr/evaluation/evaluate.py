@@ -25,11 +25,12 @@ from rewardsr.evaluation.conventions import Convention, find_convention
 from rewardsr.evaluation.fid import FID, FrechetDistance
 from rewardsr.evaluation.offset import Offset, cast_of, latent_offset, shifted
 from rewardsr.evaluation.report import Evaluation
-from rewardsr.evaluation.results import HQ, LQ, PICTURES, Results
+from rewardsr.evaluation.results import HQ, LQ, Results
 from rewardsr.evaluation.scoring import Scorer, by_metric, check_hq, image_name, negated
 from rewardsr.evaluation.systems import Images, Opened, Pipeline, System, Wanted, systems_of
 from rewardsr.lora.layers import reference
 from rewardsr.rewards.base import Reward
+from rewardsr.run_folder import PICTURES
 from rewardsr.train.recipe import ProtocolRecipe
 
 logger = logging.getLogger(__name__)

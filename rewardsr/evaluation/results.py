@@ -12,11 +12,10 @@ from rewardsr.errors import UserError, printable, shown
 from rewardsr.evaluation.exports import as_csv, as_latex, as_markdown
 from rewardsr.evaluation.page import read_page, write_page
 from rewardsr.evaluation.report import LARGEST, Evaluation
-from rewardsr.run_folder import REPORT
+from rewardsr.run_folder import EVALUATION, PICTURES, REPORT
 from rewardsr.storage import check_folder, expand, read_text, remove_own_leftovers, write_bytes, write_text
 
-EVALUATION, SCORES, MARKDOWN, LATEX = "evaluation.json", "scores.csv", "table.md", "table.tex"
-PICTURES = "pictures"
+SCORES, MARKDOWN, LATEX = "scores.csv", "table.md", "table.tex"
 LQ, HQ = "LQ", "HQ"  # folders beside those of the systems
 UNFINISHED = "unfinished"
 

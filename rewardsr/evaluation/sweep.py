@@ -13,8 +13,9 @@ from rewardsr.evaluation.comparison import unsigned
 from rewardsr.evaluation.evaluate import evaluate
 from rewardsr.evaluation.pictures import Cell, closeup, write_grid
 from rewardsr.evaluation.report import Evaluation, mean_of
-from rewardsr.evaluation.results import HQ, LQ, PICTURES
+from rewardsr.evaluation.results import HQ, LQ
 from rewardsr.evaluation.systems import System
+from rewardsr.run_folder import PICTURES
 from rewardsr.storage import expand, write_text
 
 CURVE, GRID = "curve.svg", "grid.png"

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 from huggingface_hub.utils import validate_repo_id
 
 from rewardsr import __version__
+from rewardsr.ending import Ending, last_validation, read_ending
 from rewardsr.errors import UserError
 from rewardsr.evaluation.report import Evaluation, markdown
 from rewardsr.hub.connection import online
@@ -20,7 +21,6 @@ from rewardsr.hub.search import TAG
 from rewardsr.rewards import licence_of
 from rewardsr.run_folder import CARD, LORA, RECIPE, SAMPLES
 from rewardsr.storage import expand, read_text
-from rewardsr.train.ending import Ending, last_validation, read_ending
 from rewardsr.train.recipe import Recipe, load_recipe, to_yaml
 
 UNKNOWN = "unknown"  # what an adapter says of a licence that it cannot know

@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from rewardsr.ending import last_validation, read_ending
 from rewardsr.errors import UserError, one_line
 from rewardsr.hub.fetch import LARGEST, check_lora
 from rewardsr.options import parse
 from rewardsr.places import without_places
 from rewardsr.run_folder import FULL, LORA, METRICS, RECIPE, SAMPLES
 from rewardsr.storage import read_bytes
-from rewardsr.train.ending import last_validation, read_ending
 from rewardsr.train.log import LARGEST_LOG, step_of
 from rewardsr.train.recipe import Recipe, load_recipe, to_yaml
 

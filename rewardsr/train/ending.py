@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -12,11 +12,12 @@ from typing import TypeVar
 import torch
 
 from rewardsr import lora
-from rewardsr.errors import TrainingError, UserError
+from rewardsr.ending import Ending, read_ending
+from rewardsr.errors import TrainingError
 from rewardsr.evaluation.offset import Offset, latent_offset
 from rewardsr.evaluation.protocol import HeldOut
-from rewardsr.run_folder import ENDING, FULL, LORA, VALIDATION
-from rewardsr.storage import read_bytes, read_text, write_bytes, write_text
+from rewardsr.run_folder import ENDING, FULL, LORA
+from rewardsr.storage import read_bytes, write_bytes, write_text
 from rewardsr.together import everywhere
 from rewardsr.train import checkpoint
 from rewardsr.train.compiled import eager
@@ -29,56 +30,6 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 CAST_IMAGES = 16  # training images, in crops of the recipe's size, that the offset of the cast test is measured on
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How a run ended; `ending.json` in its folder.
-
-    Attributes:
-        step: the last one that was taken.
-        shipped: the step whose weights lie in the folder.
-        stopped: why the run ended before its last step; None: it did not.
-        best: the step of the best checkpoint, which is kept; None where none was kept or none qualified.
-        rule: by which it is the best.
-    """
-
-    step: int
-    shipped: int
-    stopped: str | None
-    best: int | None
-    rule: str
-
-
-def read_ending(run: Path) -> Ending | None:
-    """How a run ended; None where it has not.
-
-    Raises:
-        UserError: the record is damaged.
-    """
-    path = run / ENDING
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(read_text(path, f"'{path}'"))
-        return Ending(**{entry.name: content[entry.name] for entry in fields(Ending)})
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"'{path}' is damaged: {error}") from error
-
-
-def last_validation(run: Path, kind: str) -> Path | None:
-    """The file of a run's validation (".json" or ".png"): that of the weights it ships, else the newest.
-
-    Raises:
-        UserError: the record of its end is damaged.
-    """
-    ending = read_ending(run)
-    shipped = None if ending is None else run / VALIDATION / f"step-{ending.shipped:08d}{kind}"
-    if shipped is not None and shipped.is_file():
-        return shipped
-    return max((run / VALIDATION).glob(f"step-*{kind}"), default=None)
 
 
 def end(setup: Setup, run: Path, step: int, guards: Guards, held_out: HeldOut | None) -> Ending:

@@ -25,6 +25,7 @@ from rewardsr import lora
 from rewardsr.batch import Batch
 from rewardsr.checks import Gathered, gathered
 from rewardsr.draws import Draws, seed_of
+from rewardsr.ending import Ending
 from rewardsr.errors import TrainingError, UserError, is_out_of_memory
 from rewardsr.evaluation.protocol import HeldOut
 from rewardsr.interrupts import Stop, StoppedError, finishing, keeping
@@ -34,7 +35,7 @@ from rewardsr.together import everywhere
 from rewardsr.train import checkpoint
 from rewardsr.train.checkpoint import State
 from rewardsr.train.compiled import check_one_path, compile_networks, eager
-from rewardsr.train.ending import Ending, end
+from rewardsr.train.ending import end
 from rewardsr.train.graphs import as_written, use_graphs
 from rewardsr.train.guards import Guards
 from rewardsr.train.log import RunLog

@@ -10,6 +10,7 @@ from runs import assert_equal_runs, content, lines, weights
 import rewardsr
 from rewardsr import UserError
 from rewardsr.errors import TrainingError
+from rewardsr.evaluation.page import read_page
 from rewardsr.evaluation.report import Comparison, Evaluation
 from rewardsr.hub.card import build_card
 from rewardsr.hub.content import read_run
@@ -192,6 +193,18 @@ def test_its_cast_test_is_that_of_what_it_ships(stopped) -> None:
     read = Evaluation.from_dict(found)
     assert read.rewards["color_shift"].difference == stopped.validation["color_shift"]["difference"]
     assert "casts" not in json.loads((stopped.output / "validation" / "step-00000008.json").read_text())
+
+
+def test_its_page_shows_what_it_ships(stopped) -> None:
+    page = read_page([stopped.output])
+    assert page.evaluations[0].evaluation.rewards["color_shift"].difference == pytest.approx(
+        stopped.validation["color_shift"]["difference"]
+    )
+    folder = stopped.output / "validation" / "pictures"
+    shown = [picture.images["tuned"] for picture in page.pictures]
+    assert shown == [(folder / f"{place:04d}-step-00000004.webp").read_bytes() for place in range(len(shown))] != []
+    assert page.runs[0].notes[-1].startswith("Stopped by its guards: color_shift -0.")
+    assert page.runs[0].notes[-1].endswith("Its weights are those of step 4.")
 
 
 def test_it_is_a_finished_run_for_upscale_and_for_the_hub(stopped, folder, commands, tmp_path) -> None:

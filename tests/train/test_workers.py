@@ -1,14 +1,13 @@
 """Runs whose data is made in threads: the same run whatever their number, and files checked once among processes."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import assert_equal_runs, content
+from runs import ENVIRONMENT, PATIENCE, assert_equal_runs, content
 
 import rewardsr
 from rewardsr import UserError
@@ -16,8 +15,6 @@ from rewardsr.options import parse
 from rewardsr.testing import write_images
 from rewardsr.train.prepare import open_folders
 from rewardsr.train.recipe import Recipe, differences
-
-PATIENCE = 240  # seconds that a subprocess may take on a loaded machine
 
 
 @pytest.fixture
@@ -93,7 +90,7 @@ def test_processes_share_the_check_and_all_end_with_one_line(tmp_path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*launch, str(tmp_path / "shared.py"), str(images), str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=PATIENCE,

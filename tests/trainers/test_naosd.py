@@ -1,6 +1,5 @@
 """The supervised trainer on a tiny base: what it trains and what it leaves alone, and runs that go on bit for bit."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from _naosd import adapter_on, batch, left, make, newest, recipe, write_base
-from runs import lines
+from runs import ENVIRONMENT, PATIENCE, lines
 from safetensors.torch import load_file
 
 import rewardsr
@@ -20,8 +19,6 @@ from rewardsr.testing import check_trainer
 from rewardsr.train.recipe import Recipe, to_yaml
 from rewardsr.trainers.naosd import FAKE, NAOSD
 
-HERE = Path(__file__).parents[1]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE)}
 KINDS = ("input", "none", "denoiser", "all")
 
 
@@ -190,7 +187,7 @@ def test_two_processes_equal_one_with_twice_the_batch(folder) -> None:
     write_text(folder / "two.yaml", to_yaml(made))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launch, "-m", "rewardsr", "finetune", str(folder / "two.yaml")]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     one = rewardsr.finetune(recipe(folder, "one", **plain)).output
     ours, theirs = left(one), left(folder / "two")

@@ -5,16 +5,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rewardsr.ending import last_validation, read_ending
 from rewardsr.errors import UserError, shown
 from rewardsr.evaluation.page.content import EvaluationView, Page, Picture, RunView, distinct
 from rewardsr.evaluation.page.images import chosen, merged
 from rewardsr.evaluation.report import Evaluation
 from rewardsr.json_object import read_object
-from rewardsr.run_folder import METRICS, PICTURES, RECIPE, VALIDATION, VERSIONS
+from rewardsr.run_folder import EVALUATION, METRICS, PICTURES, RECIPE, VALIDATION, VERSIONS
 from rewardsr.storage import read_bytes, read_text
 
 LARGEST = 2**30  # bytes of a file that is read
-EVALUATION = "evaluation.json"
 MOST_NOTES = 20  # of a run
 
 
@@ -35,9 +35,10 @@ def read_page(places: Sequence[Path], title: str | None = None) -> Page:
     for name, place in zip(names, places, strict=True):
         if (place / RECIPE).is_file():
             runs.append(read_run(place, name))
-            found = _newest_validation(place, name)
-            evaluations += [] if found is None else [found]
-            pictures[name] = [] if found is None else list(_pictures_of_run(place, found))
+            validation = last_validation(place, ".json")
+            if validation is not None:
+                evaluations.append(_read_evaluation(validation, name))
+                pictures[name] = list(_pictures_of_run(place, validation.stem, evaluations[-1]))
         else:
             whole = _evaluation(place)
             evaluations += [
@@ -69,6 +70,9 @@ def read_run(run: Path, name: str) -> RunView:
     last, planned = max((line["step"] for line in steps), default=0), view.recipe.get("steps")
     if isinstance(planned, int) and last < planned:
         notes.append(f"The run ends at step {last} of {planned}.")
+    ending = read_ending(run)
+    if ending is not None and ending.stopped is not None:
+        notes.append(f"Stopped by its guards: {ending.stopped}. Its weights are those of step {ending.shipped}.")
     return RunView(name, recipe, view.versions, steps, notes[-MOST_NOTES:])
 
 
@@ -85,11 +89,6 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _name(place: Path) -> str:
     return place.stem if place.suffix == ".json" else place.resolve().name
-
-
-def _newest_validation(run: Path, name: str) -> EvaluationView | None:
-    newest = max((run / VALIDATION).glob("step-*.json"), default=None)
-    return None if newest is None else _read_evaluation(newest, name)
 
 
 def _evaluation(place: Path) -> Evaluation:
@@ -112,14 +111,12 @@ def _read_evaluation(path: Path, name: str) -> EvaluationView:
     return view
 
 
-def _pictures_of_run(run: Path, view: EvaluationView) -> Iterator[Picture]:
-    """Single pictures of the newest validation, as `write_cells` left them."""
+def _pictures_of_run(run: Path, step: str, view: EvaluationView) -> Iterator[Picture]:
+    """Single pictures of a validation ("step-00000100"), as `write_cells` left them."""
     folder = run / VALIDATION / PICTURES
     for place, name in enumerate(distinct(view.evaluation.images)):
-        newest = max(folder.glob(f"{place:04d}-step-*.webp"), default=None)
-        files = {label: folder / f"{place:04d}-{label}.webp" for label in ("LQ", "base", "HQ")}
-        if newest is not None:
-            files = {"LQ": files["LQ"], "base": files["base"], "tuned": newest, "HQ": files["HQ"]}
+        labels = {"LQ": "LQ", "base": "base", "tuned": step, "HQ": "HQ"}
+        files = {label: folder / f"{place:04d}-{file}.webp" for label, file in labels.items()}
         images = {label: read_bytes(file, f"'{file}'", LARGEST) for label, file in files.items() if file.is_file()}
         if images:
             yield Picture(name, images, scores_of(view, place))
