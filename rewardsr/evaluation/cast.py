@@ -33,7 +33,7 @@ class OffsetTest:
     @property
     def share_in_words(self) -> str:
         """`share` in percent."""
-        return "none" if self.share is None else f"{100 * self.share:.0f} %"
+        return "none" if self.share is None else f"{round(100 * self.share)} %"
 
     @property
     def mostly(self) -> bool:
