@@ -91,6 +91,11 @@ def test_the_verdict_knows_cast_and_control() -> None:
     assert "gives 91 % of psnr's gain" in found.sentences[1]
 
 
+def test_a_reward_that_only_watches_is_none_that_steers() -> None:
+    recipe = "rewards:\n- {name: ssim, weight: 0.0}\n- {name: psnr, weight: 0.5}\n- {name: detail}\n"
+    assert RunView("run", recipe, {}, []).rewards == ("psnr", "detail")
+
+
 def test_the_cast_test_has_its_section(tmp_path) -> None:
     cast = Cast((0.1, 0.2), "two <images>", {"psnr": OffsetTest(UP, UP, EVEN, EVEN)})
     text = write_page(tmp_path / "a.html", Page("", [], [viewed("lora", cast=cast, psnr=UP)])).read_text()

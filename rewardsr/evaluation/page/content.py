@@ -55,9 +55,9 @@ class RunView:
 
     @property
     def rewards(self) -> tuple[str, ...]:
-        """What the run was trained on, by name."""
-        listed = self.recipe.get("rewards") or []
-        return tuple(str(entry["name"]) for entry in listed if isinstance(entry, dict) and "name" in entry)
+        """What the run was trained on, by name; not what only watches (weight 0)."""
+        listed = [entry for entry in self.recipe.get("rewards") or [] if isinstance(entry, dict)]
+        return tuple(str(entry["name"]) for entry in listed if "name" in entry and entry.get("weight") != 0)
 
     @property
     def shuffled(self) -> bool:
