@@ -40,7 +40,7 @@ _GRAY_STEPS = {"L;2": 85, "L;4": 17}  # of a PNG with 2 or 4 bits of gray, sprea
 _JPEG_WORK = 2 * 10**10  # scans times pixels: some ten seconds; an everyday file has at most a dozen scans
 _ODD_MODES = {"F": "floating-point values", "LAB": "Lab colours"}
 _ROWS = 256  # that are converted at a time
-_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_PLANAR = 258, 262, 284
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_PLANAR, _TIFF_EXTRA = 258, 262, 284, 338
 
 
 def read_image(path: Stored | str) -> Tensor:
@@ -311,7 +311,7 @@ def layers(image: Image.Image, file: BinaryIO | None = None) -> tuple[Tensor, Te
     with without_remarks() if deep or image.format == "TIFF" else nullcontext():
         image.load()
         check_pixels(image)  # of an icon, now that its size is known
-        pixels = _deep_colour(file) if colour and file is not None else _pixels(image, stored)
+        pixels = _deep_colour(image, file) if colour and file is not None else _pixels(image, stored)
     # Only now: PIL finds what stands behind the pixels, and has turned a TIFF by itself.
     turn = turned if colour and image.format == "TIFF" else _orientation(image)
     if pixels.shape[0] in (1, 3):
@@ -327,7 +327,7 @@ def is_deep(image: Image.Image) -> bool:
         return image.mode.startswith("I")
     tags = getattr(image, "tag_v2", {})
     plain = tags.get(_TIFF_PHOTOMETRIC) == 2 and tags.get(_TIFF_PLANAR, 1) == 1 and set(tags.get(339, (1,))) == {1}
-    return plain and set(tags.get(_TIFF_BITS, ())) == {16} and tags.get(338, (2,)) == (2,)
+    return plain and set(tags.get(_TIFF_BITS, ())) == {16} and tags.get(_TIFF_EXTRA, (2,)) in ((0,), (2,))
 
 
 def _stored(image: Image.Image) -> str:
@@ -370,7 +370,7 @@ def _pixels(image: Image.Image, stored: str) -> Tensor:
     return pixels.contiguous().float().div_(255) if len(pixels) == 4 else pixels
 
 
-def _deep_colour(file: BinaryIO) -> Tensor:
+def _deep_colour(image: Image.Image, file: BinaryIO) -> Tensor:
     """(3, H, W) or (4, H, W); PIL has decoded the file before, so it is whole."""
     try:
         import cv2  # comes with pyiqa
@@ -380,7 +380,8 @@ def _deep_colour(file: BinaryIO) -> Tensor:
     array = cv2.imdecode(np.frombuffer(file.read(), dtype=np.uint8), cv2.IMREAD_UNCHANGED)
     if array is None or array.dtype != np.uint16 or array.ndim != 3:
         raise ValueError("16-bit colour that opencv cannot read; save it with 8 bits")
-    order = [2, 1, 0, 3][: array.shape[2]]  # opencv has blue first
+    unknown = getattr(image, "tag_v2", {}).get(_TIFF_EXTRA) == (0,)  # what the fourth means is not said
+    order = [2, 1, 0, 3][: 3 if unknown else array.shape[2]]  # opencv has blue first
     return torch.from_numpy(array[..., order].astype(np.float32)).permute(2, 0, 1) / 65535
 
 

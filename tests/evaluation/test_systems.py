@@ -94,7 +94,7 @@ def test_what_was_done_is_recorded(everything, made) -> None:
     assert hashes["base"]["base"] == hashes["one"]["base"] == hashes["again"]["base"] and "lora" not in hashes["base"]
     assert len({hashes[name]["lora"] for name in ("one", "again", "one:0.5", "sum")}) == 4
     files = {path.name for path in everything.iterdir()}
-    assert files == {"evaluation.json", "scores.csv", "table.md", "table.tex", "pictures"}
+    assert files == {"evaluation.json", "scores.csv", "table.md", "table.tex", "pictures", "report.html"}
     assert {path.name for path in (everything / "pictures").iterdir()} == {*found.scores, "LQ", "HQ"}
     assert len((everything / "scores.csv").read_text().splitlines()) == 1 + 3 * 7
     assert "trained on" in (everything / "table.md").read_text()

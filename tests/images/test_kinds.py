@@ -109,14 +109,14 @@ def test_gray_tiff(tmp_path, compression, order) -> None:
 def test_colour_tiff(tmp_path, compression, order) -> None:
     known = {"byteorder": order, "compression": compression, "photometric": "rgb"}
     assert_reads(tmp_path / "a.tif", tiff(FLAT[..., :3], **known), FLAT[..., :3] / 255)
-    assert_reads(tmp_path / "a.tif", tiff(DEEP[..., :3], **known), FLAT[..., :3] / 255)  # the upper 8 bits
+    assert_reads(tmp_path / "a.tif", tiff(DEEP[..., :3], **known), DEEP[..., :3] / 65535)
     planes = np.ascontiguousarray(np.moveaxis(FLAT[..., :3], 2, 0))
     assert_reads(tmp_path / "a.tif", tiff(planes, planarconfig="separate", **known), FLAT[..., :3] / 255)
-    alpha = FLAT[..., 3:] / 255
-    laid = FLAT[..., :3] / 255 * alpha + 1 - alpha
-    for array in (FLAT, DEEP):
+    for array, top in ((FLAT, 255), (DEEP, 65535)):
+        color, alpha = array[..., :3] / top, array[..., 3:] / top
+        laid = color * alpha + 1 - alpha
         assert_reads(tmp_path / "a.tif", tiff(array, extrasamples=["unassalpha"], **known), laid)
-        assert_reads(tmp_path / "a.tif", tiff(array, extrasamples=["unspecified"], **known), FLAT[..., :3] / 255)
+        assert_reads(tmp_path / "a.tif", tiff(array, extrasamples=["unspecified"], **known), color)
 
 
 def test_cmyk_tiff(tmp_path) -> None:
