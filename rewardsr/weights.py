@@ -1,7 +1,6 @@
 """Weights: written whole, and read without running code."""
 
 import io
-import json
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -20,12 +19,6 @@ from rewardsr.json_object import LONGEST_NAME, read_object
 from rewardsr.outline import sampled
 from rewardsr.storage import write_bytes
 
-_FILE = "diffusion_pytorch_model.safetensors"  # of a network of diffusers
-_KINDS = {  # of numbers, as safetensors calls them
-    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
-    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"},
-    **{torch.uint8: "U8", torch.bool: "BOOL"},
-}
 _INDEX = "{}.safetensors.index.json"  # of weights in several files
 
 
@@ -35,43 +28,19 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], header: dict[str, 
 
 
 def write_networks(networks: Mapping[str, Any], folder: Path) -> None:
-    """Networks of diffusers, each in a folder of its name as `save_pretrained` makes it; called from `write_folder`.
-
-    Tensor by tensor, for a bar: gigabytes are written, and `save_pretrained` does not tell how far it has come.
+    """Networks of diffusers, each in a folder of its name; to be called from `write_folder`.
 
     Raises:
-        OSError: as any writing.
+        OSError: as any writing, also where safetensors has an error of its own for it.
     """
-    states: dict[str, dict[str, Tensor]] = {name: network.state_dict() for name, network in networks.items()}
-    size = sum(tensor.nbytes for state in states.values() for tensor in state.values())
-    with progress.bar("writing", size, unit="B") as advance:
-        for name, state in states.items():
-            networks[name].save_config(folder / name)
-            _write_tensors(folder / name / _FILE, state, advance)
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor], advance: Callable[[int], object]) -> None:
-    """A safetensors file: the length of its header, the header as JSON, and the numbers one tensor after the other.
-
-    Args:
-        path: of the file.
-        tensors: by name.
-        advance: gets the bytes of each.
-    """
-    about: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # each begins at a multiple of its own
-    end = 0
-    for name in order:
-        tensor, start = tensors[name], end
-        end += tensor.nbytes
-        about[name] = {"dtype": _KINDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    header = json.dumps(about, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for name in order:
-            file.write(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-            advance(tensors[name].nbytes)
+    sizes = {name: sum(tensor.nbytes for tensor in network.state_dict().values()) for name, network in networks.items()}
+    with progress.bar("writing", sum(sizes.values()), unit="B") as advance:
+        for name, network in networks.items():
+            try:
+                network.save_pretrained(folder / name)
+            except SafetensorError as error:  # what a full disk looks like from inside safetensors
+                raise OSError(f"{name}: {error}") from error
+            advance(sizes[name])
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from _stablesr import ENCODER, UNET, released
 from _support import Commands, snapshot
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -210,13 +211,14 @@ def test_a_folder_that_exists_stays(refused, checkpoints, tmp_path) -> None:
     assert "exists already" in refused("import", "stablesr", checkpoints["epsilon"], tmp_path / "out")
 
 
-def test_nothing_half_written_on_a_full_disk(refused, checkpoints, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_nothing_half_written_on_a_full_disk(error, refused, checkpoints, tmp_path, monkeypatch) -> None:
     from rewardsr.adapters._sft import StructEncoder
 
     def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
-    monkeypatch.setattr(StructEncoder, "save_config", full)
+    monkeypatch.setattr(StructEncoder, "save_pretrained", full)
     line = refused("import", "stablesr", checkpoints["epsilon"], tmp_path / "out")
     assert "No space left on device" in line
 
