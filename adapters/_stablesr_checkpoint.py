@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rewardsr.adapters._networks import assemble, load_changed
 from rewardsr.errors import UserError
+from rewardsr.progress import waiting
 from rewardsr.schedule import PREDICTIONS
 from rewardsr.storage import expand, write_folder
 from rewardsr.weights import read_pickle, read_safetensors, write_networks
@@ -121,10 +122,11 @@ def import_checkpoint(source: Path, output: Path, prediction: str = "auto", chec
     output = expand(output)
     if output.exists():
         raise UserError(f"'{output}' exists already: choose a new folder")
-    unet, encoder = read_checkpoint(source)
-    found = note_prediction(source, unet, encoder, prediction, check)
-    networks = {"unet": unet, "struct_encoder": encoder}
-    write_folder(output, lambda folder: write_networks(networks, folder))
+    with waiting(f"importing '{source}'"):  # reading and writing, which can be counted, have bars of their own
+        unet, encoder = read_checkpoint(source)
+        found = note_prediction(source, unet, encoder, prediction, check)
+        networks = {"unet": unet, "struct_encoder": encoder}
+        write_folder(output, lambda folder: write_networks(networks, folder))
     return found
 
 

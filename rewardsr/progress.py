@@ -108,18 +108,23 @@ class _Display:
     """The lines of all work in hand, below each other; there while there is any."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._work: list[Work] = []
         self._live: Live | None = None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         now, drawn = time.monotonic(), ("#", "-") if options.ascii_only else ("━", "─")
-        for place, work in enumerate(list(self._work)):
-            if now - work.began >= (PATIENCE if work.total is None else BRIEF if place else 0):
+        shown = [
+            work
+            for place, work in enumerate(list(self._work))
+            if now - work.began >= (PATIENCE if work.total is None else BRIEF if place else 0)
+        ]
+        for work in shown:
+            if work.total is not None or work is shown[-1]:  # a wait is told by what counts within it, if anything does
                 yield Text(work.line(options.max_width, *drawn), no_wrap=True, overflow="crop")
 
     def add(self, work: Work) -> None:
-        with self._lock:
+        with self.lock:
             self._work.append(work)
             if self._live is None and on_terminal():
                 # A pipe beside the terminal gets what is printed there as it is.
@@ -130,14 +135,14 @@ class _Display:
                 self._live.start(refresh=True)
 
     def remove(self, work: Work) -> None:
-        with self._lock:
+        with self.lock:
             self._work = [other for other in self._work if other is not work]
             if self._live is not None and not self._work:
                 live, self._live = self._live, None
                 live.stop()
 
-    def outermost(self, work: Work) -> bool:
-        return bool(self._work) and self._work[0] is work
+    def in_hand(self, work: Work) -> bool:
+        return any(other is work for other in self._work)
 
 
 _display = _Display()
@@ -155,7 +160,8 @@ def bar(
 ) -> Iterator[Advance]:
     """Show how far work has come while the context lasts; one within another shows below it.
 
-    Without a terminal the outermost prints a plain line every 30 seconds, and so none where it takes less.
+    Without a terminal each prints a plain line when it advances and has printed none for 30 seconds: what takes less
+    says nothing, and a long one within another speaks while the outer one stands still. Threads may advance it.
 
     Args:
         what: is done, in a word or two.
@@ -173,13 +179,14 @@ def bar(
     work = Work(printable(what), total, done, unit)
 
     def advance(n: int = 1, note: str = "", total: int | None = None) -> None:
-        before, now = work.done, time.monotonic()
-        work.total = work.total if total is None else total
-        work.advance(n, printable(note))
-        due = now - work.said >= SELDOM if every is None else work.done // every > before // every
-        if due and not on_terminal() and _display.outermost(work):
-            work.said = now
-            console.say(work.line(10_000, full=""), err=True)
+        with _display.lock:
+            before, now = work.done, time.monotonic()
+            work.total = work.total if total is None else total
+            work.advance(n, printable(note))
+            due = now - work.said >= SELDOM if every is None else work.done // every > before // every
+            if due and not on_terminal() and _display.in_hand(work):  # a library may count on when all is over
+                work.said = now
+                console.say(work.line(10_000, full=""), err=True)
 
     try:  # a signal may come while the lines begin
         _display.add(work)

@@ -1,8 +1,9 @@
 """Weights: written whole, and read without running code."""
 
+import io
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from rewardsr import progress
 from rewardsr.errors import UserError, one_line
 from rewardsr.json_object import LONGEST_NAME, read_object
 from rewardsr.outline import sampled
@@ -31,11 +33,14 @@ def write_networks(networks: Mapping[str, Any], folder: Path) -> None:
     Raises:
         OSError: as any writing, also where safetensors has an error of its own for it.
     """
-    for name, network in networks.items():
-        try:
-            network.save_pretrained(folder / name)
-        except SafetensorError as error:  # what a full disk looks like from inside safetensors
-            raise OSError(f"{name}: {error}") from error
+    sizes = {name: sum(tensor.nbytes for tensor in network.state_dict().values()) for name, network in networks.items()}
+    with progress.bar("writing", sum(sizes.values()), unit="B") as advance:
+        for name, network in networks.items():
+            try:
+                network.save_pretrained(folder / name)
+            except SafetensorError as error:  # what a full disk looks like from inside safetensors
+                raise OSError(f"{name}: {error}") from error
+            advance(sizes[name])
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -145,6 +150,26 @@ def _files(folder: Path, stem: str) -> list[Path]:
     return paths
 
 
+class _Counted(io.BufferedReader):
+    """A file whose bytes are counted as they are read; torch reads those of its format before 1.6 past this."""
+
+    def __init__(self, path: Path, advance: Callable[[int], object]) -> None:
+        super().__init__(io.FileIO(path))
+        self._advance = advance
+
+    def read(self, size: int | None = -1) -> bytes:
+        """As any file."""
+        found = super().read(size)
+        self._advance(len(found))
+        return found
+
+    def readinto(self, buffer: Any) -> int:
+        """As any file."""
+        count = super().readinto(buffer)
+        self._advance(count)
+        return count
+
+
 def read_pickle(path: Path) -> Any:
     """A released torch pickle of tensors, lists and numbers; anything that would run code is refused.
 
@@ -153,8 +178,10 @@ def read_pickle(path: Path) -> Any:
     """
     if not path.is_file():
         raise UserError(f"no file '{path}'")
+    bar = progress.bar(f"reading {path.name}", path.stat().st_size, unit="B")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with bar as advance, _Counted(path, advance) as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"'{path}' holds more than tensors (it could run code), or is damaged: refused") from error
     except Exception as error:  # of damaged bytes, any

@@ -79,7 +79,7 @@ def test_a_validation_is_left_off_and_made_up_for(folder) -> None:
     log = folder / "looked" / "metrics.jsonl"
     terminal.read(lambda: log.exists() and '"step": 1' in log.read_text())
     before = len(terminal.frames)
-    terminal.read(lambda: any("validation" in frame for frame in terminal.frames[before:]))
+    terminal.read(lambda: any(frame.startswith("validation 0/3") for frame in terminal.frames[before:]))
     terminal.send(signal.SIGINT)
     assert terminal.read(terminal.shows("stopping after this image, step 1 is saved; once more to quit")) < 1
     assert terminal.end() == 130

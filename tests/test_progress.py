@@ -102,6 +102,44 @@ def test_without_a_terminal_there_is_a_line_now_and_then_of_the_outermost() -> N
     assert all(line.startswith("upscale ") and "/4  1." in line and "ETA 0:00:0" in line for line in lines)
 
 
+def test_without_a_terminal_a_long_one_within_another_speaks() -> None:
+    script = """
+import time
+from rewardsr import progress
+progress.SELDOM = 0.5
+with progress.bar("step", 2, every=1) as step:
+    step()
+    with progress.bar("validation", 9) as advance:
+        for _ in range(9):
+            time.sleep(0.15)
+            advance()
+    time.sleep(0.6)
+    advance()  # nobody waits for it any more
+    step()
+"""
+    lines = run(script).stderr.splitlines()
+    assert [line.split()[0] for line in lines] == ["step", *["validation"] * (len(lines) - 2), "step"]
+    assert 2 <= len(lines) - 2 <= 3 and all("/9  " in line and "ETA 0:00:0" in line for line in lines[1:-1])
+
+
+def test_what_counts_within_a_wait_stands_for_it() -> None:
+    script = """
+import time
+from rewardsr import progress
+progress.PATIENCE = 0.1
+with progress.waiting("importing"):
+    time.sleep(0.6)
+    with progress.bar("reading", 2):
+        time.sleep(1.0)
+    time.sleep(0.6)
+"""
+    terminal = Terminal("-c", script)
+    assert terminal.end() == 0
+    words = [line.split()[0] for line in terminal.frames]
+    first, last = words.index("reading"), len(words) - 1 - words[::-1].index("reading")
+    assert set(words[first : last + 1]) == {"reading"} and {words[first - 1], words[last + 1]} == {"importing"}
+
+
 def test_lines_by_count() -> None:
     script = "from rewardsr import progress\nwith progress.bar('step', 100, done=7, every=25) as advance:\n"
     done = run(script + "    for number in range(93): advance(note=f'loss {number}')")

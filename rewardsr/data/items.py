@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rewardsr import progress
 from rewardsr.data.images import image_size
 from rewardsr.data.layout import Found, find
 from rewardsr.data.rows import Row, Stored
@@ -147,24 +148,27 @@ def sort_out(found: Found, scale: int, least: int, number: int = 0) -> Sorted:
         number: of the source.
     """
     made = Sorted([], [], [], [], [])
-    for hq, lq in found.images:
-        try:
-            own, low = (None if image is None else image_size(image) for image in (hq, lq))
-        except UserError as error:
-            made.unreadable.append(str(error))
-            continue
-        enlarged = None if low is None else (low[0] * scale, low[1] * scale)
-        size = own or enlarged
-        assert size is not None
-        item = Item(hq, lq, size, source=number)
-        made.sizes.append(size)
-        if enlarged not in (None, size):
-            assert low is not None
-            made.unfitting.append(f"{item.shown.name} is {by(size)} for an LQ image of {by(low)}")
-        elif min(size) < least:
-            made.small.append(f"{item.shown.name} ({by(size)})")
-        else:
-            made.usable.append(item)
+    with progress.bar("reading headers", len(found.images)) as advance:
+        for hq, lq in found.images:
+            try:
+                own, low = (None if image is None else image_size(image) for image in (hq, lq))
+            except UserError as error:
+                made.unreadable.append(str(error))
+                continue
+            finally:
+                advance()
+            enlarged = None if low is None else (low[0] * scale, low[1] * scale)
+            size = own or enlarged
+            assert size is not None
+            item = Item(hq, lq, size, source=number)
+            made.sizes.append(size)
+            if enlarged not in (None, size):
+                assert low is not None
+                made.unfitting.append(f"{item.shown.name} is {by(size)} for an LQ image of {by(low)}")
+            elif min(size) < least:
+                made.small.append(f"{item.shown.name} ({by(size)})")
+            else:
+                made.usable.append(item)
     return made
 
 

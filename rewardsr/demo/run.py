@@ -111,7 +111,9 @@ def compare(recipes: Mapping[str, Recipe], pairs: Path) -> tuple[dict[str, Evalu
     images = partial(open_images(first.data, str(pairs), adapter.scale).validation, None, 0, None)
     rewards = {name: build(name) for name in METRICS}
     count = len(list_images(pairs / "lq"))
-    held_out = HeldOut(adapter, images, rewards, seed=1, draws_per_image=DRAWS, picture_side=None, pictures=count)
+    held_out = HeldOut(
+        adapter, images, rewards, count=count, seed=1, draws_per_image=DRAWS, picture_side=None, pictures=count
+    )
     found: dict[str, Evaluation] = {}
     rows: list[list[Cell]] = []
     for name, recipe in recipes.items():
@@ -119,7 +121,7 @@ def compare(recipes: Mapping[str, Recipe], pairs: Path) -> tuple[dict[str, Evalu
         offset = None
         if name != SHUFFLED:
             sample = training.validation(OFFSET_IMAGES, side=OFFSET_SIDE)
-            offset = latent_offset(adapter, sample, f"{OFFSET_IMAGES} training photographs")
+            offset = latent_offset(adapter, sample, f"{OFFSET_IMAGES} training photographs", count=OFFSET_IMAGES)
         found[name] = held_out.score(offset=offset)
         if name != SHUFFLED:
             rows = _beside(rows, held_out.rows, name)

@@ -332,7 +332,9 @@ class _Work:
         where = f"the {count} images compared" if place is None else f"{count} images of {place}"
         logger.info("cast test: measuring the offset on %s", where)
         measured: Iterable[Batch] = self.images.of(source)
-        return latent_offset(opened.adapter, measured, where, seed=self.wanted.seed, draws_per_image=self.draws)
+        return latent_offset(
+            opened.adapter, measured, where, count=count, seed=self.wanted.seed, draws_per_image=self.draws
+        )
 
     def _of_sets(self, distance: FrechetDistance) -> dict[str, dict[str, float]]:
         assert self.results is not None

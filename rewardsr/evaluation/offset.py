@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rewardsr import progress
 from rewardsr.adapter import ISRAdapter
 from rewardsr.batch import Batch
 from rewardsr.draws import Draws
@@ -37,7 +38,13 @@ class Offset:
 
 @torch.no_grad()
 def latent_offset(
-    adapter: ISRAdapter, images: Iterable[Batch], measured_on: str, *, seed: int = 0, draws_per_image: int = 1
+    adapter: ISRAdapter,
+    images: Iterable[Batch],
+    measured_on: str,
+    *,
+    count: int | None = None,
+    seed: int = 0,
+    draws_per_image: int = 1,
 ) -> Offset:
     """What the LoRA adds to the latents on average over space, draws of noise and images: a number a channel.
 
@@ -50,6 +57,7 @@ def latent_offset(
         adapter: with the LoRA on.
         images: batches of one image each, with HQ or without.
         measured_on: the images, in words.
+        count: how many there are, for a bar with an ETA.
         seed: of the noise, which is none of that of `HeldOut`.
         draws_per_image: draws of noise; a pipeline without noise takes one.
 
@@ -65,11 +73,13 @@ def latent_offset(
         return adapter.sample_latents(condition, draws)
 
     changes = []
-    for place, batch in enumerate(images):
-        for draw in range(1 if adapter.deterministic else draws_per_image):
-            with reference(adapter):
-                base = latents(place, draw, batch)
-            changes.append((latents(place, draw, batch) - base).mean((0, 2, 3)))
+    with progress.bar("cast test: offset", count) as advance:
+        for place, batch in enumerate(images):
+            for draw in range(1 if adapter.deterministic else draws_per_image):
+                with reference(adapter):
+                    base = latents(place, draw, batch)
+                changes.append((latents(place, draw, batch) - base).mean((0, 2, 3)))
+            advance()
     if not changes:
         raise UserError("a latent offset is a mean over images, and there are none")
     return Offset(torch.stack(changes).mean(0), measured_on)

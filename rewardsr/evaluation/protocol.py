@@ -4,7 +4,7 @@ Training does it again and again on its held-out images; `rewardsr.evaluation.ev
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from rewardsr import progress
 from rewardsr.adapter import ISRAdapter
 from rewardsr.batch import Batch
 from rewardsr.draws import Draws
@@ -52,6 +53,7 @@ class HeldOut:
         adapter: the pipeline with its LoRA on.
         images: see `Images`; the same ones at every call.
         rewards: by the name they get in the table.
+        count: how many images there are, for a bar; None: no bar.
         seed: the noise of image i in draw d is seeded by (seed, d, i).
         draws_per_image: scores are averaged over so many draws of noise; a pipeline without noise takes one.
         color_fix: "none", "adain" or "wavelet".
@@ -77,6 +79,7 @@ class HeldOut:
         images: Images,
         rewards: Mapping[str, Reward],
         *,
+        count: int | None = None,
         seed: int = 0,
         draws_per_image: int = 1,
         color_fix: str = "none",
@@ -88,7 +91,7 @@ class HeldOut:
         memory_advice: str | None = None,
     ) -> None:
         self._scorer = Scorer(rewards, seed, min(draws_per_image, 1) if adapter.deterministic else draws_per_image)
-        self._adapter, self._images = adapter, images
+        self._adapter, self._images, self._count = adapter, images, count
         self._color_fix, self._accelerator, self._run = color_fix, accelerator, run
         self._reference = base or partial(reference, adapter)
         self._pictures, self._side, self._memory_advice = pictures, picture_side, memory_advice
@@ -135,10 +138,15 @@ class HeldOut:
         if self._accelerator is not None:
             first, every = self._accelerator.process_index, self._accelerator.num_processes
         share = {}
+        bar: AbstractContextManager[Callable[[], None]] = nullcontext(lambda: None)
+        if self._count is not None:
+            bar = progress.bar("validation" if offset is None else "cast test", len(range(first, self._count, every)))
         try:
-            for turn, batch in enumerate(self._images(first, every)):
-                position = first + turn * every
-                share[position] = self._score_image(position, batch, offset)
+            with bar as advance:
+                for turn, batch in enumerate(self._images(first, every)):
+                    position = first + turn * every
+                    share[position] = self._score_image(position, batch, offset)
+                    advance()
         except Exception as error:
             if self._memory_advice is None or not is_out_of_memory(error):
                 raise

@@ -4,25 +4,33 @@ Everything is checked before anything is sent, and the Hub takes a commit whole 
 changes no branch. What it may leave is a repository or a branch that it created for the commit; the error says so.
 """
 
+import io
 import logging
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, BinaryIO
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo, constants, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub.utils import (
+    HFValidationError,
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    validate_repo_id,
+)
+from huggingface_hub.utils import tqdm as hub_bar
 
-from rewardsr import __version__
+from rewardsr import __version__, progress
 from rewardsr.errors import UserError
 from rewardsr.hub.card import build_card, check_card
 from rewardsr.hub.connection import TIMEOUT, online, reason, status_of
 from rewardsr.hub.content import Shortened, read_run
 from rewardsr.hub.fetch import split_reference
 from rewardsr.interrupts import keeping
-from rewardsr.progress import waiting
 from rewardsr.run_folder import CARD, READY
 from rewardsr.storage import expand, write_bytes, write_folder
 
@@ -220,18 +228,86 @@ def _send(api: HfApi, plan: Plan, info: ModelInfo | None) -> Pushed:
                 api.create_branch(plan.repo, branch=plan.revision)
             created += f"; it created the branch '{plan.revision}'"
     size = sum(map(len, plan.files.values()))
-    sending = waiting(f"sending {len(plan.files)} files, {size / 1e6:.1f} MB, to '{plan.repo}'")
     left = keeping("this push left every branch as it was, or sent everything: push again")
-    with _explained(plan, "sending the files", created), left, sending:
+    sending = progress.bar(f"sending to {plan.repo}", size, unit="B")
+    with _explained(plan, "sending the files", created), left, sending as advance, _by_xet(advance):
         commit = api.create_commit(
             plan.repo,
-            [CommitOperationAdd(name, content) for name, content in plan.files.items()],
+            [_Counted(name, content, advance) for name, content in plan.files.items()],
             commit_message=f"LoRA trained with rewardsr {__version__}",
             revision=plan.revision,
             create_pr=plan.create_pr,
             parent_commit=head,  # what somebody else pushes meanwhile is not overwritten
         )
     return Pushed(plan, commit.pr_url or commit.commit_url, commit.oid)
+
+
+class _Counted(CommitOperationAdd):
+    """A file whose bytes are counted as the Hub's client reads them to send them over HTTP."""
+
+    def __init__(self, name: str, content: bytes, advance: Callable[[int], object]) -> None:
+        super().__init__(name, content)
+        self._content, self._advance, self._reached = content, advance, 0
+
+    @contextmanager
+    def as_file(self, with_tqdm: bool = False) -> Iterator[BinaryIO]:
+        """What the client reads."""
+        yield _Reader(self._content, self._count)
+
+    def _count(self, place: int) -> None:
+        # It reads again what it compares with the Hub's file first, or sends once more after a failure.
+        more = max(0, place - self._reached)
+        self._reached += more
+        self._advance(more)
+
+
+class _Reader(io.BytesIO):
+    """Tells `reached` after each reading up to which byte there has been one."""
+
+    def __init__(self, content: bytes, reached: Callable[[int], object]) -> None:
+        super().__init__(content)
+        self._tell_of = reached
+
+    def read(self, size: int | None = -1) -> bytes:
+        """As any file."""
+        found = super().read(size)
+        self._tell_of(self.tell())
+        return found
+
+
+@contextmanager
+def _by_xet(advance: Callable[[int], object]) -> Iterator[None]:
+    """Count what goes to the Hub's newer storage, Xet. That takes the content as it is, and only says how much of it is
+    stored to bars that the client makes itself: inside, these show nothing and are read. With
+    HF_HUB_DISABLE_PROGRESS_BARS=1 there are none."""
+    begin, display, reached = hub_bar.__init__, hub_bar.display, 0
+
+    def silent(self: Any, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs | {"file": io.StringIO(), "mininterval": 0})
+
+    def read(self: Any, *_: Any, **__: Any) -> bool:
+        nonlocal reached
+        if (
+            self.unit == "B"
+        ):  # there is one of all content, one of what is new of it, and one a file; others count files
+            more = max(0, int(self.n) - reached)
+            reached += more
+            advance(more)
+        return True
+
+    # Another library may have switched them off; what the user sets goes first.
+    off = are_progress_bars_disabled() and constants.HF_HUB_DISABLE_PROGRESS_BARS is None
+    if off:
+        enable_progress_bars()
+    for name, method in (("__init__", silent), ("display", read)):
+        setattr(hub_bar, name, method)
+    try:
+        yield
+    finally:
+        if off:
+            disable_progress_bars()
+        for name, method in (("__init__", begin), ("display", display)):
+            setattr(hub_bar, name, method)
 
 
 @contextmanager

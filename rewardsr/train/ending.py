@@ -82,10 +82,10 @@ def _offset(setup: Setup) -> Offset:
     """The LoRA's mean change of the latents on training images; one process measures it for all."""
     recipe = setup.recipe
     images = setup.data.validation(CAST_IMAGES, recipe.seed, recipe.data.crop)
-    where = f"{min(CAST_IMAGES, len(setup.data.items))} training images"
+    count = min(CAST_IMAGES, len(setup.data.items))
 
     def measure() -> tuple[list[float], str]:
-        found = latent_offset(setup.adapter, images, where, seed=recipe.seed)
+        found = latent_offset(setup.adapter, images, f"{count} training images", count=count, seed=recipe.seed)
         return found.numbers.tolist(), found.measured_on
 
     numbers, measured_on = _once(setup, measure)

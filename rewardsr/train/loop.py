@@ -287,6 +287,7 @@ def _held_out(setup: Setup, run: Path, stop: Stop) -> HeldOut | None:
         setup.adapter,
         images,
         setup.metrics,
+        count=len(data.items[: recipe.data.validation_limit]),
         seed=recipe.seed,
         base=setup.method.reference,
         accelerator=setup.accelerator,

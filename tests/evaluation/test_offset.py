@@ -11,7 +11,7 @@ from _support import Commands, snapshot
 from torch import Tensor
 
 import rewardsr
-from rewardsr import Batch, Draws, Evaluation, UserError, load_adapter, lora
+from rewardsr import Batch, Draws, Evaluation, UserError, load_adapter, lora, progress
 from rewardsr.adapter import ISRAdapter
 from rewardsr.evaluation.comparison import interval
 from rewardsr.evaluation.offset import Offset, latent_offset, shifted
@@ -102,7 +102,7 @@ def on_a_checkerboard(found: Tensor) -> Tensor:
     return on_a_constant(found) * (1 - 2 * ((rows[:, None] + columns) % 2))
 
 
-def test_it_is_the_mean_change_of_the_latents(adapter) -> None:
+def test_it_is_the_mean_change_of_the_latents(adapter, capfd, monkeypatch) -> None:
     lora.attach(adapter)
     assert torch.equal(latent_offset(adapter, images(), "two").numbers, torch.zeros(4)), "a fresh LoRA changes nothing"
     moved(adapter)
@@ -112,7 +112,10 @@ def test_it_is_the_mean_change_of_the_latents(adapter) -> None:
             tuned = latents(adapter, batch, 7, draw, place)
             with lora.reference(adapter):
                 expected.append((tuned - latents(adapter, batch, 7, draw, place)).mean((0, 2, 3)))
-    found = latent_offset(adapter, images(), "two", seed=7, draws_per_image=3)
+    monkeypatch.setattr(progress, "SELDOM", 0)
+    found = latent_offset(adapter, images(), "two", count=2, seed=7, draws_per_image=3)
+    told = [line.split("  ")[0] for line in capfd.readouterr().err.splitlines()]
+    assert told == ["cast test: offset 1/2", "cast test: offset 2/2"]
     assert found.measured_on == "two" and found.numbers.abs().min() > 1e-4
     assert torch.allclose(found.numbers, torch.stack(expected).mean(0), atol=1e-6)
     one = latent_offset(adapter, images(), "two", seed=7).numbers

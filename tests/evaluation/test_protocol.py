@@ -9,17 +9,19 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from rewardsr import load_adapter, lora
+from rewardsr import load_adapter, lora, progress
 from rewardsr.batch import Batch
 from rewardsr.draws import Draws
 from rewardsr.errors import TrainingError, UserError
 from rewardsr.evaluation.comparison import Comparison, interval
+from rewardsr.evaluation.offset import Offset
 from rewardsr.evaluation.protocol import HeldOut
 from rewardsr.evaluation.report import Evaluation
 from rewardsr.evaluation.upscale import upscale_tensor
@@ -241,6 +243,32 @@ def test_scored_again_the_base_is_remembered(adapter, tmp_path) -> None:
     finally:
         lora.set_scale(adapter, 1)
     assert moved.base == moved.tuned == first.rewards["drawing"].base != first.rewards["drawing"].tuned
+
+
+def test_what_this_process_scores_shows_in_a_bar(adapter, capfd, monkeypatch) -> None:
+    monkeypatch.setattr(progress, "SELDOM", 0)
+
+    def told(held_out: HeldOut, *given) -> list[str]:
+        held_out._score_share(*given or (None,))
+        return [line.split("  ")[0] for line in capfd.readouterr().err.splitlines()]
+
+    rewards = {"psnr": PSNR()}
+    assert told(HeldOut(adapter, Images(3), rewards)) == []
+    assert told(HeldOut(adapter, Images(3), rewards, count=3)) == [f"validation {n}/3" for n in (1, 2, 3)]
+    second = HeldOut(
+        adapter, Images(3), rewards, count=3, accelerator=SimpleNamespace(process_index=1, num_processes=2)
+    )
+    assert told(second) == ["validation 1/1"]
+    offset = Offset(torch.zeros(4), "nothing")
+    assert told(HeldOut(adapter, Images(2), rewards, count=2), offset) == ["cast test 1/2", "cast test 2/2"]
+
+    class Fails(Brightness):
+        def __call__(self, sr: torch.Tensor, batch: Batch) -> torch.Tensor:
+            raise ValueError
+
+    with pytest.raises(ValueError):
+        HeldOut(adapter, Images(1), {"x": Fails()}, count=1).score()
+    assert not progress._display._work
 
 
 def test_memory_that_runs_out_comes_with_advice(adapter) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -12,9 +13,13 @@ import pytest
 import torch
 from _publishing import BASE, CARD, OTHER, REPO, SENT, TOKEN, client_environment, go_offline, refusal, sent
 from _support import snapshot
+from huggingface_hub import HfApi
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils import tqdm as hub_bar
 from safetensors.torch import load_file, save_file
 
-from rewardsr import run_folder
+from rewardsr import progress, run_folder
+from rewardsr.hub import publish
 from rewardsr.hub.fetch import LARGEST, pull
 from rewardsr.hub.publish import push
 
@@ -45,6 +50,42 @@ def test_what_is_pushed_is_what_is_pulled(hub, run, tmp_path, caplog) -> None:
     del local["metrics.jsonl"]  # what training did is of no use to somebody who upscales
     assert {name: digest for name, digest in snapshot(folder).items() if digest} == hashes(local)
     assert pull(REPO).is_relative_to(tmp_path / "cache")
+
+
+def test_bytes_are_counted_as_they_are_sent(hub, tmp_path, monkeypatch, capfd) -> None:
+    """Each once, though an upload is tried twice, and the client reads some of them before."""
+    monkeypatch.setattr(progress, "SELDOM", 0)
+    files = {
+        "a.safetensors": bytes(range(250)) * 10_000,
+        "b.png": bytes(500_000),
+        "README.md": CARD.encode() + b" " * 100_000,
+    }
+    hub.fail("PUT", "/storage/", status=503)
+    publish._send(HfApi(token=TOKEN), publish.Plan(tmp_path, REPO, files), None)
+    assert {name: content for name, content in hub.model(REPO).files().items() if name in files} == files
+    counts = re.findall(rf"^sending to {REPO} (\d\.\d)/3\.1 MB  ", capfd.readouterr().err, re.MULTILINE)
+    assert counts == sorted(counts) and counts[-1] == "3.1" and len(set(counts)) > 10
+
+
+def test_what_xet_takes_is_counted_by_the_clients_own_bars(capfd) -> None:
+    """Which show nothing meanwhile, are as before after it, and are made even where another library wants none."""
+    before, told = (hub_bar.__init__, hub_bar.display), list[int]()
+    disable_progress_bars()
+    with publish._by_xet(told.append):
+        whole, new, single = (hub_bar(total=0, unit="B", miniters=1) for _ in range(3))
+        for bar, step in ((single, 1_000), (whole, 3_000), (new, 2_000), (whole, 4_000)):
+            bar.total = 7_000
+            bar.update(step)
+        for bar in (whole, new, single):
+            bar.close()
+        assert sum(hub_bar([1, 2, 3], desc="Upload 3 LFS files")) == 6
+    assert sum(told) == 7_000 and [count for count in told if count] == [1_000, 2_000, 4_000]
+    assert capfd.readouterr().err == "" and (hub_bar.__init__, hub_bar.display) == before
+    assert are_progress_bars_disabled()
+    enable_progress_bars()
+    reporter = pytest.importorskip("huggingface_hub.utils._xet_progress_reporting")
+    with publish._by_xet(told.append):
+        assert reporter.tqdm is hub_bar, "it makes its bars of another class"
 
 
 def test_a_second_push_updates_and_a_third_has_nothing_to_say(hub, run) -> None:

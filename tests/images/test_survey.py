@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rewardsr import progress
 from rewardsr.data.degrade.light import Light, LightOptions
 from rewardsr.data.folder import open_data
 from rewardsr.data.images import read_image, write_image
@@ -43,6 +44,13 @@ def test_everything_is_counted(mixed) -> None:
     assert found.no_caption == ["2.png", "3.png", "4.png", "bad.jpg", "cut.png", "copy.png"]
     assert found.problems == ["2 images are unreadable"]
     assert not survey(SourceRecipe(path=str(mixed)), crop=32, max_unreadable=0.25).problems
+
+
+def test_it_tells_how_far_it_has_come(mixed, capfd, monkeypatch) -> None:
+    monkeypatch.setattr(progress, "SELDOM", 0)
+    survey(SourceRecipe(path=str(mixed)), crop=32)
+    told = [line.split("  ")[0] for line in capfd.readouterr().err.splitlines()]
+    assert told == [*(f"reading headers {n}/8" for n in range(1, 9)), *(f"images {n}/6" for n in range(1, 7))]
 
 
 def test_a_run_uses_what_is_called_usable(mixed) -> None:

@@ -12,6 +12,7 @@ import pytest
 from runs import content, listing
 
 import rewardsr
+from rewardsr import progress
 from rewardsr.data.images import read_image
 from rewardsr.options import parse
 from rewardsr.storage import write_text
@@ -230,6 +231,19 @@ def test_what_took_a_minute_is_not_measured_again(recipe, folder, monkeypatch) -
         found = rewardsr.finetune(recipe(data={"validation": str(folder / "images")}), dry_run=True)
         assert (len(steps), len(scores)) == (times, times)
         assert (found.seconds == found.first_seconds) == (times == 1)
+
+
+def test_validations_and_the_cast_test_tell_how_far_they_have_come(recipe, folder, capfd, monkeypatch) -> None:
+    monkeypatch.setattr(progress, "SELDOM", 0)
+    data = {"validation": str(folder / "images"), "validation_limit": 2}
+    rewardsr.finetune(recipe(steps=1, data=data, cast_test=True))
+    told = [line.split("  ")[0] for line in capfd.readouterr().err.splitlines()]
+    validation, images = ["validation 1/2", "validation 2/2"], len(list((folder / "images").iterdir()))
+    offset = [f"cast test: offset {n}/{images}" for n in range(1, images + 1)]
+    cast = [*offset, "cast test 1/2", "cast test 2/2"]
+    assert told[told.index("validation 1/2") :] == [*validation, "step 1/1", *validation, *cast]
+    rewardsr.finetune(recipe(steps=1, data=data, output="none"), dry_run=True)
+    assert "validation" not in capfd.readouterr().err, "it has a word of its own"
 
 
 def test_the_largest_held_out_image_is_measured_and_stands_for_the_others_by_their_pixels(recipe, tmp_path) -> None:
