@@ -200,6 +200,7 @@ def test_its_page_shows_what_it_ships(stopped) -> None:
     assert page.evaluations[0].evaluation.rewards["color_shift"].difference == pytest.approx(
         stopped.validation["color_shift"]["difference"]
     )
+    assert page.evaluations[0].evaluation.margins == {"color_shift": 0.1}
     folder = stopped.output / "validation" / "pictures"
     shown = [picture.images["tuned"] for picture in page.pictures]
     assert shown == [(folder / f"{place:04d}-step-00000004.webp").read_bytes() for place in range(len(shown))] != []
