@@ -90,13 +90,13 @@ def test_a_fall_within_its_margin_is_shown_and_does_not_count(tmp_path, margin, 
     page = Page("", [run], [viewed(margins={"ssim": margin}, **rewards)])
     found = judge(page, page.evaluations[0])
     assert (found.tone, found.headline) == (tone, headline)
-    said = "ssim fell by less than counts: −0.0050 [−0.0075, −0.0025] is within its margin of 0.1."
+    said = "Down within the margin, which does not count: ssim −0.0050 [−0.0075, −0.0025] (margin 0.1)."
     small = rewards["ssim"] is SLIGHTLY_DOWN and margin == 0.1
     assert (said in found.sentences) == small
     text = write_page(tmp_path / "report.html", page).read_text()
     row = text[text.index('<th scope="row">ssim') :].partition("</tr>")[0]
     assert ('class="even"' in row and "within its margin of 0.1<" in row) == small
-    assert small or f" · margin {margin:g}<" in row
+    assert (f"beyond its margin of {margin:g}<" in row) == headline.startswith("Rewards rose")
     assert "a mean that falls by no more does not count as worse" in text
 
 

@@ -137,14 +137,14 @@ def test_a_fall_within_its_margin_reads_as_one_that_does_not_count(window, tmp_p
     row = "const row = document.querySelectorAll('.verdict tbody tr')[arguments[0]];"
     small, fallen = (window.js(f"{row} return row.innerText", place) for place in (0, 1))
     assert "▽ −0.0050" in small and "within its margin of 0.1" in small
-    assert "▼ −0.1500" in fallen and "margin 0.1" in fallen and "within" not in fallen
+    assert "▼ −0.1500" in fallen and "beyond its margin of 0.1" in fallen
     quiet, *colours = (
         window.js(f"{row} return getComputedStyle(row.querySelector('{part}')).color", place)
         for part, place in ((".quiet", 0), (".gain", 0), (".gain", 1))
     )
     assert colours[0] == quiet != colours[1], "only a fall that counts is red"
     card = window.js("return document.querySelector('.card').innerText")
-    assert "psnr fell by less than counts: −0.0050 [−0.0075, −0.0025] is within its margin of 0.1." in card
+    assert "Down within the margin, which does not count: psnr −0.0050 [−0.0075, −0.0025] (margin 0.1)." in card
     assert "Mixed: up detail; down ssim" in card
     assert window.js("return document.documentElement.scrollWidth") <= 360
     assert window.console() == []

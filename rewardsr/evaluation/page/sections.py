@@ -68,12 +68,12 @@ def _ends(comparison: Comparison) -> tuple[float, ...]:
 
 def _cell(comparison: Comparison, margin: float | None, reach: float) -> str:
     """Change, interval (as text and drawn), means, images and margin of one metric and system."""
-    small = within(comparison, margin)
-    kind, mark, words = SMALL if small else MARKS[direction(comparison)]
+    way, small = direction(comparison), within(comparison, margin)
+    kind, mark, words = SMALL if small else MARKS[way]
     better, count = sum(one > 0 for one in comparison.differences), len(comparison.base)
     gain, _, interval = change(comparison).partition(" ")
     means = f"{number(comparison.base_mean, False)} → {number(comparison.tuned_mean, False)}"
-    held = "" if margin is None else f" · {'within its margin of' if small else 'margin'} {margin:g}"
+    held = f" · {'within' if small else 'beyond'} its margin of {margin:g}" if way < 0 and margin is not None else ""
     return (
         f'<td class="{kind}"><span class="gain"><span aria-hidden="true">{mark}</span> {gain}</span>'
         f'<span class="hidden"> ({words})</span> <span class="interval">{interval}</span>{_whisker(comparison, reach)}'

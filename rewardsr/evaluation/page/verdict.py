@@ -110,12 +110,9 @@ def _small(found: Evaluation) -> list[str]:
 
 
 def _small_falls(found: Evaluation) -> list[str]:
-    """A sentence on each of them: it does not count, and is not hidden."""
-    return [
-        f"{name} fell by less than counts: {change(found.rewards[name])} is within its margin of "
-        f"{found.margins[name]:g}."
-        for name in _small(found)
-    ]
+    """The sentence on them, where there are some: they do not count, and are not hidden."""
+    falls = [f"{name} {change(found.rewards[name])} (margin {found.margins[name]:g})" for name in _small(found)]
+    return [f"Down within the margin, which does not count: {'; '.join(falls)}."] if falls else []
 
 
 def _listed(names: Sequence[str]) -> str:
