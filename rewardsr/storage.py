@@ -16,7 +16,7 @@ import psutil
 
 from rewardsr.errors import UserError, shown
 
-_LONGEST = 200  # bytes of a name within a temporary one; file systems take 255 in all
+_LONGEST = 200  # bytes of a name within that of another file; file systems take 255 in all
 # Part of the names of temporary files: the numbers of processes are a host's own.
 _HOST = hashlib.blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
 
@@ -146,6 +146,12 @@ def write_folder(path: Path, fill: Callable[[Path], None], replace: bool = False
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def short_name(name: str) -> str:
+    """A file's name where there is room beside it in the name of another file; else a hash of it."""
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= _LONGEST else hashlib.blake2b(encoded, digest_size=8).hexdigest()
+
+
 def is_leftover(path: Path) -> bool:
     """Whether this is a temporary file or folder of the functions above; they stay where a writer was killed."""
     return path.name.startswith(".") and path.name.endswith(".tmp")
@@ -164,7 +170,7 @@ def remove_own_leftovers(folder: Path, name: str | None = None) -> None:
         folder: where they wrote.
         name: only those of this file or folder.
     """
-    of = ".+" if name is None else re.escape(_short(name))
+    of = ".+" if name is None else re.escape(short_name(name))
     pattern = re.compile(rf"\.{of}\.{_HOST}-(\d+)-\d+\.tmp")
     with suppress(OSError):
         for entry in os.listdir(folder):  # of names alone: a folder of results is listed for each of them
@@ -175,13 +181,7 @@ def remove_own_leftovers(folder: Path, name: str | None = None) -> None:
 
 def _temporary(path: Path) -> Path:
     """A name of this writer's own, which tells others whose it is."""
-    return path.with_name(f".{_short(path.name)}.{_HOST}-{os.getpid()}-{threading.get_native_id()}.tmp")
-
-
-def _short(name: str) -> str:
-    """A name that leaves room for what a temporary one has besides."""
-    encoded = os.fsencode(name)
-    return name if len(encoded) <= _LONGEST else hashlib.blake2b(encoded, digest_size=8).hexdigest()
+    return path.with_name(f".{short_name(path.name)}.{_HOST}-{os.getpid()}-{threading.get_native_id()}.tmp")
 
 
 def _remove(path: Path) -> None:

@@ -110,10 +110,10 @@ class Browser:
         return [entry["message"] for entry in self.post("/se/log", type="browser")]
 
     def requests(self) -> list[str]:
-        """Addresses of what was requested since the last call, of any scheme but data."""
+        """Addresses of what was requested since the last call, but for data and the pages of an empty window."""
         events = [json.loads(entry["message"])["message"] for entry in self.post("/se/log", type="performance")]
         sent = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
-        return [url for url in sent if not url.startswith("data:")]
+        return [url for url in sent if not url.startswith(("data:", "chrome:"))]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import rewardsr
 from rewardsr.data.images import list_images, read_image
 from rewardsr.demo.photos import HELD_OUT
 from rewardsr.draws import Draws
+from rewardsr.evaluation.upscale import upscale_tensor
 from rewardsr.pooling import Pooled
 from rewardsr.tiling import counted
 
@@ -43,6 +44,23 @@ def test_tiles_join_without_a_seam(embedded, kind, bound, record_property) -> No
     assert error < bound
     embedded.vae_tile = 1024
     assert torch.equal(embedded.lq_latents(lq), latents), "a small image is not cut"
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("constant", 0.2), ("gradient", 2.0), ("photograph", 2.0)])
+@torch.no_grad()
+def test_tiles_of_latents_join_without_a_seam(embedded, kind, bound, record_property) -> None:
+    """A seam is a straight line: the mean of the difference over columns changes by less within 8 pixels."""
+    lq = pictures()[kind]
+    lq = lq.repeat(1, 1, 1, 4) if kind == "photograph" else nn.functional.interpolate(lq, (44, 240))
+    images, tiling = [], embedded.tiling
+    assert tiling.count(44, 240) > 1
+    for embedded.tiling in (None, tiling):
+        images.append(upscale_tensor(embedded, lq, generator=Draws(0, 0, [0], "upscale")))
+    assert not torch.equal(*images)
+    line = 255 * (images[1] - images[0]).mean(-2)
+    step = float((line[..., 8:] - line[..., :-8]).abs().max())
+    record_property(f"{kind} ({bound:g}/255)", f"{step:.3f}")
+    assert step < bound
 
 
 @pytest.fixture(scope="module")

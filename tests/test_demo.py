@@ -1,5 +1,6 @@
 """`rewardsr demo` from end to end on small pictures, and what it says of a result."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def test_it_runs_to_its_end(small, caplog) -> None:
     picture = read_image(output / "closeups.png")
     assert picture.shape[2] == 5 * run.CLOSEUP * run.ZOOM + 4 * 4, "LQ, base, gdpo, rfsr, HQ"
     assert len(list_images(output / "upscaled")) == 2
+    assert json.loads((output / "rfsr.json").read_text())["margins"]["psnr"] == 0.1
     page = (output / REPORT).read_text()
     assert caplog.text.index("look at this first     " + str(output / REPORT)) > caplog.text.index("done in")
     assert (

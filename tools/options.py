@@ -9,7 +9,7 @@ from pathlib import Path
 from rewardsr import catalogue
 
 ROOT = Path(__file__).parents[1]
-READMES = ("README.md", "adapters/README.md", "rewardsr/trainers/README.md")
+READMES = ("adapters/README.md", "rewardsr/trainers/README.md")
 _PLACE = re.compile(r"<!-- options: (?P<kind>\w+) (?P<name>\S+) -->\n(?:\|[^\n]*\n)*")
 
 

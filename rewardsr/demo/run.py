@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from textwrap import indent
@@ -122,7 +123,7 @@ def compare(recipes: Mapping[str, Recipe], pairs: Path) -> tuple[dict[str, Evalu
         if name != SHUFFLED:
             sample = training.validation(OFFSET_IMAGES, side=OFFSET_SIDE)
             offset = latent_offset(adapter, sample, f"{OFFSET_IMAGES} training photographs", count=OFFSET_IMAGES)
-        found[name] = held_out.score(offset=offset)
+        found[name] = replace(held_out.score(offset=offset), margins={key: -least for key, least in GUARDS.items()})
         if name != SHUFFLED:
             rows = _beside(rows, held_out.rows, name)
     return found, rows

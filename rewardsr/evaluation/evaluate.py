@@ -26,7 +26,7 @@ from rewardsr.evaluation.fid import FID, FrechetDistance
 from rewardsr.evaluation.offset import Offset, cast_of, latent_offset, shifted
 from rewardsr.evaluation.report import Evaluation
 from rewardsr.evaluation.results import HQ, LQ, Results
-from rewardsr.evaluation.scoring import Scorer, by_metric, check_hq, image_name, negated
+from rewardsr.evaluation.scoring import Scorer, by_metric, check_hq, image_name, margins, negated
 from rewardsr.evaluation.systems import Images, Opened, Pipeline, System, Wanted, systems_of
 from rewardsr.lora.layers import reference
 from rewardsr.rewards.base import Reward
@@ -268,6 +268,7 @@ class _Work:
             sets={} if of_sets is None else self._of_sets(of_sets),
             negated=(*negated(self.rewards), *([FID] if of_sets is not None else [])),
             trained_on=tuple(name for name in self.wanted.convention.metrics if name in trained_on),
+            margins={name: margin for name, margin in margins(self.rewards).items() if name not in trained_on},
             settings=settings,
             weights=weights,
         )

@@ -21,9 +21,11 @@ from rewardsr.batch import Batch
 from rewardsr.data.writing import Picture
 from rewardsr.errors import UserError
 from rewardsr.options import Options
+from rewardsr.storage import short_name
 from rewardsr.tiling import Tiling
 
 FILE = ".upscale.jsonl"
+CLAIM = ".upscale.lock"  # ends the names of claims, and of nothing else
 
 
 class Record:
@@ -55,7 +57,7 @@ class Record:
 
         The claim is a lock of the operating system on a hidden file, and ends with its process, however that ends.
         """
-        lock = FileLock(target.with_name(f".{target.name[:200]}.lock"), timeout=-1 if wait else 0)
+        lock = FileLock(target.with_name(f".{short_name(target.name)}{CLAIM}"), timeout=-1 if wait else 0)
         new = not target.parent.exists()
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -74,6 +76,13 @@ class Record:
             if new:  # and the image has failed
                 with suppress(OSError):
                     target.parent.rmdir()
+
+    def remove_claims(self) -> None:
+        """Remove the claims that killed processes have left, whatever results they were of; what is held stays."""
+        for path in self._path.parent.glob(f".*{CLAIM}"):
+            # Whoever waits for a file that goes away takes the next one of its name.
+            with suppress(OSError), FileLock(path, timeout=0):
+                path.unlink(missing_ok=True)
 
     def made_meanwhile(self, target: Path) -> bool:
         """Whether another process has finished this result since the record was opened."""

@@ -41,6 +41,7 @@ class Evaluation:
         sets: by system what metrics of whole sets of images give (FID), higher is better; they have no interval.
         negated: metrics of which lower is better; their scores are the negative of what tables show.
         trained_on: metrics that steered the training of a system.
+        margins: how far the mean of a guard may lie below the first system's before the page counts it as a fall.
         settings: what the evaluation was asked for (systems, protocol, data, versions), for the file.
         weights: by system hashes of what it computed with (base, LoRA, files), for the file.
     """
@@ -54,6 +55,7 @@ class Evaluation:
     sets: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     negated: tuple[str, ...] = ()
     trained_on: tuple[str, ...] = ()
+    margins: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     weights: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
@@ -144,6 +146,7 @@ class Evaluation:
             "sets": {system: dict(values) for system, values in self.sets.items()},
             "negated": list(self.negated),
             "trained_on": list(self.trained_on),
+            "margins": dict(self.margins),
             "settings": dict(self.settings),
             "weights": {system: dict(hashes) for system, hashes in self.weights.items()},
         }
@@ -183,6 +186,7 @@ class Evaluation:
             sets=content.get("sets", {}),
             negated=tuple(content.get("negated", ())),
             trained_on=tuple(content.get("trained_on", ())),
+            margins={name: float(margin) for name, margin in content.get("margins", {}).items()},
             settings=content.get("settings", {}),
             weights=content.get("weights", {}),
         )

@@ -139,6 +139,7 @@ def upscale(
     if kept:
         logger.info("%d of %d results are there already and are kept", len(kept), len(sources))
     remove_own_leftovers(folder)
+    record.remove_claims()
     todo = sorted(set(range(len(sources))) - set(kept))
     failed: list[str] = []
     with progress.bar("upscale", total=len(todo)) as advance:

@@ -16,7 +16,8 @@ from rewardsr.ending import Ending, read_ending
 from rewardsr.errors import TrainingError
 from rewardsr.evaluation.offset import Offset, latent_offset
 from rewardsr.evaluation.protocol import HeldOut
-from rewardsr.run_folder import ENDING, FULL, LORA
+from rewardsr.evaluation.report import Evaluation
+from rewardsr.run_folder import ENDING, FULL, LORA, VALIDATION
 from rewardsr.storage import read_bytes, write_bytes, write_text
 from rewardsr.together import everywhere
 from rewardsr.train import checkpoint
@@ -35,7 +36,8 @@ CAST_IMAGES = 16  # training images, in crops of the recipe's size, that the off
 def end(setup: Setup, run: Path, step: int, guards: Guards, held_out: HeldOut | None) -> Ending:
     """End a run that has taken its last step, or that its guards stop; what has been done already is not done again.
 
-    Every process calls it. Where the guards stop the run, the adapter is left with the weights that are shipped.
+    A run that ended without its cast test, and is asked for it now, makes up for that. Every process calls this. Where
+    the guards stop the run, the adapter is left with the weights that are shipped.
 
     Args:
         setup: of the run.
@@ -62,12 +64,14 @@ def end(setup: Setup, run: Path, step: int, guards: Guards, held_out: HeldOut | 
         source = checkpoint.folder_of(run, best.step)
         ending = Ending(step, step if stopped is None else best.step, stopped, best.step, RULE)
         logger.info("best checkpoint, by the %s: step %d, kept in %s", RULE, best.step, source)
-    if everywhere(accelerator, partial(read_ending, run))[0] == ending:
+    test = setup.recipe.cast_test and held_out is not None
+    ended, due = everywhere(accelerator, lambda: (read_ending(run), test and not _tested(run, ending.shipped)))[0]
+    if ended == ending and not due:
         return ending
     if stopped is not None:
         lora.load(setup.adapter, source)
         _once(setup, partial(_ship, source, run))
-    if setup.recipe.cast_test and held_out is not None:
+    if due and held_out is not None:
         shipped = setup.method.shipped() if stopped is None else nullcontext()
         with shipped, eager(), as_written(setup.adapter):
             found = held_out.score(ending.shipped, _offset(setup))
@@ -76,6 +80,12 @@ def end(setup: Setup, run: Path, step: int, guards: Guards, held_out: HeldOut | 
             logger.info("cast test: %s", sentence)
     _once(setup, lambda: write_text(run / ENDING, json.dumps(asdict(ending), indent=2) + "\n"))
     return ending
+
+
+def _tested(run: Path, step: int) -> bool:
+    """Whether the validation of a step has its cast test."""
+    path = run / VALIDATION / f"step-{step:08d}.json"
+    return path.is_file() and Evaluation.read(path).cast is not None
 
 
 def _offset(setup: Setup) -> Offset:

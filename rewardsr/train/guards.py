@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rewardsr.evaluation.comparison import Comparison
+from rewardsr.evaluation.scoring import margins
 from rewardsr.rewards import build
 from rewardsr.rewards.base import Reward
 from rewardsr.train.recipe import Recipe
@@ -51,14 +52,10 @@ def build_guards(
     Raises:
         UserError: a metric that cannot be had.
     """
-    guards, margins = {}, {}
-    for name, margin in named_guards(recipe, has_hq).items():
-        if name not in rewards:
-            guards[name] = build(name)
-        own = getattr(rewards.get(name) or guards[name], "margin", None) if margin is None else margin
-        if own is not None:
-            margins[name] = float(own)
-    return guards, margins
+    named = named_guards(recipe, has_hq)
+    guards = {name: build(name) for name in named if name not in rewards}
+    own = margins({name: rewards.get(name) or guards[name] for name in named})
+    return guards, own | {name: margin for name, margin in named.items() if margin is not None}
 
 
 @dataclass(frozen=True)
@@ -95,6 +92,13 @@ class Guards:
     margins: Mapping[str, float]
     stop: StopRecipe | None
     verdicts: list[Verdict] = field(default_factory=list)
+
+    def told(self, found: Mapping[str, Comparison]) -> dict[str, dict[str, Any]]:
+        """What a validation's line in the log has of each metric: its summary, and the margin of a guard."""
+        return {
+            name: comparison.summary() | ({"margin": self.margins[name]} if name in self.margins else {})
+            for name, comparison in found.items()
+        }
 
     def judge(self, step: int, found: Mapping[str, Comparison]) -> dict[str, Any]:
         """Take in a validation; returns what its line in the log has to say of it (`read` takes it in again)."""

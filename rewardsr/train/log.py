@@ -88,7 +88,7 @@ class RunLog:
 
         Args:
             step: it is of.
-            metrics: of the step, or {"validation": means, difference and interval by metric}.
+            metrics: of the step, or {"validation": means, difference, interval and margin by metric}.
             rows: pictures of the validation, for the trackers.
         """
         if not self._active:

@@ -129,8 +129,7 @@ def train(setup: Setup, run: Path, resume: bool, earlier: Recipe | None = None) 
                 found = held_out.score(state.step)
         except StoppedError:
             return False
-        line = {"validation": {name: comparison.summary() for name, comparison in found.rewards.items()}}
-        line |= guards.judge(state.step, found.rewards)
+        line = {"validation": guards.told(found.rewards)} | guards.judge(state.step, found.rewards)
         scored[state.step] = line
         log.write(state.step, line, held_out.rows)
         return True

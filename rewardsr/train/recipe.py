@@ -277,7 +277,7 @@ class Recipe(Options):
 # What a resumed run may change without becoming another run.
 FREE_ON_RESUME = {
     *("output", "steps", "checkpoint_every", "keep_checkpoints", "keep_best", "stop_when", "log_with", "run_name"),
-    *("max_skipped", "device"),
+    *("max_skipped", "cast_test", "device"),
 }
 
 

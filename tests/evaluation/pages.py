@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
@@ -37,12 +37,14 @@ def compared(*differences: float) -> Comparison:
 
 
 UP, DOWN, EVEN = compared(0.2, 0.1, 0.15), compared(-0.2, -0.1, -0.15), compared(0.1, -0.1, 0.01)
+SLIGHTLY_DOWN = compared(-0.004, -0.006, -0.005)
 
 
 def viewed(
     name: str = "run",
     images: Sequence[str] = ("a.png", "b.png", "c.png"),
     cast: Cast | None = None,
+    margins: Mapping[str, float] | None = None,
     **rewards: Comparison,
 ) -> EvaluationView:
     pairs = rewards or {"psnr": UP, "ssim": EVEN}
@@ -50,7 +52,8 @@ def viewed(
         "base": {metric: pair.base for metric, pair in pairs.items()},
         "tuned": {metric: pair.tuned for metric, pair in pairs.items()},
     }
-    found = Evaluation(tuple(images), scores, 0, 1, "none", {} if cast is None else {"tuned": cast})
+    casts = {} if cast is None else {"tuned": cast}
+    found = Evaluation(tuple(images), scores, 0, 1, "none", casts, margins=margins or {})
     return EvaluationView(name, json.loads(found.to_json()))
 
 

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from pages import DOWN, EVEN, NASTY, RECIPE, UP, compared, encoded, lines, page_of_two, viewed
+from pages import DOWN, EVEN, NASTY, RECIPE, SLIGHTLY_DOWN, UP, compared, encoded, lines, page_of_two, viewed
 from PIL import Image
 
 from rewardsr.errors import UserError
@@ -72,6 +72,46 @@ def test_the_verdict_says_what_the_intervals_show(rewards, tone, headline) -> No
     page = Page("", [RunView("run", RECIPE, {}, [])], [viewed("run", names, **rewards)])
     found = judge(page, page.evaluations[0])
     assert (found.tone, found.headline) == (tone, headline)
+
+
+@pytest.mark.parametrize(
+    ("margin", "rewards", "tone", "headline"),
+    [
+        (0.1, {"psnr": UP, "ssim": SLIGHTLY_DOWN}, "good", "Better: psnr"),
+        (0.004, {"psnr": UP, "ssim": SLIGHTLY_DOWN}, "bad", "Rewards rose, but ssim fell: reward hacking?"),
+        (0.1, {"psnr": UP, "ssim": DOWN}, "bad", "Rewards rose, but ssim fell: reward hacking?"),
+        (0.1, {"psnr": EVEN, "ssim": SLIGHTLY_DOWN}, "none", "No gain; down within its margin: ssim"),
+        (0.1, {"psnr": DOWN, "ssim": SLIGHTLY_DOWN}, "bad", "Worse: psnr"),
+        (0.001, {"psnr": UP, "ssim": EVEN}, "good", "Better: psnr"),
+    ],
+)
+def test_a_fall_within_its_margin_is_shown_and_does_not_count(tmp_path, margin, rewards, tone, headline) -> None:
+    run = RunView("run", RECIPE, {}, [])
+    page = Page("", [run], [viewed(margins={"ssim": margin}, **rewards)])
+    found = judge(page, page.evaluations[0])
+    assert (found.tone, found.headline) == (tone, headline)
+    said = "Down within the margin, which does not count: ssim −0.0050 [−0.0075, −0.0025] (margin 0.1)."
+    small = rewards["ssim"] is SLIGHTLY_DOWN and margin == 0.1
+    assert (said in found.sentences) == small
+    text = write_page(tmp_path / "report.html", page).read_text()
+    row = text[text.index('<th scope="row">ssim') :].partition("</tr>")[0]
+    assert ('class="even"' in row and "within its margin of 0.1<" in row) == small
+    assert (f"beyond its margin of {margin:g}<" in row) == headline.startswith("Rewards rose")
+    assert "a mean that falls by no more does not count as worse" in text
+
+
+def test_margins_of_a_run_are_those_of_its_log(tmp_path) -> None:
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (tmp_path / "validation").mkdir()
+    (tmp_path / "validation" / "step-00000040.json").write_text(json.dumps(viewed(psnr=UP, ssim=DOWN).content))
+    told = [{"psnr": {"difference": 0.1}, "ssim": {"margin": margin}} for margin in (0.5, 0.2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": 40, "validation": one}) + "\n" for one in told))
+    page = read_page([tmp_path])
+    assert page.evaluations[0].evaluation.margins == {"ssim": 0.2}
+    assert "margin" not in json.dumps(charts(page.runs)), "it is no curve"
+    (tmp_path / "metrics.jsonl").write_text('{"step": 40, "validation": {"ssim": {"margin": "wide"}}}\n')
+    with pytest.raises(UserError, match="is not an evaluation"):
+        read_page([tmp_path])
 
 
 def test_the_verdict_knows_cast_and_control() -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 from _browser import CHROMIUM, DRIVER, Browser, browser
-from pages import NASTY, page_of_two
+from pages import DOWN, NASTY, SLIGHTLY_DOWN, UP, page_of_two, viewed
 
-from rewardsr.evaluation.page import write_page
+from rewardsr.evaluation.page import Page, write_page
 
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium with its driver here")
 
@@ -129,6 +129,25 @@ def test_the_difference_is_computed_and_amplified(shown) -> None:
     assert shown.js(pixel, 20) == [160, 64, 0, 255]
     shown.click("#difference")
     assert not shown.js("return document.getElementById('difference-panel').checkVisibility()")
+
+
+def test_a_fall_within_its_margin_reads_as_one_that_does_not_count(window, tmp_path) -> None:
+    page = Page("", [], [viewed(margins={"psnr": 0.1, "ssim": 0.1}, psnr=SLIGHTLY_DOWN, ssim=DOWN, detail=UP)])
+    window.open(write_page(tmp_path / "report.html", page), 360, 740)
+    row = "const row = document.querySelectorAll('.verdict tbody tr')[arguments[0]];"
+    small, fallen = (window.js(f"{row} return row.innerText", place) for place in (0, 1))
+    assert "▽ −0.0050" in small and "within its margin of 0.1" in small
+    assert "▼ −0.1500" in fallen and "beyond its margin of 0.1" in fallen
+    quiet, *colours = (
+        window.js(f"{row} return getComputedStyle(row.querySelector('{part}')).color", place)
+        for part, place in ((".quiet", 0), (".gain", 0), (".gain", 1))
+    )
+    assert colours[0] == quiet != colours[1], "only a fall that counts is red"
+    card = window.js("return document.querySelector('.card').innerText")
+    assert "Down within the margin, which does not count: psnr −0.0050 [−0.0075, −0.0025] (margin 0.1)." in card
+    assert "Mixed: up detail; down ssim" in card
+    assert window.js("return document.documentElement.scrollWidth") <= 360
+    assert window.console() == []
 
 
 ROWS = "return [...document.querySelectorAll('#table tbody tr')].map((row) => row.cells[0].textContent)"

@@ -78,6 +78,7 @@ def several() -> Evaluation:
     about = {
         "negated": ("lpips", "fid"),
         "trained_on": ("psnr",),
+        "margins": {"lpips": 0.05},
         "settings": {"a": 1},
         "weights": {"A_1": {"lora": "x"}},
     }

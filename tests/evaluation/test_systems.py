@@ -66,11 +66,13 @@ def test_all_systems_see_the_same_images_and_noise(everything, made) -> None:
     found = read(everything)
     assert list(found.scores) == ["base", "one", "again", "one:0.5", "sum", "bicubic", "perfect"]
     assert found.trained_on == ("psnr", "sharpness") and found.draws_per_image == 2 and found.seed == 3
+    assert found.margins == {}, "it was trained on both"
     adapter, recipe = rewardsr.pipelines.open_run(str(made / "one"), device="cpu")
     alone = rewardsr.evaluate(
         adapter, made / "pairs", ["psnr", "sharpness"], seed=3, draws_per_image=2, protocol=recipe.data
     )
     assert alone.scores == {"base": found.scores["base"], "tuned": found.scores["one"]}
+    assert alone.margins == {"psnr": 1.0}
     half, _ = rewardsr.pipelines.open_run(str(made / "one"), device="cpu", strength=0.5)
     other = rewardsr.evaluate(half, made / "pairs", ["psnr", "sharpness"], seed=3, draws_per_image=2)
     assert other.scores["tuned"] == found.scores["one:0.5"]

@@ -17,7 +17,7 @@ from rewardsr import load_adapter, lora
 from rewardsr.data.images import read_image, write_image
 from rewardsr.errors import UserError
 from rewardsr.evaluation import upscale as module
-from rewardsr.evaluation.record import FILE
+from rewardsr.evaluation.record import CLAIM, FILE
 from rewardsr.evaluation.upscale import upscale
 
 
@@ -102,7 +102,10 @@ def test_a_killed_one_leaves_nothing_that_is_in_the_way(commands, tiny_base, fol
     left = sorted(path.name for path in (tmp_path / "out").iterdir())
     temporary = [name for name in left if name.endswith(".tmp")]
     assert [name[:7] for name in temporary] == [".1.png."]
-    assert [name for name in left if name not in temporary] == [".1.png.lock", FILE, "0.png"], "the claim has ended"
+    assert [name for name in left if name not in temporary] == [f".1.png{CLAIM}", FILE, "0.png"], "the claim has ended"
+    # Something else is asked for next: what the killed one left goes all the same.
+    assert commands("upscale", folder / "0.png", *command[2:], tmp_path / "out").code == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [FILE, "0.png"]
     answer = commands(*command, tmp_path / "out")
     assert answer.code == 0 and "1 of 3 results are there already and are kept" in answer.out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [FILE, "0.png", "1.png", "2.png"]
@@ -242,7 +245,8 @@ def test_all_unreadable_images_are_named_before_anything_is_done(adapter, folder
 
 
 def test_names_that_are_no_text_and_a_terminal_that_knows_ascii_only(tiny_base, folder, tmp_path) -> None:
-    names = [b"caf\xe9.png", "日本.png".encode(), b"new\nline.png", b"esc\x1b[31m.png", b"n" * 251 + b".png"]
+    long = ("日" * 83 + ".png").encode()
+    names = [b"caf\xe9.png", "日本.png".encode(), long, b"new\nline.png", b"esc\x1b[31m.png", b"n" * 251 + b".png"]
     for name in names:
         Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes((folder / "0.png").read_bytes())
     command = [sys.executable, "-m", "rewardsr", "upscale", str(folder), "--base", str(tiny_base), "--device", "cpu"]
@@ -251,7 +255,7 @@ def test_names_that_are_no_text_and_a_terminal_that_knows_ascii_only(tiny_base, 
     done = subprocess.run([*command, "-o", str(tmp_path / "out")], capture_output=True, env=ascii_only)
     assert done.returncode == 0 and not done.stderr, done.stderr
     shown = done.stdout.decode("ascii")
-    assert "\x1b" not in shown and len(shown.splitlines()) == 8
+    assert "\x1b" not in shown and len(shown.splitlines()) == 9
     for part in (r"caf\udce9.png", r"\u65e5\u672c.png", r"new\nline.png", r"esc\x1b[31m.png"):
         assert f"/{part}" in shown
     found = {name for name in os.listdir(os.fsencode(tmp_path / "out")) if name.endswith(b".png")}

@@ -135,6 +135,9 @@ def test_a_claim_is_one_process_s_own(adapter, tmp_path) -> None:
             second.claimed(tmp_path / "b.png", False) as other,
         ):
             assert not theirs and other
+            held = sorted(tmp_path.iterdir())
+            Record(tmp_path, adapter).remove_claims()
+            assert sorted(tmp_path.iterdir()) == held and len(held) == 2
     with second.claimed(tmp_path / "a.png", wait=False) as mine:
         assert mine and list(tmp_path.glob("*.png")) == []
 

@@ -200,6 +200,7 @@ def test_its_page_shows_what_it_ships(stopped) -> None:
     assert page.evaluations[0].evaluation.rewards["color_shift"].difference == pytest.approx(
         stopped.validation["color_shift"]["difference"]
     )
+    assert page.evaluations[0].evaluation.margins == {"color_shift": 0.1}
     folder = stopped.output / "validation" / "pictures"
     shown = [picture.images["tuned"] for picture in page.pictures]
     assert shown == [(folder / f"{place:04d}-step-00000004.webp").read_bytes() for place in range(len(shown))] != []
@@ -258,6 +259,27 @@ def test_killed_at_any_point_of_its_end_it_ends_alike(stopped, folder, monkeypat
     assert_equal_runs(stopped.output, result.output)
     for name in (ENDING, "validation/step-00000004.json"):
         assert (result.output / name).read_bytes() == (stopped.output / name).read_bytes()
+
+
+@pytest.mark.parametrize("rule", [{"steps": 2, "stop_when": None}, {}], ids=["finished", "stopped"])
+def test_a_run_that_ended_makes_up_for_its_cast_test_once(folder, monkeypatch, rule) -> None:
+    names = [f"{name}-{len(rule)}" for name in ("later", "at-once")]
+    first, straight = (
+        rewardsr.finetune(hacked(folder, name, **rule | {"cast_test": asked}))
+        for name, asked in zip(names, (False, True), strict=True)
+    )
+    file = f"validation/step-{first.shipped:08d}.json"
+    assert "casts" not in json.loads((first.output / file).read_text())
+    later = hacked(folder, names[0], **rule | {"cast_test": True})
+    assert rewardsr.finetune(later, resume=True) == first
+    assert (first.output / file).read_bytes() == (straight.output / file).read_bytes()
+    ours, theirs = weights(first.output), weights(straight.output)
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert read_page([first.output]).evaluations[0].evaluation.cast is not None
+    with monkeypatch.context() as patched:
+        patched.setattr(ending, "latent_offset", None)
+        patched.setattr(ending.HeldOut, "score", None)
+        assert rewardsr.finetune(later, resume=True) == first, "nothing is measured again"
 
 
 def test_it_goes_on_without_the_rule_and_is_then_no_stopped_run(folder, caplog) -> None:

@@ -60,6 +60,17 @@ class RunView:
         return tuple(str(entry["name"]) for entry in listed if "name" in entry and entry.get("weight") != 0)
 
     @property
+    def margins(self) -> dict[str, Any]:
+        """Of its guards, as its newest validations were judged by them."""
+        found: dict[str, Any] = {}
+        for line in self.steps:
+            validation = line.get("validation")
+            for name, summary in validation.items() if isinstance(validation, Mapping) else ():
+                if isinstance(summary, Mapping) and "margin" in summary:
+                    found[name] = summary["margin"]
+        return found
+
+    @property
     def shuffled(self) -> bool:
         """Whether it is a control: advantages were dealt out at random."""
         return bool((self.recipe.get("trainer_options") or {}).get("shuffle_advantages"))

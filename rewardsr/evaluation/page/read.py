@@ -1,7 +1,7 @@
 """Pages of runs and evaluations that lie on the disk."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def read_page(places: Sequence[Path], title: str | None = None) -> Page:
             runs.append(read_run(place, name))
             validation = last_validation(place, ".json")
             if validation is not None:
-                evaluations.append(_read_evaluation(validation, name))
+                evaluations.append(_read_evaluation(validation, name, runs[-1].margins))
                 pictures[name] = list(_pictures_of_run(place, validation.stem, evaluations[-1]))
         else:
             whole = _evaluation(place)
@@ -101,8 +101,8 @@ def _evaluation(place: Path) -> Evaluation:
     return Evaluation.read(place)
 
 
-def _read_evaluation(path: Path, name: str) -> EvaluationView:
-    view = EvaluationView(name, read_object(path))
+def _read_evaluation(path: Path, name: str, margins: Mapping[str, float]) -> EvaluationView:
+    view = EvaluationView(name, read_object(path) | {"margins": margins})
     try:
         if not view.evaluation.images or not view.evaluation.rewards:
             raise UserError("no images or no metrics")

@@ -8,10 +8,11 @@ from typing import Any
 
 from rewardsr.evaluation.comparison import Comparison
 from rewardsr.evaluation.page.content import EvaluationView, Page, RunView
-from rewardsr.evaluation.page.verdict import Verdict, change, direction, number
+from rewardsr.evaluation.page.verdict import Verdict, change, direction, number, within
 from rewardsr.evaluation.report import summary
 
 MARKS = {1: ("up", "▲", "better"), -1: ("down", "▼", "worse"), 0: ("even", "●", "not settled")}
+SMALL = ("even", "▽", "worse, within its margin")
 
 
 def verdict_section(page: Page, verdicts: Sequence[Verdict]) -> str:
@@ -42,15 +43,20 @@ def _table(page: Page, verdicts: Sequence[Verdict]) -> str:
     for name in names:
         found = [view.evaluation.rewards.get(name) for view in views]
         reach = max((abs(end) for one in found if one is not None for end in _ends(one)), default=0.0)
-        cells = "".join('<td class="quiet">no score</td>' if one is None else _cell(one, reach) for one in found)
+        cells = "".join(
+            '<td class="quiet">no score</td>' if one is None else _cell(one, view.evaluation.margins.get(name), reach)
+            for one, view in zip(found, views, strict=True)
+        )
         rewarded = any(name in run.rewards for run in map(page.run_of, views) if run is not None)
         kind = ' <span class="tag">reward</span>' if rewarded else ""
         rows.append(f'<tr><th scope="row">{escape(name)}{kind}</th>{cells}</tr>')
     said = "; ".join(dict.fromkeys(summary(view.evaluation) for view in views))
     rewards = " <b>Reward</b>: trained on; the others only watch." if any(run.rewards for run in page.runs) else ""
+    guarded = any(view.evaluation.margins for view in views)
+    margins = " <b>Margin</b>: a mean that falls by no more does not count as worse." if guarded else ""
     return (
         '<div class="scroll" role="region" tabindex="0" aria-label="Changes with intervals"><table class="verdict">'
-        f"<caption>Change against the base. {escape(said[:1].upper() + said[1:])}.{rewards}</caption>"
+        f"<caption>Change against the base. {escape(said[:1].upper() + said[1:])}.{rewards}{margins}</caption>"
         f'<thead><tr><th scope="col">metric</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
 
@@ -60,16 +66,18 @@ def _ends(comparison: Comparison) -> tuple[float, ...]:
     return tuple(end for end in ends if math.isfinite(end))
 
 
-def _cell(comparison: Comparison, reach: float) -> str:
-    """Change, interval (as text and drawn), means and images of one metric and system."""
-    kind, mark, words = MARKS[direction(comparison)]
+def _cell(comparison: Comparison, margin: float | None, reach: float) -> str:
+    """Change, interval (as text and drawn), means, images and margin of one metric and system."""
+    way, small = direction(comparison), within(comparison, margin)
+    kind, mark, words = SMALL if small else MARKS[way]
     better, count = sum(one > 0 for one in comparison.differences), len(comparison.base)
     gain, _, interval = change(comparison).partition(" ")
     means = f"{number(comparison.base_mean, False)} → {number(comparison.tuned_mean, False)}"
+    held = f" · {'within' if small else 'beyond'} its margin of {margin:g}" if way < 0 and margin is not None else ""
     return (
         f'<td class="{kind}"><span class="gain"><span aria-hidden="true">{mark}</span> {gain}</span>'
         f'<span class="hidden"> ({words})</span> <span class="interval">{interval}</span>{_whisker(comparison, reach)}'
-        f'<span class="quiet">{means} · {better}/{count} up</span></td>'
+        f'<span class="quiet">{means} · {better}/{count} up{held}</span></td>'
     )
 
 

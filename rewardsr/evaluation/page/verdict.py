@@ -41,7 +41,7 @@ def judge(page: Page, view: EvaluationView) -> Verdict:
     steering = [name for name in found.rewards if run is not None and name in run.rewards]
     lead = (steering or list(found.rewards))[0]
     compared = found.rewards[lead]
-    sentences = [_on_images(found, lead, compared)]
+    sentences = [_on_images(found, lead, compared), *_small_falls(found)]
     said = _control(page, view, steering or [lead])
     headline, tone = _headline(found, steering)
     if run is not None and run.shuffled:
@@ -66,6 +66,11 @@ def direction(comparison: Comparison) -> int:
     return int(comparison.low > 0) - int(comparison.high < 0)
 
 
+def within(comparison: Comparison, margin: float | None) -> bool:
+    """Whether a change is a fall that its metric's margin allows, by the rule of guards: the mean counts."""
+    return margin is not None and direction(comparison) < 0 and comparison.difference >= -margin
+
+
 def number(value: float, signed: bool = True) -> str:
     """A score in at most four decimals; a minus sign that is one."""
     text = f"{value:{'+' if signed else ''}.4f}" if abs(value) < 1000 else f"{value:{'+' if signed else ''}.1f}"
@@ -82,9 +87,12 @@ def change(comparison: Comparison) -> str:
 def _headline(found: Evaluation, steering: Sequence[str]) -> tuple[str, Tone]:
     if len(found.images) == 1:
         return "One image settles nothing", "none"
-    ways = {name: direction(comparison) for name, comparison in found.rewards.items()}
+    small = _small(found)
+    ways = {name: 0 if name in small else direction(comparison) for name, comparison in found.rewards.items()}
     up, down = ([name for name, way in ways.items() if way == sign] for sign in (1, -1))
     watched = [name for name in ways if name not in steering]
+    if not up and not down and small:
+        return f"No gain; down within {'its margin' if len(small) == 1 else 'their margins'}: {_listed(small)}", "none"
     if not up and not down:
         return "No change that the intervals settle", "none"
     if not down:
@@ -94,6 +102,17 @@ def _headline(found: Evaluation, steering: Sequence[str]) -> tuple[str, Tone]:
     if set(up) & set(steering) and sum(ways[name] for name in watched) < 0:
         return f"Rewards rose, but {_listed([name for name in down if name in watched])} fell: reward hacking?", "bad"
     return f"Mixed: up {_listed(up)}; down {_listed(down)}", "mixed"
+
+
+def _small(found: Evaluation) -> list[str]:
+    """The metrics that fell within their margins."""
+    return [name for name, comparison in found.rewards.items() if within(comparison, found.margins.get(name))]
+
+
+def _small_falls(found: Evaluation) -> list[str]:
+    """The sentence on them, where there are some: they do not count, and are not hidden."""
+    falls = [f"{name} {change(found.rewards[name])} (margin {found.margins[name]:g})" for name in _small(found)]
+    return [f"Down within the margin, which does not count: {'; '.join(falls)}."] if falls else []
 
 
 def _listed(names: Sequence[str]) -> str:
