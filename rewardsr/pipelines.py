@@ -29,6 +29,7 @@ from rewardsr.train.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
+EMBEDDED_OPTIONS = {"noise_t": 250}  # that it was trained with; without noise it draws nonsense
 LOADING = {"weights", "revision"}  # options of adapters that a live pipeline has no use for
 
 
@@ -47,14 +48,20 @@ def load_adapter(
         base: local diffusers folder, Hub id, or "embedded" for the small pipeline that comes along.
         device: where the networks go.
         dtype: precision that they compute in; a LoRA stays float32.
-        options: of the adapter (`rewardsr adapters NAME` lists them).
+        options: of the adapter (`rewardsr adapters NAME` lists them); "embedded" has `noise_t=250` by default.
 
     Raises:
         UserError: unknown adapter or option, or the base cannot be had, read or fitted.
     """
-    kind, chosen = adapter_class(name), adapter_options(name, options)
     with waiting(f"loading {base}"):
-        return kind.load(str(base), chosen).to(device, dtype)
+        return _load(name, str(base), options).to(device, dtype)
+
+
+def _load(name: str, base: str, options: Mapping[str, Any]) -> ISRAdapter:
+    kind = adapter_class(name)
+    if (name, base) == ("osediff", EMBEDDED):
+        options = {**EMBEDDED_OPTIONS, **options}
+    return kind.load(base, adapter_options(name, options))
 
 
 def wrap(pipe: Any, name: str | None = None, **options: Any) -> ISRAdapter:
@@ -291,7 +298,7 @@ class _Chosen(NamedTuple):
     def load(self) -> ISRAdapter:
         """The pipeline, in float32 on the CPU."""
         with plugins.registered_only(f"the run '{self.stranger}'", self.given) if self.stranger else nullcontext():
-            return adapter_class(self.adapter).load(self.base, adapter_options(self.adapter, self.options))
+            return _load(self.adapter, self.base, self.options)
 
 
 def _choose(

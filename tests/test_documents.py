@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [path for folder in (".", "docs", "adapters", "rewardsr") for path in sorted((ROOT / folder).glob("*.md"))]
-DOCUMENTS += sorted((ROOT / "rewardsr").glob("*/README.md"))
+PLACES = ("adapters", "rewardsr/*", "tests", "tests/benchmarks")
+PAGES = [path for place in PLACES for path in sorted(ROOT.glob(f"{place}/README.md"))]
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)")
 
 
@@ -17,7 +17,7 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", [*sorted(ROOT.glob("*.md")), *PAGES], ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(path) -> None:
     for name, anchor in LINK.findall(path.read_text()):
         target = path.parent / name if name else path
@@ -28,5 +28,5 @@ def test_links_lead_somewhere(path) -> None:
 def test_the_readme_is_for_newcomers_and_names_every_other_page() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) < 300
-    unnamed = [path.name for path in (ROOT / "docs").iterdir() if f"](docs/{path.name}" not in text]
-    assert not unnamed, unnamed
+    unnamed = [name for path in PAGES if f"]({(name := str(path.relative_to(ROOT)))}" not in text]
+    assert len(PAGES) == 8 and not unnamed, unnamed

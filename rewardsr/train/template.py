@@ -23,7 +23,7 @@ _REWARDS = {
     "rfsr": [{"name": "detail_correlation", "weight": 2.0}],
 }
 _LARGE = ("seesr", "sd_upscaler")  # two networks, or guidance, in each step
-# What fits a card at 512 px, by bytes counted of the real steps at SD 2.1's size (docs/speed.md) and 2 GB for CUDA:
+# What fits a card at 512 px, by bytes counted of the real steps at SD 2.1's size (tests/benchmarks) and 2 GB for CUDA:
 # batch size of one-step pipelines and StableSR, of `_LARGE`, and whether either is checkpointed.
 _BATCHES: Mapping[str, Mapping[str, tuple[int, int, bool, bool]]] = {
     "gdpo": {
@@ -96,7 +96,7 @@ def _preset(adapter: str, trainer: str, preset: str) -> tuple[dict[str, Any], st
     if trainer != "naosd" or preset != "80gb":
         found["trainer_options.micro_batch"] = "auto"
     return found, (
-        f"Preset {preset}: follows from bytes counted of a step at SD 2.1's size and 512 px (docs/speed.md) "
+        f"Preset {preset}: follows from bytes counted of a step at SD 2.1's size and 512 px (tests/benchmarks) "
         "and 2 GB for CUDA; not measured on that card, try --dry-run. An 8-bit optimiser would save next to nothing: a "
         "LoRA's moments are small."
     )

@@ -58,7 +58,7 @@ def seam(away: Tensor) -> float:
 
 def upscaled(lq: Tensor, options: dict[str, int | None]) -> Tensor:
     """What the embedded pipeline makes of `lq` with these adapter options."""
-    adapter = load_adapter("osediff", "embedded", noise_t=250, device="cpu", **options)
+    adapter = load_adapter("osediff", "embedded", device="cpu", **options)
     return upscale_tensor(adapter, lq, generator=Draws(0, 0, [0], "upscale"))
 
 
