@@ -178,6 +178,7 @@ def _shared(
         "protocol": None if recipe is None else recipe.data,
         "prompts": prompts,
         "trained_on": asked.trained_on,
+        "margins": asked.margins,
     }
 
 

@@ -36,11 +36,13 @@ class Asked:
         systems: by name; the first one is what the others are compared with.
         recipe: of the first run, which says how images are degraded.
         trained_on: rewards that steered the training of any run, as far as recipes tell.
+        margins: those that recipes give their guards instead of the metrics' own; of several the smallest.
     """
 
     systems: dict[str, System] = field(default_factory=dict)
     recipe: Recipe | None = None
     trained_on: list[str] = field(default_factory=list)
+    margins: dict[str, float] = field(default_factory=dict)
 
 
 def asked_for(
@@ -98,6 +100,7 @@ def variants(pipelines: Pipelines, run: str | None, lora: str | None, key: str, 
     found = [*_of_runs(asked, pipelines, runs)]
     if lora is not None:
         asked.trained_on.clear()
+        asked.margins.clear()
         found = [_of_lora(pipelines, runs, lora)]
     if not found:
         if key == "strength":
@@ -125,6 +128,9 @@ def _of_runs(asked: Asked, pipelines: Pipelines, runs: Sequence[str]) -> Iterato
         asked.recipe = asked.recipe or recipe
         steering = [entry.name for entry in recipe.rewards if entry.weight > 0]
         asked.trained_on += [reward for reward in steering if reward not in asked.trained_on]
+        for guard in recipe.guards:
+            if guard.margin is not None:
+                asked.margins[guard.name] = min(guard.margin, asked.margins.get(guard.name, guard.margin))
         source, about = _described(pipelines, recipe)
         source = replace(source, run=place, strength=strength)
         yield name or _strong(_last_part(place), strength), source, {"run": place, "strength": strength, **about}

@@ -26,7 +26,7 @@ from rewardsr.evaluation.fid import FID, FrechetDistance
 from rewardsr.evaluation.offset import Offset, cast_of, latent_offset, shifted
 from rewardsr.evaluation.report import Evaluation
 from rewardsr.evaluation.results import HQ, LQ, Results
-from rewardsr.evaluation.scoring import Scorer, by_metric, check_hq, image_name, margins, negated
+from rewardsr.evaluation.scoring import Scorer, by_metric, check_hq, image_name, negated, own_margins
 from rewardsr.evaluation.systems import Images, Opened, Pipeline, System, Wanted, systems_of
 from rewardsr.lora.layers import reference
 from rewardsr.rewards.base import Reward
@@ -58,6 +58,7 @@ def evaluate(
     prompts: str | None = None,
     cast: bool | Path | str = False,
     trained_on: Sequence[str] = (),
+    margins: Mapping[str, float] | None = None,
     output: Path | str | None = None,
     device: torch.device | str = "cpu",
 ) -> Evaluation:
@@ -87,6 +88,7 @@ def evaluate(
             images; a folder or list (the run's training images, say) on the images there, within the same limit and
             side.
         trained_on: metrics that steered the training of a system; tables show them apart.
+        margins: how far a metric's mean may fall before the page counts it, instead of the metric's own margin.
         output: new folder for tables and pictures (see `rewardsr.evaluation.results`), or one with an evaluation of
             the same settings, which is made again.
         device: for what is no pipeline.
@@ -112,7 +114,7 @@ def evaluate(
         del first  # the next pipeline may need its memory
         if results is not None:
             results.begin(settings)
-        evaluation = work.done(settings, trained_on, of_sets)
+        evaluation = work.done(settings, trained_on, margins or {}, of_sets)
         if output is not None and results is not None:
             results.finish(evaluation)
         return evaluation
@@ -246,10 +248,16 @@ class _Work:
 
     @torch.no_grad()
     def done(
-        self, settings: Mapping[str, Any], trained_on: Sequence[str], of_sets: FrechetDistance | None
+        self,
+        settings: Mapping[str, Any],
+        trained_on: Sequence[str],
+        margins: Mapping[str, float],
+        of_sets: FrechetDistance | None,
     ) -> Evaluation:
         """Score everything."""
         listed = [entry["name"] for entry in settings["data"]["images"]]
+        watched = [name for name in self.rewards if name not in trained_on]
+        allowed = {**own_margins(self.rewards), **margins}
         sides, weights, casts, draws = dict[str, Sides](), dict[str, Mapping[str, str]](), dict[str, Cast](), 1
         with progress.bar("evaluate", len(self.systems) * len(listed)) as advance:
             for name in self.systems:
@@ -268,7 +276,7 @@ class _Work:
             sets={} if of_sets is None else self._of_sets(of_sets),
             negated=(*negated(self.rewards), *([FID] if of_sets is not None else [])),
             trained_on=tuple(name for name in self.wanted.convention.metrics if name in trained_on),
-            margins={name: margin for name, margin in margins(self.rewards).items() if name not in trained_on},
+            margins={name: allowed[name] for name in watched if name in allowed},
             settings=settings,
             weights=weights,
         )

@@ -68,7 +68,7 @@ def negated(rewards: Mapping[str, Reward]) -> tuple[str, ...]:
     return tuple(name for name, reward in rewards.items() if getattr(reward, "lower_better", False))
 
 
-def margins(rewards: Mapping[str, Reward]) -> dict[str, float]:
+def own_margins(rewards: Mapping[str, Reward]) -> dict[str, float]:
     """The margins that metrics bring along for guards, of those that do."""
     own = {name: getattr(reward, "margin", None) for name, reward in rewards.items()}
     return {name: float(margin) for name, margin in own.items() if margin is not None}

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rewardsr.evaluation.comparison import Comparison
-from rewardsr.evaluation.scoring import margins
+from rewardsr.evaluation.scoring import own_margins
 from rewardsr.rewards import build
 from rewardsr.rewards.base import Reward
 from rewardsr.train.recipe import Recipe
@@ -54,7 +54,7 @@ def build_guards(
     """
     named = named_guards(recipe, has_hq)
     guards = {name: build(name) for name in named if name not in rewards}
-    own = margins({name: rewards.get(name) or guards[name] for name in named})
+    own = own_margins({name: rewards.get(name) or guards[name] for name in named})
     return guards, own | {name: margin for name, margin in named.items() if margin is not None}
 
 

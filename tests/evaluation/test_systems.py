@@ -31,13 +31,14 @@ def made(tiny_base, tmp_path_factory) -> Path:
         write_image(hq, folder / "pairs" / "gt" / file.name)
         lq = F.interpolate(hq[None], scale_factor=0.25, mode="bicubic", antialias=True).clamp(0, 1)
         write_image(lq, folder / "pairs" / "lq" / file.name)
-    for name, rank, reward in (("one", 2, "psnr"), ("two", 3, "sharpness")):
+    for name, rank, reward, margin in (("one", 2, "psnr", 0.03), ("two", 3, "sharpness", 0.02)):
         adapter = rewardsr.load_adapter("osediff", tiny_base, noise_t=250)
         lora.attach(adapter, rank=rank)
         for key, parameter in lora.parameters(adapter).items():
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(rank + len(key)))
         lora.save(adapter, folder / name)
         recipe = {"base": str(tiny_base), "adapter_options": {"noise_t": 250}, "rewards": [{"name": reward}]}
+        recipe["guards"] = [{"name": "ssim", "margin": margin}, "lq_consistency"]
         recipe |= {"data": {"train": "images"}, "output": name, "steps": 1, "device": "cpu", "seed": 3}
         (folder / name / "recipe.yaml").write_text(json.dumps(recipe))
     return folder
@@ -100,6 +101,15 @@ def test_what_was_done_is_recorded(everything, made) -> None:
     assert {path.name for path in (everything / "pictures").iterdir()} == {*found.scores, "LQ", "HQ"}
     assert len((everything / "scores.csv").read_text().splitlines()) == 1 + 3 * 7
     assert "trained on" in (everything / "table.md").read_text()
+
+
+def test_margins_are_those_of_the_recipes_or_the_metrics_own(made, commands: Commands, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(made)
+    metrics = ("--device", "cpu", "--limit", 1, "--metrics", "ssim,lq_consistency,color_shift")
+    assert commands("evaluate", "pairs", "--run", "one", "--run", "two", *metrics, "-o", tmp_path / "runs").code == 0
+    assert read(tmp_path / "runs").margins == {"ssim": 0.02, "lq_consistency": 0.01, "color_shift": 2.0}
+    assert commands("evaluate", "pairs", "--bicubic", "--images", "hq", *metrics, "-o", tmp_path / "none").code == 0
+    assert read(tmp_path / "none").margins["ssim"] != 0.02
 
 
 def test_running_again_gives_the_same_bytes_and_nothing_else_is_overwritten(
