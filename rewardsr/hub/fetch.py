@@ -26,7 +26,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from rewardsr import progress
 from rewardsr.errors import UserError
 from rewardsr.hub.connection import TIMEOUT, online, reason, status_of
+from rewardsr.hub.outline import in_outline
 from rewardsr.json_object import parse_object
+from rewardsr.outline import is_outlined
 from rewardsr.run_folder import CARD, LORA, OUR_HEADER, RECIPE, SAMPLES
 from rewardsr.storage import expand, write_folder
 
@@ -65,7 +67,8 @@ def fetch(source: str, what: str, folders: tuple[str, ...], revision: str | None
     Args:
         source: path of a folder, a Hub id ("user/name"), or "embedded" for the small pipeline that comes along.
         what: what is being fetched, for messages ("base").
-        folders: sub-folders that are needed ("": the top); configuration and safetensors of these are downloaded.
+        folders: sub-folders that are needed ("": the top); configuration and safetensors of these are downloaded, or
+            so much of them as `rewardsr.outline` asks for.
         revision: branch, tag or commit of a Hub repository.
 
     Returns:
@@ -83,8 +86,9 @@ def fetch(source: str, what: str, folders: tuple[str, ...], revision: str | None
         raise UserError(f"{what} '{source}' is a file: give the folder of a diffusers pipeline, or a Hub id")
     if source.count("/") != 1 or source[:1] in "./~" or source.endswith("/"):
         raise UserError(f"{what} '{source}': no such folder, and not a Hub id of the form user/name")
-    ends = ("json", "txt", "safetensors")
-    wanted = [f"{folder}/*.{end}" if folder else f"*.{end}" for folder in folders for end in ends]
+    outlined = [folder for folder in folders if folder and is_outlined(folder)] if online() else []
+    wanted = [f"{folder}/*.{end}".lstrip("/") for folder in folders for end in ("json", "txt")]
+    wanted += [f"{folder}/*.safetensors".lstrip("/") for folder in folders if folder not in outlined]
     with _explained(what, source, revision), _counted(f"fetching {source}") as counter:
         path = Path(
             snapshot_download(
@@ -96,13 +100,16 @@ def fetch(source: str, what: str, folders: tuple[str, ...], revision: str | None
                 tqdm_class=counter,
             )
         )
-        networks = [folder for folder in folders if (path / folder / "config.json").is_file()]
+        networks = [
+            folder for folder in folders if folder not in outlined and (path / folder / "config.json").is_file()
+        ]
         halves = [
             f"{folder}/*.fp16.*".lstrip("/") for folder in networks if not any((path / folder).glob("*.safetensors"))
         ]
         if halves and online():  # networks that are there in half precision only
             snapshot_download(source, revision=path.name, allow_patterns=halves, tqdm_class=counter)
-    return path, path.name
+    with _explained(what, source, revision):
+        return in_outline(source, path, outlined) if outlined else path, path.name
 
 
 def fetch_lora(reference: str, subfolder: str | None = None) -> Path:

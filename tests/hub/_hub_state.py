@@ -92,6 +92,7 @@ class Hub:
         repositories: by kind and name.
         objects: large files, by SHA-256.
         faults: still to happen.
+        sent: path and bytes of each answer with a file, or a part of one.
         requests: method and path of everything that was asked.
     """
 
@@ -100,6 +101,7 @@ class Hub:
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.objects: dict[str, bytes] = {}
         self.faults: list[Fault] = []
+        self.sent: list[tuple[str, int]] = []
         self.requests: list[tuple[str, str]] = []
         self.lock = threading.RLock()
         self.url = ""

@@ -125,11 +125,13 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "wrong":
             middle = len(content) // 2
             content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if asked:
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if asked and kind != "no ranges":
             start, status = int(asked[1]), 206
-            headers = {**headers, "Content-Range": f"bytes {start}-{len(whole) - 1}/{len(whole)}"}
-            content = content[start:]
+            stop = min(int(asked[2] or len(whole)) + 1, len(whole))
+            headers = {**headers, "Content-Range": f"bytes {start}-{stop - 1}/{len(whole)}"}
+            content = content[start:stop]
+        self.hub.sent.append((self.path, len(content)))
         if kind == "half":
             self._answer(content[: len(content) // 2], headers, status, len(content))
             return self._cut()
