@@ -19,7 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("console", "progress", "interrupts", "together", "pooling", "versions", "ending"),
     ),
     (
-        *("weights", "schedule", "tiling", "sizes", "batch", "hub.fetch"),
+        *("weights", "schedule", "tiling", "sizes", "batch", "hub.fetch", "hub.outline"),
         *("train.recipe", "train.recipe_guards", "train.recipe_learning", "train.recipe_text"),
     ),
     ("adapter",),
