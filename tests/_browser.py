@@ -98,6 +98,19 @@ class Browser:
             "/actions", actions=[{"type": "pointer", "id": f"pointer{touch}", "parameters": kind, "actions": steps}]
         )
 
+    def pinch(self, css: str, start: int, end: int) -> None:
+        """Two fingers on a line through the middle of an element, so many pixels from it, one after the other."""
+        self.js("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", self.find(css))
+        fingers = []
+        for number, side in enumerate((-1, 1)):
+            place = {"type": "pointerMove", "origin": self.find(css), "y": 0}
+            steps: list[dict[str, Any]] = [place | {"x": side * start}, *[{"type": "pause"}] * number]
+            steps += [{"type": "pointerDown", "button": 0}, *[{"type": "pause"}] * (1 - number)]
+            steps += [place | {"x": side * end, "duration": 100}, {"type": "pointerUp", "button": 0}]
+            kind = {"pointerType": "touch"}
+            fingers.append({"type": "pointer", "id": f"finger{number}", "parameters": kind, "actions": steps})
+        self.post("/actions", actions=fingers)
+
     def wheel(self, css: str, by: int) -> None:
         scroll = {"type": "scroll", "origin": self.find(css), "x": 0, "y": 0, "deltaX": 0, "deltaY": by, "duration": 50}
         self.post("/actions", actions=[{"type": "wheel", "id": "wheel", "actions": [scroll]}])

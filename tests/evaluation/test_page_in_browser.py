@@ -91,6 +91,15 @@ def test_zoom_by_keys_wheel_and_buttons_and_pan(shown) -> None:
     assert shown.js("return document.getElementById('zoom').value") == "fit"
 
 
+def test_two_fingers_zoom_and_leave_the_border(shown) -> None:
+    width, before = shown.js("return document.getElementById('stage').clientWidth"), value(shown)
+    shown.pinch("#stage", width // 8, width // 4)
+    scale = "return Number(/scale\\(([\\d.]+)\\)/.exec(document.getElementById('right-image').style.transform)[1])"
+    assert 1.8 < shown.js(scale) < 2.2 and value(shown) == before
+    shown.pinch("#stage", width // 4, width // 8)
+    assert shown.js(scale) < 1.2 and value(shown) == before
+
+
 def test_the_wheel_scrolls_the_page_until_the_picture_has_the_focus(shown) -> None:
     shown.js("document.activeElement.blur(); document.getElementById('stage').scrollIntoView({behavior: 'instant'})")
     shown.wheel("#stage", 100)

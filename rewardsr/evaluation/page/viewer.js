@@ -170,7 +170,7 @@ function onKey(event) {
 /* One finger or button moves the border or, of a picture zoomed in, the picture; two fingers zoom. */
 function watchPointers() {
   const down = new Map();
-  let border = false;
+  let border = false, unmoved = view.border;
   const at = (event) => {
     const box = stage.getBoundingClientRect();
     return [event.clientX - box.left, event.clientY - box.top];
@@ -181,7 +181,11 @@ function watchPointers() {
     stage.setPointerCapture(event.pointerId);
     border = event.target === byId('handle') || view.scale === 1;
     (event.target === byId('handle') ? byId('handle') : stage).focus({ preventScroll: true });
-    if (border && down.size === 1) moveBorder(100 * at(event)[0] / stage.clientWidth);
+    if (down.size > 1) moveBorder(unmoved); /* the first finger was one of two */
+    else {
+      unmoved = view.border;
+      if (border) moveBorder(100 * at(event)[0] / stage.clientWidth);
+    }
     event.preventDefault();
   });
   stage.addEventListener('pointermove', (event) => {
