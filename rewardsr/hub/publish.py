@@ -287,9 +287,7 @@ def _by_xet(advance: Callable[[int], object]) -> Iterator[None]:
 
     def read(self: Any, *_: Any, **__: Any) -> bool:
         nonlocal reached
-        if (
-            self.unit == "B"
-        ):  # there is one of all content, one of what is new of it, and one a file; others count files
+        if self.unit == "B":  # one of all content, one of what is new of it, and one a file; others count files
             more = max(0, int(self.n) - reached)
             reached += more
             advance(more)
