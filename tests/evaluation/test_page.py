@@ -17,6 +17,7 @@ from rewardsr.evaluation.page import EvaluationView, Page, Picture, RunView, che
 from rewardsr.evaluation.page.curves import MOST_POINTS, charts
 from rewardsr.evaluation.page.images import chosen, fitted, merged
 from rewardsr.evaluation.page.verdict import judge
+from rewardsr.evaluation.report import Evaluation
 
 
 class Tags(HTMLParser):
@@ -98,6 +99,15 @@ def test_a_fall_within_its_margin_is_shown_and_does_not_count(tmp_path, margin, 
     assert ('class="even"' in row and "within its margin of 0.1<" in row) == small
     assert (f"beyond its margin of {margin:g}<" in row) == headline.startswith("Rewards rose")
     assert "a mean that falls by no more does not count as worse" in text
+
+
+def test_the_table_says_what_it_compares_with(tmp_path) -> None:
+    weak = Evaluation(
+        ("a.png", "b.png"), {"strength=0": {"psnr": (1.0, 2.0)}, "strength=1": {"psnr": (2.0, 3.5)}}, 0, 1, "none"
+    )
+    views = [EvaluationView("strength=1", json.loads(weak.to_json()))]
+    assert "Change against strength=0." in write_page(tmp_path / "a.html", Page("", [], views)).read_text()
+    assert "Change against the base." in write_page(tmp_path / "b.html", Page("", [], [viewed()])).read_text()
 
 
 def test_margins_of_a_run_are_those_of_its_log(tmp_path) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 from _browser import CHROMIUM, DRIVER, Browser, browser
-from pages import DOWN, NASTY, SLIGHTLY_DOWN, UP, page_of_two, viewed
+from pages import DOWN, NASTY, SLIGHTLY_DOWN, UP, encoded, page_of_two, viewed
 
-from rewardsr.evaluation.page import Page, write_page
+from rewardsr.evaluation.page import Page, Picture, write_page
 
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium with its driver here")
 
@@ -123,6 +123,16 @@ def test_any_two_versions_of_any_image_can_be_compared(shown) -> None:
     shown.press("[", "[")
     assert shown.js("return document.getElementById('picture').value") == "c.png"
     assert shown.js("return document.getElementById('left-image').alt") == "c.png: HQ"
+
+
+def test_without_a_base_two_different_versions_are_shown_first(window, tmp_path) -> None:
+    labels = ("LQ", "strength=0", "strength=1", "HQ")
+    picture = Picture("a.png", {label: encoded((90 + place, 90, 90)) for place, label in enumerate(labels)}, {})
+    write_page(tmp_path / "page.html", Page("sweep", [], [], [picture]))
+    window.open(tmp_path / "page.html")
+    corners = "return ['left-corner', 'right-corner'].map((id) => document.getElementById(id).textContent)"
+    assert window.js(corners) == ["strength=0", "strength=1"]
+    assert window.console() == []
 
 
 def test_the_difference_is_computed_and_amplified(shown) -> None:

@@ -23,6 +23,7 @@ MEANINGS = {
     "loss": (LEARNING, "what the optimiser lowers; its level says little of quality"),
     "loss/": (LEARNING, "one term of the loss"),
     "implicit_accuracy": (LEARNING, "share of groups in which the policy prefers what the rewards do; 0.5 is chance"),
+    "distance": (LEARNING, "mean squared distance between the predictions of policy and reference"),
     "grad_norm": (LEARNING, "length of the gradient before clipping"),
     "learning_rate": (LEARNING, "of the optimiser"),
     "skipped": (LEARNING, "updates left out so far, as they were not finite"),

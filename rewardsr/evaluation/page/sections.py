@@ -50,13 +50,15 @@ def _table(page: Page, verdicts: Sequence[Verdict]) -> str:
         rewarded = any(name in run.rewards for run in map(page.run_of, views) if run is not None)
         kind = ' <span class="tag">reward</span>' if rewarded else ""
         rows.append(f'<tr><th scope="row">{escape(name)}{kind}</th>{cells}</tr>')
+    firsts = dict.fromkeys(view.evaluation.first for view in views)
+    against = " or ".join("the base" if first == "base" else first for first in firsts)
     said = "; ".join(dict.fromkeys(summary(view.evaluation) for view in views))
     rewards = " <b>Reward</b>: trained on; the others only watch." if any(run.rewards for run in page.runs) else ""
     guarded = any(view.evaluation.margins for view in views)
     margins = " <b>Margin</b>: a mean that falls by no more does not count as worse." if guarded else ""
     return (
         '<div class="scroll" role="region" tabindex="0" aria-label="Changes with intervals"><table class="verdict">'
-        f"<caption>Change against the base. {escape(said[:1].upper() + said[1:])}.{rewards}{margins}</caption>"
+        f"<caption>Change against {escape(against)}. {escape(said[:1].upper() + said[1:])}.{rewards}{margins}</caption>"
         f'<thead><tr><th scope="col">metric</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
 

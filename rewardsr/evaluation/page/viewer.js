@@ -13,7 +13,8 @@ function showPicture(place) {
   for (const [side, fallback] of [['left', 'base'], ['right', '']]) {
     options(byId(side), labels);
     // What is chosen stays chosen from picture to picture; at first the base beside the first tuned one.
-    const tuned = labels.find((label) => !/^(LQ|base|HQ)( |$)/.test(label)) ?? labels.at(-1);
+    const other = (label) => !/^(LQ|base|HQ)( |$)/.test(label) && (side === 'left' || label !== view.left);
+    const tuned = labels.find(other) ?? labels.at(-1);
     if (!labels.includes(view[side])) view[side] = labels.includes(fallback) ? fallback : tuned;
     byId(side).value = view[side];
   }
