@@ -56,14 +56,17 @@ def over_images(name: str) -> float:
     return sum(figures[name] for figures in measured().values()) / len(measured())
 
 
-def test_draws_differ_in_texture_and_their_mean_is_better_than_bicubic() -> None:
-    assert over_images("variance") ** 0.5 >= 0.03
-    assert over_images("mean") - over_images("bicubic") >= 0.5
+def test_draws_differ_in_texture_and_their_mean_is_better_than_bicubic(record_property) -> None:
+    deviation, gain = over_images("variance") ** 0.5, over_images("mean") - over_images("bicubic")
     worst = min(figures["mean"] - figures["bicubic"] for figures in measured().values())
+    record_property(
+        "deviation of draws; mean of draws against bicubic, worst", f"{deviation:.4f}; {gain:.3f}, {worst:.3f}"
+    )
+    assert deviation >= 0.03 and gain >= 0.5
     assert worst >= -0.2, "no photograph is far below bicubic"
 
 
-def test_no_constant_shift_of_the_latents_is_a_knob_for_detail() -> None:
+def test_no_constant_shift_of_the_latents_is_a_knob_for_detail(record_property) -> None:
     """The worst direction of a tenth of the latents' standard deviation, searched for by its gradient."""
     adapter, detail = pipeline(), build("detail")
     pairs = list(held_out())
@@ -86,10 +89,11 @@ def test_no_constant_shift_of_the_latents_is_a_knob_for_detail() -> None:
             found = change(shift)
             worst = max(worst, abs(found.item()))
             (shift,) = torch.autograd.grad(found.sign() * found, shift)
+    record_property("detail by the worst shift", f"{worst:.4f}")
     assert 0 < worst < 0.005
 
 
-def test_another_degradation_can_be_learnt_and_not_by_a_constant(tmp_path) -> None:
+def test_another_degradation_can_be_learnt_and_not_by_a_constant(tmp_path, record_property) -> None:
     """Supervised, for 100 steps: what reward tuning could find is there to be found."""
     write_folders(tmp_path, SOFT)
     rewardsr.finetune(
@@ -109,8 +113,12 @@ def test_another_degradation_can_be_learnt_and_not_by_a_constant(tmp_path) -> No
     )
     adapter = rewardsr.load_lora(pipeline(), tmp_path / "run")
     found = rewardsr.evaluate(adapter, tmp_path / "val", ("psnr",), seed=1).rewards["psnr"]
+    share = constant_share(adapter)
+    record_property(
+        "supervised gain, share of images; of it constant", f"{found.difference:.3f}, {found.improved:.2f}; {share:.3f}"
+    )
     assert found.difference >= 0.3 and found.improved >= 0.9
-    assert constant_share(adapter) < 0.5
+    assert share < 0.5
 
 
 @torch.no_grad()
