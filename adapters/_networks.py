@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rewardsr.errors import UserError, shown
-from rewardsr.hub.outline import whole
+from rewardsr.hub.fetch import fetch_whole
 from rewardsr.json_object import read_object
 from rewardsr.outline import is_outlined
 from rewardsr.weights import read_network, read_outline, variant_of
@@ -110,7 +110,7 @@ def read_part(folder: Path, kind: Any) -> Any:
     if network and is_outlined(folder.name):
         if (outline := _outline(folder, kind)) is not None:
             return outline
-        folder = whole(folder)
+        folder = fetch_whole(folder)
     if network:
         options |= {"torch_dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
         options["variant"] = variant_of(folder, WEIGHTS if kind.__module__.startswith("diffusers.") else "model")

@@ -80,7 +80,7 @@ class OSEDiff(StableDiffusion):
                 released = str(expand(weights))
                 _merge_release(parts.unet, parts.vae, Path(released))
             else:
-                folder, _ = fetch(weights, "weights", ("unet", "vae"))
+                folder, _ = fetch(weights, "weights", ("unet", "vae"), outlines=True)
                 if not (folder / "unet").is_dir():
                     raise UserError(f"weights '{weights}': expected a run, a released .pkl, or a folder with unet/")
                 parts.unet = load_network(folder / "unet")

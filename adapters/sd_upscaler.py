@@ -14,7 +14,6 @@ from pydantic import Field
 from torch import Tensor
 
 from rewardsr.adapters.stable_diffusion import (
-    PARTS,
     Guidance,
     Parts,
     StableDiffusion,
@@ -71,7 +70,7 @@ class SDUpscaler(StableDiffusion):
     @classmethod
     def load(cls, base: str, options: Options) -> Self:
         """Load the pipeline, in float32 on the CPU."""
-        folder, _ = fetch(base, "base", (*PARTS, LOW_RES), options.revision)
+        folder, _ = fetch(base, "base", (LOW_RES,), options.revision)
         if not (folder / LOW_RES).is_dir():
             raise UserError(f"base '{base}' has no folder '{LOW_RES}/': it is no Stable Diffusion upscaler")
         low_res, highest = scheduler_config(folder / LOW_RES), _highest_level(folder / "model_index.json")

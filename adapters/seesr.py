@@ -69,7 +69,8 @@ class SeeSR(Ancestral):
     def load(cls, base: str, options: Options) -> Self:
         """Load the pipeline, in float32 on the CPU."""
         source = base if options.weights is None else options.weights
-        folder, _ = fetch(source, "weights", tuple(_KINDS), options.revision if options.weights is None else None)
+        revision = options.revision if options.weights is None else None
+        folder, _ = fetch(source, "weights", tuple(_KINDS), revision, outlines=True)
         for part in _KINDS:
             if not (folder / part).is_dir():
                 raise UserError(f"'{source}' has no folder '{part}/': expected SeeSR's unet/ and controlnet/")

@@ -82,7 +82,7 @@ def load_parts(base: str, revision: str | None = None, unet: Any = None) -> Part
         UserError: it cannot be had, a part is missing or damaged, or the parts do not fit each other.
     """
     needed = PARTS if unet is None else tuple(part for part in PARTS if part != "unet")
-    folder, resolved = fetch(base, "base", needed, revision)
+    folder, resolved = fetch(base, "base", needed, revision, outlines=True)
     for part in needed:
         if not (folder / part).is_dir():
             raise UserError(f"base '{base}' has no folder '{part}/': expected a diffusers pipeline folder")

@@ -100,7 +100,7 @@ def _networks(source: str, revision: str | None) -> tuple[Any, Any]:
         unet, encoder = read_checkpoint(path)
         note_prediction(path, unet, encoder)
         return unet, encoder
-    folder, _ = fetch(source, "weights", ("unet", "struct_encoder"), revision)
+    folder, _ = fetch(source, "weights", ("unet", "struct_encoder"), revision, outlines=True)
     return read_folder(folder)
 
 

@@ -26,7 +26,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from rewardsr import progress
 from rewardsr.errors import UserError
 from rewardsr.hub.connection import TIMEOUT, online, reason, status_of
-from rewardsr.hub.outline import in_outline
+from rewardsr.hub.outline import in_outline, origin_of
 from rewardsr.json_object import parse_object
 from rewardsr.outline import is_outlined
 from rewardsr.run_folder import CARD, LORA, OUR_HEADER, RECIPE, SAMPLES
@@ -61,15 +61,18 @@ def split_reference(text: str) -> tuple[str, str | None]:
     return found["repo"], found["revision"]
 
 
-def fetch(source: str, what: str, folders: tuple[str, ...], revision: str | None = None) -> tuple[Path, str]:
+def fetch(
+    source: str, what: str, folders: tuple[str, ...], revision: str | None = None, *, outlines: bool = False
+) -> tuple[Path, str]:
     """A local folder with the named parts of a diffusers repository.
 
     Args:
         source: path of a folder, a Hub id ("user/name"), or "embedded" for the small pipeline that comes along.
         what: what is being fetched, for messages ("base").
-        folders: sub-folders that are needed ("": the top); configuration and safetensors of these are downloaded, or
-            so much of them as `rewardsr.outline` asks for.
+        folders: sub-folders that are needed ("": the top); configuration and safetensors of these are downloaded.
         revision: branch, tag or commit of a Hub repository.
+        outlines: the folders are networks that the caller reads in outline where `rewardsr.outline` says so, and of
+            these no more is downloaded. Whoever reads them otherwise finds zeros there.
 
     Returns:
         The folder and the revision it is at ("local", "embedded", or the commit).
@@ -86,9 +89,10 @@ def fetch(source: str, what: str, folders: tuple[str, ...], revision: str | None
         raise UserError(f"{what} '{source}' is a file: give the folder of a diffusers pipeline, or a Hub id")
     if source.count("/") != 1 or source[:1] in "./~" or source.endswith("/"):
         raise UserError(f"{what} '{source}': no such folder, and not a Hub id of the form user/name")
-    outlined = [folder for folder in folders if folder and is_outlined(folder)] if online() else []
+    outlined = [folder for folder in folders if is_outlined(folder)] if outlines and online() else []
+    whole = [folder for folder in folders if folder not in outlined]
     wanted = [f"{folder}/*.{end}".lstrip("/") for folder in folders for end in ("json", "txt")]
-    wanted += [f"{folder}/*.safetensors".lstrip("/") for folder in folders if folder not in outlined]
+    wanted += [f"{folder}/*.safetensors".lstrip("/") for folder in whole]
     with _explained(what, source, revision), _counted(f"fetching {source}") as counter:
         path = Path(
             snapshot_download(
@@ -100,16 +104,28 @@ def fetch(source: str, what: str, folders: tuple[str, ...], revision: str | None
                 tqdm_class=counter,
             )
         )
-        networks = [
-            folder for folder in folders if folder not in outlined and (path / folder / "config.json").is_file()
-        ]
+        networks = [folder for folder in whole if (path / folder / "config.json").is_file()]
         halves = [
             f"{folder}/*.fp16.*".lstrip("/") for folder in networks if not any((path / folder).glob("*.safetensors"))
         ]
         if halves and online():  # networks that are there in half precision only
             snapshot_download(source, revision=path.name, allow_patterns=halves, tqdm_class=counter)
-    with _explained(what, source, revision):
         return in_outline(source, path, outlined) if outlined else path, path.name
+
+
+def fetch_whole(part: Path) -> Path:
+    """The folder of a network, downloaded whole if `fetch` has its outline alone.
+
+    Raises:
+        UserError: as `fetch`.
+    """
+    origin = origin_of(part.parent)
+    if origin is None:
+        return part
+    repo, commit = origin
+    files = [f"{part.name}/{path.name}" for path in part.iterdir()]
+    with _explained("base", repo, commit), _counted(f"fetching {repo}") as counter:
+        return Path(snapshot_download(repo, revision=commit, allow_patterns=files, tqdm_class=counter)) / part.name
 
 
 def fetch_lora(reference: str, subfolder: str | None = None) -> Path:

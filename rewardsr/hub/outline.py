@@ -1,6 +1,7 @@
 """Networks on the Hub of which only `rewardsr.outline` is wanted: headers and a sample are fetched, not gigabytes.
 
-Their files here are as long as those on the Hub, with holes where nothing was fetched, so anything reads them.
+Their files here are as long as those on the Hub, with holes where nothing was fetched: any library reads headers and
+sample from them as from whole ones.
 """
 
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_url, snapshot_download
+from huggingface_hub import HfApi, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
 from rewardsr import progress
@@ -48,9 +49,10 @@ def in_outline(repo: str, snapshot: Path, parts: Sequence[str]) -> Path:
     kept = TemporaryDirectory(prefix="rewardsr-")
     folder = Path(kept.name)
     _made[folder] = repo, snapshot.name, kept
+    weights = {name for files in lacking.values() for name in files}
     for path in snapshot.rglob("*"):
         inside = path.relative_to(snapshot)
-        if path.is_file() and str(inside) not in {name for files in lacking.values() for name in files}:
+        if path.is_file() and inside.as_posix() not in weights:
             (folder / inside).parent.mkdir(parents=True, exist_ok=True)
             (folder / inside).symlink_to(path.resolve())
     for part, files in lacking.items():
@@ -59,13 +61,9 @@ def in_outline(repo: str, snapshot: Path, parts: Sequence[str]) -> Path:
     return folder
 
 
-def whole(part: Path) -> Path:
-    """The folder of a network, fetched whole if it was fetched in outline."""
-    if part.parent not in _made:
-        return part
-    repo, commit, _ = _made[part.parent]
-    files = [f"{part.name}/{path.name}" for path in part.iterdir()]
-    return Path(snapshot_download(repo, revision=commit, allow_patterns=files)) / part.name
+def origin_of(folder: Path) -> tuple[str, str] | None:
+    """Repository and commit of a folder that `in_outline` has made; None: it has not."""
+    return _made[folder][:2] if folder in _made else None
 
 
 def _weights(part: str, names: Mapping[str, int]) -> list[str]:

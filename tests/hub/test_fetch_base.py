@@ -13,6 +13,7 @@ import rewardsr.hub.outline
 from rewardsr import load_adapter, lora, outline, run_folder
 from rewardsr.adapters import _networks
 from rewardsr.errors import UserError
+from rewardsr.hub.fetch import fetch
 from rewardsr.pipelines import open_outline
 
 BASE = "ada/base"
@@ -89,6 +90,26 @@ def test_what_has_to_be_read_whole_is_fetched_whole(hub, tiny_base, few, monkeyp
     for part in ("unet", "vae"):
         expected = whole.networks[part].state_dict()
         assert all(torch.equal(value, expected[name]) for name, value in adapter.networks[part].state_dict().items())
+
+
+def test_who_does_not_read_outlines_gets_whole_networks(hub, tiny_base, few) -> None:
+    hub.add(BASE, **contents(Path(tiny_base), (), whole=False))
+    with outline.outlined():
+        folder, _ = fetch(BASE, "base", ("unet", "vae"))
+    for part in ("unet", "vae"):
+        name = f"{part}/{WEIGHTS[part]}.safetensors"
+        assert (folder / name).read_bytes() == (Path(tiny_base) / name).read_bytes()
+
+
+def test_a_network_that_cannot_be_had_whole_either(hub, tiny_base, few, monkeypatch) -> None:
+    hub.add(BASE, **contents(Path(tiny_base), (), whole=False))
+
+    def gone(*_: object) -> None:
+        hub.repositories.clear()
+
+    monkeypatch.setattr(_networks, "_outline", gone)
+    with pytest.raises(UserError, match="'ada/base' is not on the Hub"):
+        open_outline(base=BASE)
 
 
 def test_a_lora_is_converted_alike(hub, tiny_base, few, finished, commands: Commands, tmp_path) -> None:
